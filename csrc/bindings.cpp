@@ -1,0 +1,218 @@
+// The Python module imbsam_fast._C: argument checks that need no torch, then the operations.
+// The only file that sees pybind11. Every call releases the GIL while it computes.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "imbsam.h"
+
+namespace py = pybind11;
+using namespace imbsam;
+
+namespace {
+
+using Pointers = std::vector<uintptr_t>;  // one data pointer a tensor; empty: an absent list
+
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// The lists of one call, checked before anything is written.
+class Lists {
+ public:
+  Lists(const char* op, int dtype, const std::vector<int64_t>& numel)
+      : op_(op), dtype_((DType)dtype), numel_(numel) {
+    IMBSAM_CHECK(dtype >= 0 && dtype <= 3, op << ": dtype is " << dtype << ", expected 0 to 3");
+    for (size_t i = 0; i < numel.size(); ++i)
+      IMBSAM_CHECK(numel[i] >= 0, op << ": numel[" << i << "] is " << numel[i] << ", expected >= 0");
+  }
+
+  Table table() const { return {dtype_, (int64_t)numel_.size(), numel_.data()}; }
+
+  int64_t chunks() const {
+    int64_t sum = 0;
+    for (int64_t n : numel_) sum += (n + kChunk - 1) / kChunk;
+    return sum;
+  }
+
+  void required(const char* name, const Pointers& list) {
+    IMBSAM_CHECK(list.size() == numel_.size(), op_ << ": " << name << " has " << list.size()
+                                                   << " tensors, expected " << numel_.size());
+    for (size_t i = 0; i < list.size(); ++i) {
+      IMBSAM_CHECK(list[i] || numel_[i] == 0,
+                   op_ << ": " << name << "[" << i << "] is a null pointer, expected "
+                       << numel_[i] << " elements");
+      if (numel_[i])
+        blocks_.push_back({list[i], list[i] + (uintptr_t)(numel_[i] * size_of(dtype_)), name, i});
+    }
+  }
+
+  void optional(const char* name, const Pointers& list) {
+    if (!list.empty()) required(name, list);
+  }
+
+  // For operations that write: no two tensors may share memory.
+  void disjoint() {
+    const auto before = [](const Block& a, const Block& b) { return a.begin < b.begin; };
+    if (!std::is_sorted(blocks_.begin(), blocks_.end(), before))
+      std::sort(blocks_.begin(), blocks_.end(), before);
+    for (size_t i = 1; i < blocks_.size(); ++i) {
+      const Block &a = blocks_[i - 1], &b = blocks_[i];
+      IMBSAM_CHECK(a.end <= b.begin, op_ << ": " << a.name << "[" << a.index << "] and " << b.name
+                                         << "[" << b.index << "] overlap in memory");
+    }
+  }
+
+ private:
+  struct Block {
+    uintptr_t begin, end;
+    const char* name;
+    size_t index;
+  };
+  const char* op_;
+  DType dtype_;
+  const std::vector<int64_t>& numel_;
+  std::vector<Block> blocks_;
+};
+
+// uintptr_t and void* have the same representation wherever this builds.
+static_assert(sizeof(uintptr_t) == sizeof(void*), "pointers are passed as integers");
+void* const* out(const Pointers& list) {
+  return list.empty() ? nullptr : reinterpret_cast<void* const*>(list.data());
+}
+const void* const* in(const Pointers& list) {
+  return list.empty() ? nullptr : reinterpret_cast<const void* const*>(list.data());
+}
+
+void squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& g_t,
+                  const Pointers& theta, uintptr_t partials, int threads) {
+  Lists lists("squared_norm", dtype, numel);
+  lists.required("g_t", g_t);
+  lists.optional("theta", theta);
+  IMBSAM_CHECK(partials || lists.chunks() == 0, "squared_norm: partials is a null pointer");
+  cpu::squared_norm(lists.table(), in(g_t), in(theta), (double*)pointer(partials), threads);
+}
+
+void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+              const Pointers& g_t, double scale, bool adaptive, int threads) {
+  Lists lists("perturb_", dtype, numel);
+  lists.required("theta", theta);
+  lists.required("g_t", g_t);
+  lists.disjoint();
+  cpu::perturb_(lists.table(), out(theta), out(g_t), scale, adaptive, threads);
+}
+
+void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                 const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
+                 const Pointers& m, double lr, double momentum, double dampening,
+                 double weight_decay, bool nesterov, bool maximize, double grad_scale, bool skip,
+                 int threads) {
+  Lists lists("sgd_update_", dtype, numel);
+  lists.required("theta", theta);
+  lists.optional("saved", saved);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  lists.optional("m", m);
+  lists.disjoint();
+  cpu::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m),
+                   {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
+                   threads);
+}
+
+void merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+            const Pointers& saved, const Pointers& g_h, const Pointers& g_p, int threads) {
+  Lists lists("merge_", dtype, numel);
+  lists.required("theta", theta);
+  lists.optional("saved", saved);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  lists.disjoint();
+  cpu::merge_(lists.table(), out(theta), in(saved), in(g_h), out(g_p), threads);
+}
+
+bool grad_check(int dtype, const std::vector<int64_t>& numel, const Pointers& g_h,
+                const Pointers& g_p, uintptr_t partials, int threads) {
+  Lists lists("grad_check", dtype, numel);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  IMBSAM_CHECK(partials || lists.chunks() == 0, "grad_check: partials is a null pointer");
+  return cpu::grad_check(lists.table(), in(g_h), in(g_p), (double*)pointer(partials), threads);
+}
+
+CrossEntropySettings checked(const char* op, int dtype, int64_t rows, int64_t classes,
+                             int64_t row_stride, double label_smoothing, int64_t ignore_index,
+                             std::initializer_list<uintptr_t> pointers) {
+  IMBSAM_CHECK(dtype >= 0 && dtype <= 3, op << ": dtype is " << dtype << ", expected 0 to 3");
+  IMBSAM_CHECK(rows >= 0 && classes > 0, op << ": logits is (" << rows << ", " << classes
+                                            << "), expected (N, K) with K > 0");
+  IMBSAM_CHECK(row_stride >= classes || rows <= 1 || row_stride == 0,
+               op << ": row_stride is " << row_stride << ", expected >= " << classes);
+  for (uintptr_t p : pointers) IMBSAM_CHECK(p || rows == 0, op << ": a tensor is a null pointer");
+  return {rows, classes, row_stride, label_smoothing, ignore_index};
+}
+
+void split_cross_entropy(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+                         uintptr_t logits, uintptr_t targets, uintptr_t plain, uintptr_t sharp,
+                         uintptr_t class_weight, double label_smoothing, int64_t ignore_index,
+                         std::optional<double> batch_size, uintptr_t head, uintptr_t tail,
+                         uintptr_t b, uintptr_t lse, int threads) {
+  const auto settings =
+      checked("split_cross_entropy", dtype, rows, classes, row_stride, label_smoothing,
+              ignore_index, {logits, targets, plain, sharp, head, tail, b, lse});
+  cpu::split_cross_entropy((DType)dtype, settings, pointer(logits),
+                           (const int64_t*)pointer(targets),
+                           {pointer(plain), pointer(sharp), pointer(class_weight)},
+                           batch_size.value_or(-1), pointer(head), pointer(tail), pointer(b),
+                           pointer(lse), threads);
+}
+
+void split_cross_entropy_backward(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+                                  double grad_head, double grad_tail, uintptr_t logits,
+                                  uintptr_t targets, uintptr_t lse, double b, uintptr_t plain,
+                                  uintptr_t sharp, uintptr_t class_weight,
+                                  double label_smoothing, int64_t ignore_index,
+                                  uintptr_t grad_logits, int threads) {
+  const auto settings =
+      checked("split_cross_entropy_backward", dtype, rows, classes, row_stride, label_smoothing,
+              ignore_index, {logits, targets, lse, plain, sharp, grad_logits});
+  cpu::split_cross_entropy_backward((DType)dtype, settings, grad_head, grad_tail, pointer(logits),
+                                    (const int64_t*)pointer(targets), pointer(lse), b,
+                                    {pointer(plain), pointer(sharp), pointer(class_weight)},
+                                    pointer(grad_logits), threads);
+}
+
+void stream_copy(uintptr_t destination, uintptr_t source, int64_t bytes, int threads) {
+  IMBSAM_CHECK(bytes >= 0 && bytes % 4 == 0 && destination % 4 == 0,
+               "stream_copy: bytes is " << bytes << ", expected whole 4-byte words");
+  cpu::stream_copy(pointer(destination), pointer(source), bytes, threads);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < cpu::isa_count(); ++i) names.push_back(cpu::isa_name(i));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  module.doc() = "Compiled operations of imbsam_fast on raw pointers; see csrc/imbsam.h.";
+  module.def("squared_norm", &squared_norm, release);
+  module.def("perturb_", &perturb_, release);
+  module.def("sgd_update_", &sgd_update_, release);
+  module.def("merge_", &merge_, release);
+  module.def("grad_check", &grad_check, release);
+  module.def("split_cross_entropy", &split_cross_entropy, release);
+  module.def("split_cross_entropy_backward", &split_cross_entropy_backward, release);
+  module.def("stream_copy", &stream_copy, release);
+  module.def("isas", &isas, "The instruction sets of this build that run here, best last.");
+  module.def("isa_in_use", &cpu::isa_in_use);
+  module.def("use_isa", [](const std::string& name) { cpu::use_isa(name.c_str()); });
+  module.def("has_openmp", &cpu::has_openmp);
+  module.attr("has_cuda") = false;
+}

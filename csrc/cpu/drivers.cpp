@@ -1,0 +1,379 @@
+// Spreads every operation over tensors and threads: one parallel region each, balanced over the
+// flattened elements of all tensors, with results that do not depend on the number of threads.
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "../check.h"
+#include "spans.h"
+
+namespace imbsam {
+namespace cpu {
+namespace {
+
+// Below this many elements per thread, starting the threads costs more than it saves.
+constexpr int64_t kElementsPerThread = 16384;
+
+// ---------------------------------------------------------------- instruction sets
+
+const std::vector<const Isa*>& supported_isas() {
+  static const std::vector<const Isa*> isas = [] {
+    std::vector<const Isa*> found = {&isa_baseline};
+#if defined(IMBSAM_X86)
+    for (const Isa* isa : {&isa_avx2, &isa_avx512})
+      if (isa->supported()) found.push_back(isa);
+#endif
+    return found;
+  }();
+  return isas;
+}
+
+const Isa*& isa() {
+  static const Isa* in_use = supported_isas().back();
+  return in_use;
+}
+
+const Spans& spans_for(DType dtype) { return isa()->spans[(int)dtype]; }
+
+// ---------------------------------------------------------------- threads
+
+// Runs body(thread, threads) in one parallel region.
+template <class Body>
+void parallel(int threads, int64_t elements, Body body) {
+  const int64_t useful = std::max<int64_t>(1, elements / kElementsPerThread);
+  threads = (int)std::min<int64_t>(std::max(threads, 1), useful);
+#if defined(_OPENMP)
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  body(0, 1);
+}
+
+// The flattened element range of one thread; boundaries on multiples of a cache line's floats.
+struct Share {
+  int64_t begin, end;
+  Share(int64_t total, int thread, int threads)
+      : begin(boundary(total, thread, threads)), end(boundary(total, thread + 1, threads)) {}
+
+ private:
+  static int64_t boundary(int64_t total, int thread, int threads) {
+    return thread == threads ? total : total / threads * thread / 16 * 16;
+  }
+};
+
+// All tensors of a call as one range of elements.
+class Flattened {
+ public:
+  explicit Flattened(const Table& table) : numel_(table.numel), starts_(table.count + 1, 0) {
+    for (int64_t i = 0; i < table.count; ++i) starts_[i + 1] = starts_[i] + table.numel[i];
+  }
+
+  int64_t total() const { return starts_.back(); }
+
+  // Calls f(tensor, first element, elements) for pieces of at most a chunk, in order.
+  template <class F>
+  void forward(Share share, F f) const {
+    for (int64_t i = tensor_at(share.begin); starts_[i] < share.end; ++i) {
+      const int64_t last = std::min(share.end - starts_[i], numel_[i]);
+      for (int64_t at = std::max<int64_t>(share.begin - starts_[i], 0); at < last; at += kChunk)
+        f(i, at, std::min(kChunk, last - at));
+      if (i + 1 == count()) return;
+    }
+  }
+
+  // The same in reverse order: what was read last is met first.
+  template <class F>
+  void backward(Share share, F f) const {
+    if (share.begin == share.end) return;
+    for (int64_t i = tensor_at(share.end - 1); i >= 0; --i) {
+      const int64_t first = std::max<int64_t>(share.begin - starts_[i], 0);
+      for (int64_t end = std::min(share.end - starts_[i], numel_[i]); end > first;) {
+        const int64_t at = std::max(first, end - kChunk);
+        f(i, at, end - at);
+        end = at;
+      }
+      if (starts_[i] <= share.begin) return;
+    }
+  }
+
+  // Calls f(tensor, first element, elements, chunk) for the chunks that start in the share.
+  // Chunks are fixed by the tensors alone: what is summed per chunk depends on nothing else.
+  template <class F>
+  void chunks(Share share, F f) const {
+    int64_t chunk = 0;
+    for (int64_t i = 0; i < count() && starts_[i] < share.end; ++i) {
+      for (int64_t at = 0; at < numel_[i]; at += kChunk, ++chunk) {
+        const int64_t position = starts_[i] + at;
+        if (position >= share.begin && position < share.end)
+          f(i, at, std::min(kChunk, numel_[i] - at), chunk);
+      }
+    }
+  }
+
+ private:
+  int64_t count() const { return (int64_t)starts_.size() - 1; }
+  int64_t tensor_at(int64_t element) const {
+    return std::upper_bound(starts_.begin(), starts_.end(), element) - starts_.begin() - 1;
+  }
+
+  const int64_t* numel_;
+  std::vector<int64_t> starts_;
+};
+
+// ---------------------------------------------------------------- pointers
+
+char* at(void* const* list, int64_t tensor, int64_t element, int64_t size) {
+  return list ? (char*)list[tensor] + element * size : nullptr;
+}
+
+const char* at(const void* const* list, int64_t tensor, int64_t element, int64_t size) {
+  return list ? (const char*)list[tensor] + element * size : nullptr;
+}
+
+// ---------------------------------------------------------------- caches
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (l3 > 0) return l3;
+#endif
+    return (int64_t)32 << 20;
+  }();
+  return bytes;
+}
+
+// Writing past the caches pays only where the data would not have stayed in them.
+bool exceeds_cache(const Table& table, int64_t elements, int lists) {
+  return elements * size_of(table.dtype) * lists > last_level_cache_bytes();
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- the optimizer phases
+
+void squared_norm(const Table& table, const void* const* g_t, const void* const* theta,
+                  double* partials, int threads) {
+  const Flattened all(table);
+  const int64_t size = size_of(table.dtype);
+  const Spans& spans = spans_for(table.dtype);
+  parallel(threads, all.total(), [&](int thread, int count) {
+    all.chunks(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n, int64_t c) {
+      partials[c] = spans.squared_norm(at(g_t, i, e, size), at(theta, i, e, size), n);
+    });
+  });
+}
+
+void perturb_(const Table& table, void* const* theta, void* const* g_t, double scale,
+              bool adaptive, int threads) {
+  const Flattened all(table);
+  const int64_t size = size_of(table.dtype);
+  const Spans& spans = spans_for(table.dtype);
+  parallel(threads, all.total(), [&](int thread, int count) {
+    // Backwards: what squared_norm read last is still in the last-level cache.
+    all.backward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
+      spans.perturb_(at(theta, i, e, size), at(g_t, i, e, size), n, scale, adaptive);
+    });
+  });
+}
+
+void sgd_update_(const Table& table, void* const* theta, const void* const* saved,
+                 const void* const* g_h, const void* const* g_p, void* const* m,
+                 const SgdSettings& settings, int threads) {
+  const Flattened all(table);
+  const int64_t size = size_of(table.dtype);
+  const Spans& spans = spans_for(table.dtype);
+  const bool stream = exceeds_cache(table, all.total(), 5);
+  parallel(threads, all.total(), [&](int thread, int count) {
+    all.forward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
+      spans.sgd_update_(at(theta, i, e, size), at(saved, i, e, size), at(g_h, i, e, size),
+                        at(g_p, i, e, size), at(m, i, e, size), n, settings, stream);
+    });
+  });
+}
+
+void merge_(const Table& table, void* const* theta, const void* const* saved,
+            const void* const* g_h, void* const* g_p, int threads) {
+  const Flattened all(table);
+  const int64_t size = size_of(table.dtype);
+  const Spans& spans = spans_for(table.dtype);
+  const bool stream = exceeds_cache(table, all.total(), 4);
+  parallel(threads, all.total(), [&](int thread, int count) {
+    all.forward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
+      spans.merge_(at(theta, i, e, size), at(saved, i, e, size), at(g_h, i, e, size),
+                   at(g_p, i, e, size), n, stream);
+    });
+  });
+}
+
+bool grad_check(const Table& table, const void* const* g_h, const void* const* g_p,
+                double* partials, int threads) {
+  const Flattened all(table);
+  const int64_t size = size_of(table.dtype);
+  const Spans& spans = spans_for(table.dtype);
+  std::vector<char> finite(std::max(threads, 1), true);
+  parallel(threads, all.total(), [&](int thread, int count) {
+    bool all_finite = true;
+    all.chunks(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n, int64_t c) {
+      partials[c] = spans.grad_check(at(g_h, i, e, size), at(g_p, i, e, size), n, &all_finite);
+    });
+    finite[thread] = all_finite;
+  });
+  return std::all_of(finite.begin(), finite.end(), [](char f) { return f; });
+}
+
+// ---------------------------------------------------------------- the loss
+
+namespace {
+
+// The class weights of a call, read as doubles.
+class RowWeights {
+ public:
+  RowWeights(DType dtype, const CrossEntropySettings& settings, const ClassWeights& weights)
+      : spans_(spans_for(dtype == DType::float64 ? DType::float64 : DType::float32)),
+        settings_(settings),
+        weights_(weights) {
+    if (settings.label_smoothing == 0) return;
+    smooth_ = settings.label_smoothing / (double)settings.classes;
+    for (int64_t k = 0; k < settings.classes; ++k) smooth_sum_ += smooth_ * class_weight(k);
+  }
+
+  double plain(int64_t y) const { return spans_.element(weights_.plain, y); }
+  double sharp(int64_t y) const { return spans_.element(weights_.sharp, y); }
+  double hard(int64_t y) const { return (1 - settings_.label_smoothing) * class_weight(y); }
+  double smooth() const { return smooth_; }          // s / K
+  double smooth_sum() const { return smooth_sum_; }  // s / K sum_k w_k
+
+  // In the arithmetic dtype, as the logits' gradient and lse are.
+  double read(const void* x, int64_t i) const { return spans_.element(x, i); }
+
+ private:
+  double class_weight(int64_t k) const {
+    return weights_.class_weight ? spans_.element(weights_.class_weight, k) : 1.0;
+  }
+
+  const Spans& spans_;
+  const CrossEntropySettings& settings_;
+  const ClassWeights& weights_;
+  double smooth_ = 0, smooth_sum_ = 0;
+};
+
+void write(DType dtype, void* x, int64_t i, double value) {
+  if (dtype == DType::float64)
+    ((double*)x)[i] = value;
+  else
+    ((float*)x)[i] = (float)value;
+}
+
+}  // namespace
+
+void split_cross_entropy(DType dtype, const CrossEntropySettings& s, const void* logits,
+                         const int64_t* targets, const ClassWeights& class_weights,
+                         double batch_size, void* head, void* tail, void* b, void* lse,
+                         int threads) {
+  for (int64_t i = 0; i < s.rows; ++i)
+    if (targets[i] != s.ignore_index && (targets[i] < 0 || targets[i] >= s.classes))
+      throw std::out_of_range("targets[" + std::to_string(i) + "] is " +
+                              std::to_string(targets[i]) + ", expected 0 to " +
+                              std::to_string(s.classes - 1) + " or ignore_index " +
+                              std::to_string(s.ignore_index));
+  const Spans& spans = spans_for(dtype);
+  const RowWeights weights(dtype, s, class_weights);
+  std::vector<double> losses(s.rows, 0.0);
+  parallel(threads, s.rows * s.classes, [&](int thread, int count) {
+    for (int64_t i = s.rows * thread / count; i < s.rows * (thread + 1) / count; ++i) {
+      const char* z = (const char*)logits + i * s.row_stride * size_of(dtype);
+      double weighted_sum = 0;
+      const double row_lse = spans.lse(z, s.classes, class_weights.class_weight,
+                                       weights.smooth() > 0 ? &weighted_sum : nullptr);
+      write(dtype, lse, i, row_lse);
+      if (targets[i] == s.ignore_index) continue;
+      losses[i] = weights.hard(targets[i]) * (row_lse - spans.element(z, targets[i]));
+      if (weights.smooth() > 0)
+        losses[i] += weights.smooth_sum() * row_lse - weights.smooth() * weighted_sum;
+    }
+  });
+  double head_sum = 0, tail_sum = 0, counted = 0;
+  for (int64_t i = 0; i < s.rows; ++i) {  // in one order, whatever the number of threads
+    if (targets[i] == s.ignore_index) continue;
+    counted += 1;
+    head_sum += weights.plain(targets[i]) * losses[i];
+    tail_sum += weights.sharp(targets[i]) * losses[i];
+  }
+  const double divisor = batch_size < 0 ? counted : batch_size;
+  write(dtype, head, 0, head_sum / std::max(divisor, 1.0));
+  write(dtype, tail, 0, tail_sum / std::max(divisor, 1.0));
+  write(dtype, b, 0, divisor);
+}
+
+void split_cross_entropy_backward(DType dtype, const CrossEntropySettings& s, double grad_head,
+                                  double grad_tail, const void* logits, const int64_t* targets,
+                                  const void* lse, double b, const ClassWeights& class_weights,
+                                  void* grad_logits, int threads) {
+  const Spans& spans = spans_for(dtype);
+  const RowWeights weights(dtype, s, class_weights);
+  const int64_t size = size_of(dtype);
+  parallel(threads, s.rows * s.classes, [&](int thread, int count) {
+    for (int64_t i = s.rows * thread / count; i < s.rows * (thread + 1) / count; ++i) {
+      char* dz = (char*)grad_logits + i * s.classes * size;
+      const int64_t y = targets[i];
+      double row = 0;
+      if (y != s.ignore_index)
+        row = (grad_head * weights.plain(y) + grad_tail * weights.sharp(y)) / std::max(b, 1.0);
+      if (row == 0) {
+        std::fill(dz, dz + s.classes * size, 0);
+        continue;
+      }
+      spans.softmax_gradient((const char*)logits + i * s.row_stride * size, dz, s.classes,
+                             weights.read(lse, i), row * (weights.hard(y) + weights.smooth_sum()),
+                             row * weights.smooth(), class_weights.class_weight, y,
+                             row * weights.hard(y));
+    }
+  });
+}
+
+// ---------------------------------------------------------------- the machine
+
+void stream_copy(void* destination, const void* source, int64_t bytes, int threads) {
+  const int64_t elements = bytes / 4;
+  parallel(threads, elements, [&](int thread, int count) {
+    const Share share(elements, thread, count);
+    isa()->stream_copy((float*)destination + share.begin, (const float*)source + share.begin,
+                       (share.end - share.begin) * 4);
+  });
+}
+
+int isa_count() { return (int)supported_isas().size(); }
+const char* isa_name(int index) { return supported_isas().at(index)->name; }
+const char* isa_in_use() { return isa()->name; }
+
+void use_isa(const char* name) {
+  for (const Isa* candidate : supported_isas())
+    if (std::string(candidate->name) == name) {
+      isa() = candidate;
+      return;
+    }
+  IMBSAM_CHECK(false, "isa is '" << name << "', which this build or machine does not have");
+}
+
+bool has_openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace cpu
+}  // namespace imbsam

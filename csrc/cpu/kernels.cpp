@@ -1,0 +1,362 @@
+// Every operation on one span, for one instruction set: compiled once per IMBSAM_ISA.
+//
+// The last elements of a span, fewer than a vector, go through a small buffer, so that each
+// formula is written once.
+
+#include <math.h>
+#include <stdint.h>
+#if defined(IMBSAM_X86)
+#include <immintrin.h>
+#endif
+
+#include "../arithmetic.h"
+#include "spans.h"
+
+namespace imbsam {
+namespace cpu {
+namespace IMBSAM_ISA {
+namespace {
+
+#include "vec.h"
+
+template <class T>
+IMBSAM_INLINE void copy(T* to, const T* from, int64_t n) {
+  __builtin_memcpy(to, from, n * sizeof(T));
+}
+
+// ---------------------------------------------------------------- sums
+
+// Sums square(i) over 16 elements at a time; load16(p) reads 16 elements from pointers moved by
+// i, or from padded copies of the last ones.
+template <class T, class Add>
+IMBSAM_INLINE void for_each_16(const T* a, const T* b, int64_t n, Add add) {
+  int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) add(a + i, b ? b + i : nullptr);
+  if (i < n) {
+    T last_a[kSumLanes] = {}, last_b[kSumLanes] = {};
+    copy(last_a, a + i, n - i);
+    if (b) copy(last_b, b + i, n - i);
+    add(last_a, b ? last_b : nullptr);
+  }
+}
+
+template <class T>
+double squared_norm(const void* g_t, const void* theta, int64_t n) {
+  Sum sum = {};
+  for_each_16((const T*)g_t, (const T*)theta, n, [&](const T* g, const T* t) {
+    Sum x = widened<T>([&](int j) { return load(g + j); });
+    if (t) {
+      const Sum w = widened<T>([&](int j) { return load(t + j); });
+      for (int v = 0; v < kSumVectors; ++v) x.lanes[v] *= w.lanes[v];
+    }
+    for (int v = 0; v < kSumVectors; ++v) sum.lanes[v] += x.lanes[v] * x.lanes[v];
+  });
+  return total(sum);
+}
+
+template <class T>
+double grad_check(const void* g_h, const void* g_p, int64_t n, bool* finite) {
+  Sum sum = {}, residue = {};  // x - x is 0 where x is finite, else not a number
+  for_each_16((const T*)g_p, (const T*)g_h, n, [&](const T* p, const T* h) {
+    const Sum x = widened<T>([&](int j) { return h ? load(h + j) + load(p + j) : load(p + j); });
+    for (int v = 0; v < kSumVectors; ++v) {
+      sum.lanes[v] += x.lanes[v] * x.lanes[v];
+      residue.lanes[v] += x.lanes[v] - x.lanes[v];
+    }
+  });
+  if (total(residue) != 0) *finite = false;
+  return total(sum);
+}
+
+// ---------------------------------------------------------------- updates in place
+
+template <class T>
+void perturb_(void* theta_, void* g_t_, int64_t n, double scale_, bool adaptive) {
+  typedef typename Lanes<T>::S S;
+  constexpr int lanes = Lanes<T>::kLanes;
+  T *theta = (T*)theta_, *g_t = (T*)g_t_;
+  const S scale = (S)scale_;
+  const auto line = [&](T* t, T* g) {
+    const auto start = load(t);
+    const auto moved = perturbed(start, load(g), scale, adaptive);
+    copy(g, t, lanes);
+    store(t, moved);
+  };
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) line(theta + i, g_t + i);
+  if (i < n) {
+    T t[lanes] = {}, g[lanes] = {};
+    copy(t, theta + i, n - i);
+    copy(g, g_t + i, n - i);
+    line(t, g);
+    copy(theta + i, t, n - i);
+    copy(g_t + i, g, n - i);
+  }
+}
+
+// Calls line(i) for whole vectors, and edge(i, n) for the elements before `aligned` is aligned
+// for streaming and for the last ones.
+template <class T, class Line, class Edge>
+IMBSAM_INLINE void for_each_line(const T* aligned, int64_t n, bool align, Line line, Edge edge) {
+  constexpr int lanes = Lanes<T>::kLanes;
+  const int64_t misaligned = ((uintptr_t)aligned / sizeof(T)) % lanes;
+  int64_t i = align && misaligned ? lanes - misaligned : 0;
+  if (i >= n) i = n;
+  if (i) edge(0, i);
+  for (; i + lanes <= n; i += lanes) line(i);
+  if (i < n) edge(i, n - i);
+}
+
+template <class T, bool kSaved, bool kHead, bool kMomentum, bool kStream>
+void sgd_update_lines(T* theta, const T* saved, const T* g_h, const T* g_p, T* m, int64_t n,
+                      const Sgd<typename Lanes<T>::S>& sgd) {
+  typedef typename Lanes<T>::V V;
+  constexpr int lanes = Lanes<T>::kLanes;
+  // Reads one vector of every input, writes the new m, returns the new theta.
+  const auto updated = [&](const T* start_, const T* h, const T* p, T* velocity) -> V {
+    const V start = load(start_);
+    const V d = sgd_direction(start, kHead ? load(h) + load(p) : load(p), sgd);
+    if (!kMomentum) return sgd_step(start, d, d, sgd);
+    const V moved = sgd_momentum(load(velocity), d, sgd);
+    store(velocity, moved);
+    return sgd_step(start, moved, d, sgd);
+  };
+  const T* start = kSaved ? saved : theta;
+  for_each_line(
+      theta, n, kStream,
+      [&](int64_t i) {
+        const V stepped = updated(start + i, g_h + i, g_p + i, m + i);
+        if (kStream)
+          stream(theta + i, stepped);
+        else
+          store(theta + i, stepped);
+      },
+      [&](int64_t i, int64_t count) {
+        T s[lanes] = {}, h[lanes] = {}, p[lanes] = {}, velocity[lanes] = {}, stepped[lanes];
+        copy(s, start + i, count);
+        if (kHead) copy(h, g_h + i, count);
+        copy(p, g_p + i, count);
+        if (kMomentum) copy(velocity, m + i, count);
+        store(stepped, updated(s, h, p, velocity));
+        copy(theta + i, stepped, count);
+        if (kMomentum) copy(m + i, velocity, count);
+      });
+  if (kStream) stream_fence();
+}
+
+template <class T, bool kStream>
+void restore_lines(T* theta, const T* saved, int64_t n) {
+  for_each_line(
+      theta, n, kStream,
+      [&](int64_t i) {
+        if (kStream)
+          stream(theta + i, load(saved + i));
+        else
+          copy(theta + i, saved + i, Lanes<T>::kLanes);
+      },
+      [&](int64_t i, int64_t count) { copy(theta + i, saved + i, count); });
+  if (kStream) stream_fence();
+}
+
+// Calls f with a compile-time true or false.
+struct True { static constexpr bool value = true; };
+struct False { static constexpr bool value = false; };
+template <class F>
+IMBSAM_INLINE void with_bool(bool b, F f) {
+  if (b)
+    f(True());
+  else
+    f(False());
+}
+
+template <class T>
+void sgd_update_(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
+                 int64_t n, const SgdSettings& s, bool stream) {
+  typedef typename Lanes<T>::S S;
+  if (s.skip) {
+    if (saved) restore_lines<T, false>((T*)theta, (const T*)saved, n);
+    return;
+  }
+  const S unscale = S(1) / (S)s.grad_scale;
+  const Sgd<S> sgd = {(S)s.lr, (S)s.momentum, (S)(1 - s.dampening), (S)s.weight_decay,
+                      s.maximize ? -unscale : unscale, m && s.nesterov};
+  with_bool(saved != nullptr, [&](auto has_saved) {
+    with_bool(g_h != nullptr, [&](auto has_head) {
+      with_bool(m != nullptr, [&](auto has_momentum) {
+        // Without `saved`, theta was just read: it is in the cache and streaming does not pay.
+        with_bool(stream && decltype(has_saved)::value, [&](auto streams) {
+          sgd_update_lines<T, decltype(has_saved)::value, decltype(has_head)::value,
+                           decltype(has_momentum)::value, decltype(streams)::value>(
+              (T*)theta, (const T*)saved, (const T*)g_h, (const T*)g_p, (T*)m, n, sgd);
+        });
+      });
+    });
+  });
+}
+
+template <class T>
+void merge_(void* theta, const void* saved, const void* g_h, void* g_p, int64_t n, bool stream) {
+  constexpr int lanes = Lanes<T>::kLanes;
+  if (saved)
+    with_bool(stream, [&](auto streams) {
+      restore_lines<T, decltype(streams)::value>((T*)theta, (const T*)saved, n);
+    });
+  if (!g_h) return;
+  const T* head = (const T*)g_h;
+  T* sum = (T*)g_p;
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store(sum + i, load(head + i) + load(sum + i));
+  if (i < n) {
+    T h[lanes] = {}, p[lanes] = {};
+    copy(h, head + i, n - i);
+    copy(p, sum + i, n - i);
+    store(p, load(h) + load(p));
+    copy(sum + i, p, n - i);
+  }
+}
+
+// ---------------------------------------------------------------- cross-entropy rows
+
+template <class V, class S>
+IMBSAM_INLINE V filled(S value) {
+  return V{} + value;
+}
+
+template <class T>
+double lse(const void* z_, int64_t classes, const void* w_, double* weighted_sum) {
+  typedef typename Lanes<T>::S S;
+  typedef typename Lanes<T>::V V;
+  constexpr int lanes = Lanes<T>::kLanes;
+  const T* z = (const T*)z_;
+  const S* w = (const S*)w_;
+
+  const V lowest = filled<V>(-(S)INFINITY);
+  T last[kSumLanes];  // the last elements, padded with -inf, whose exp is 0
+  for (int j = 0; j < kSumLanes; j += lanes) store(last + j, lowest);
+  const int64_t whole = classes - classes % kSumLanes;
+  copy(last, z + whole, classes - whole);
+
+  V highest = lowest;
+  const auto raise = [&](const T* p) {
+    for (int j = 0; j < kSumLanes; j += lanes) {
+      const V x = load(p + j);
+      highest = x > highest ? x : highest;
+    }
+  };
+  for (int64_t i = 0; i < whole; i += kSumLanes) raise(z + i);
+  raise(last);
+  S max = highest[0];
+  for (int j = 1; j < lanes; ++j) max = highest[j] > max ? highest[j] : max;
+
+  Sum sum = {};
+  const auto add = [&](const T* p) {
+    const Sum x = widened<T>([&](int j) { return exp_(load(p + j) - max); });
+    for (int v = 0; v < kSumVectors; ++v) sum.lanes[v] += x.lanes[v];
+  };
+  for (int64_t i = 0; i < whole; i += kSumLanes) add(z + i);
+  add(last);
+
+  if (weighted_sum) {
+    Sum dot = {};
+    for (int64_t i = 0; i < whole; i += kSumLanes) {
+      const Sum x = widened<T>([&](int j) { return load(z + i + j); });
+      if (w) {
+        const Sum y = widened<S>([&](int j) { return load(w + i + j); });
+        for (int v = 0; v < kSumVectors; ++v) dot.lanes[v] += x.lanes[v] * y.lanes[v];
+      } else {
+        for (int v = 0; v < kSumVectors; ++v) dot.lanes[v] += x.lanes[v];
+      }
+    }
+    *weighted_sum = total(dot);
+    T one[lanes] = {};
+    for (int64_t i = whole; i < classes; ++i) {
+      one[0] = z[i];
+      *weighted_sum += (double)load(one)[0] * (w ? (double)w[i] : 1.0);
+    }
+  }
+  return (double)max + log(total(sum));
+}
+
+template <class T>
+void softmax_gradient(const void* z_, void* dz_, int64_t classes, double lse_, double soft_,
+                      double smooth_, const void* w_, int64_t y, double hard) {
+  typedef typename Lanes<T>::S S;
+  constexpr int lanes = Lanes<T>::kLanes;
+  const T* z = (const T*)z_;
+  T* dz = (T*)dz_;
+  const S* w = (const S*)w_;
+  const S lse = (S)lse_, soft = (S)soft_, smooth = (S)smooth_;
+  const auto gradient = [&](const T* p, const S* weight) {
+    const auto g = exp_(load(p) - lse) * soft;
+    if (smooth == 0) return g;
+    return weight ? g - load(weight) * smooth : g - smooth;
+  };
+  // Element y is written last, from the same formula: dz may not be read back in a half dtype.
+  T at_y[lanes] = {};
+  S weight_y[lanes] = {};
+  at_y[0] = z[y];
+  if (w) weight_y[0] = w[y];
+  store(at_y, gradient(at_y, w ? weight_y : nullptr) - (S)hard);
+
+  int64_t i = 0;
+  for (; i + lanes <= classes; i += lanes) store(dz + i, gradient(z + i, w ? w + i : nullptr));
+  if (i < classes) {
+    T last[lanes] = {};
+    S weight[lanes] = {};
+    copy(last, z + i, classes - i);
+    if (w) copy(weight, w + i, classes - i);
+    store(last, gradient(last, w ? weight : nullptr));
+    copy(dz + i, last, classes - i);
+  }
+  dz[y] = at_y[0];
+}
+
+template <class T>
+double element(const void* x, int64_t i) {
+  T one[Lanes<T>::kLanes] = {};
+  one[0] = ((const T*)x)[i];
+  return (double)load(one)[0];
+}
+
+// ---------------------------------------------------------------- the table
+
+void stream_copy(void* destination, const void* source, int64_t bytes) {
+  restore_lines<float, true>((float*)destination, (const float*)source, bytes / 4);
+}
+
+bool supported() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#elif defined(__AVX2__)
+  // Every processor with AVX2 has F16C.
+  return __builtin_cpu_supports("avx2");
+#else
+  return true;
+#endif
+}
+
+template <class T>
+constexpr Spans spans() {
+  return {squared_norm<T>, perturb_<T>, sgd_update_<T>, merge_<T>,
+          grad_check<T>,   lse<T>,      softmax_gradient<T>, element<T>};
+}
+
+}  // namespace
+}  // namespace IMBSAM_ISA
+
+#define IMBSAM_JOIN_(a, b) a##b
+#define IMBSAM_JOIN(a, b) IMBSAM_JOIN_(a, b)
+#define IMBSAM_STRING_(a) #a
+#define IMBSAM_STRING(a) IMBSAM_STRING_(a)
+
+const Isa IMBSAM_JOIN(isa_, IMBSAM_ISA) = {
+    IMBSAM_STRING(IMBSAM_ISA),
+    IMBSAM_ISA::supported,
+    {IMBSAM_ISA::spans<float>(), IMBSAM_ISA::spans<double>(),
+     IMBSAM_ISA::spans<IMBSAM_ISA::BFloat16>(), IMBSAM_ISA::spans<IMBSAM_ISA::Float16>()},
+    IMBSAM_ISA::stream_copy,
+};
+
+}  // namespace cpu
+}  // namespace imbsam

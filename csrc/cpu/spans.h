@@ -1,0 +1,46 @@
+// What each instruction set provides: every operation on one span of one tensor.
+//
+// kernels.cpp is compiled once per instruction set and fills one table for each; drivers.cpp
+// spreads spans over tensors and threads. No std:: templates on this side: the linker would
+// keep one copy of them for all instruction sets.
+#pragma once
+
+#include "../imbsam.h"
+
+namespace imbsam {
+namespace cpu {
+
+struct Spans {
+  // Sum of squares of g, or of theta g where theta is not null.
+  double (*squared_norm)(const void* g_t, const void* theta, int64_t n);
+  void (*perturb_)(void* theta, void* g_t, int64_t n, double scale, bool adaptive);
+  // Null saved, g_h or m: absent. stream: write theta past the caches.
+  void (*sgd_update_)(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
+                      int64_t n, const SgdSettings&, bool stream);
+  void (*merge_)(void* theta, const void* saved, const void* g_h, void* g_p, int64_t n,
+                 bool stream);
+  // Sum of squares of g_h + g_p; *finite is cleared where an element is not.
+  double (*grad_check)(const void* g_h, const void* g_p, int64_t n, bool* finite);
+  // log-sum-exp of a row; *weighted_sum, where not null, becomes sum_k w_k z_k (w null: 1).
+  double (*lse)(const void* z, int64_t classes, const void* w, double* weighted_sum);
+  // dz_k = soft exp(z_k - lse) - smooth w_k - (k = y ? hard : 0)
+  void (*softmax_gradient)(const void* z, void* dz, int64_t classes, double lse, double soft,
+                           double smooth, const void* w, int64_t y, double hard);
+  double (*element)(const void* x, int64_t i);
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  Spans spans[4];  // by DType
+  void (*stream_copy)(void* destination, const void* source, int64_t bytes);
+};
+
+extern const Isa isa_baseline;
+#if defined(IMBSAM_X86)
+extern const Isa isa_avx2;
+extern const Isa isa_avx512;
+#endif
+
+}  // namespace cpu
+}  // namespace imbsam

@@ -1,0 +1,98 @@
+// The whole native interface: the operations of imbsam_fast/reference.py on raw pointers.
+//
+// A list argument `void* const* x` holds the data pointers of one tensor per parameter; a
+// null list is absent (a zero gradient, unperturbed weights, no momentum). Tensor i of every
+// list has numel[i] elements of one dtype in the same dense memory order. Arithmetic runs in
+// float for float32, bfloat16 and float16 data, in double for float64.
+#pragma once
+
+#include <stdint.h>
+
+namespace imbsam {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Elements that share one partial sum; reference.CHUNK.
+constexpr int64_t kChunk = 32768;
+
+// What all lists of one call share.
+struct Table {
+  DType dtype;
+  int64_t count;         // tensors in every list
+  const int64_t* numel;  // elements of each
+};
+
+struct SgdSettings {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  double grad_scale;  // the gradients are this many times too large
+  bool skip;          // only restore theta
+};
+
+struct CrossEntropySettings {
+  int64_t rows, classes, row_stride;  // logits are (rows, classes), unit stride along classes
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+// Class weights in the arithmetic dtype, one entry a class.
+struct ClassWeights {
+  const void *plain, *sharp;
+  const void* class_weight;  // null: 1 for every class
+};
+
+namespace cpu {
+
+// bytes: 1n read (2n with theta)
+void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
+                  double* partials, int threads);
+
+// bytes: 2n read, 2n written. scale = rho / (norm + guard), in the arithmetic dtype.
+void perturb_(const Table&, void* const* theta, void* const* g_t, double scale, bool adaptive,
+              int threads);
+
+// bytes: 4n read, 2n written with all lists present
+void sgd_update_(const Table&, void* const* theta, const void* const* saved,
+                 const void* const* g_h, const void* const* g_p, void* const* m,
+                 const SgdSettings&, int threads);
+
+// bytes: 3n read, 2n written with all lists present
+void merge_(const Table&, void* const* theta, const void* const* saved,
+            const void* const* g_h, void* const* g_p, int threads);
+
+// bytes: 2n read. Returns whether every element of g_h + g_p is finite.
+bool grad_check(const Table&, const void* const* g_h, const void* const* g_p,
+                double* partials, int threads);
+
+// head, tail, b: one element each; lse: one a row; all in the arithmetic dtype.
+// batch_size < 0: count the rows that are not ignored. Throws std::out_of_range for a target
+// outside 0 .. classes-1. bytes: N·K read
+void split_cross_entropy(DType, const CrossEntropySettings&, const void* logits,
+                         const int64_t* targets, const ClassWeights&, double batch_size,
+                         void* head, void* tail, void* b, void* lse, int threads);
+
+// grad_logits is (rows, classes) without gaps. Rows without weight are not read.
+// bytes: N·K read, N·K written
+void split_cross_entropy_backward(DType, const CrossEntropySettings&, double grad_head,
+                                  double grad_tail, const void* logits, const int64_t* targets,
+                                  const void* lse, double b, const ClassWeights&,
+                                  void* grad_logits, int threads);
+
+// The machine's streaming-copy limit, for benchmarks. bytes: 1n read, 1n written
+void stream_copy(void* destination, const void* source, int64_t bytes, int threads);
+
+// The instruction sets this build has and this machine runs, best last; the one in use; and
+// a test-only override (throws std::invalid_argument for a name that is not in the list).
+int isa_count();
+const char* isa_name(int index);
+const char* isa_in_use();
+void use_isa(const char* name);
+
+bool has_openmp();
+
+}  // namespace cpu
+}  // namespace imbsam

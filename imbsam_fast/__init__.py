@@ -1,0 +1,22 @@
+"""ImbSAM for PyTorch: class-aware sharpness-aware minimisation for long-tailed data."""
+
+from importlib.metadata import version as _version
+
+from .losses import SplitCrossEntropy, SplitLoss, split_loss
+from .optim import ImbSAM
+from .split import ClassSplit
+from .train_step import StepResult, TrainStep, frozen_batch_norm_statistics
+
+__version__ = _version("imbsam-fast")
+
+__all__ = [
+    "ClassSplit",
+    "ImbSAM",
+    "SplitCrossEntropy",
+    "SplitLoss",
+    "StepResult",
+    "TrainStep",
+    "__version__",
+    "frozen_batch_norm_statistics",
+    "split_loss",
+]

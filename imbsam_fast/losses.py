@@ -1,0 +1,157 @@
+"""Criteria that return the head and the tail part of a batch's loss.
+
+A criterion is anything with `split: ClassSplit` and
+`__call__(outputs, targets, batch_size=None) -> SplitLoss`. `batch_size` is b of DESIGN.md
+section 2, for when only some rows of the batch are passed; without it b is the number of
+rows that count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .reference import arithmetic_dtype
+from .split import ClassSplit
+
+
+class SplitLoss(NamedTuple):
+    """The two parts of a loss, scalars of one dtype."""
+
+    head: Tensor  # 1/b sum_i plain[y_i] l_i
+    tail: Tensor  # 1/b sum_i sharp[y_i] l_i
+
+    @property
+    def total(self) -> Tensor:
+        """head + tail."""
+        return self.head + self.tail
+
+
+class SplitCrossEntropy(nn.Module):
+    """Cross-entropy in its head and tail part, from one fused pass over the logits.
+
+    Takes logits (N, K) in float32, float64, bfloat16 or float16 and integer targets (N,);
+    returns float32 losses (float64 for float64). With `ClassSplit.none()` and no class weight,
+    the head part is `torch.nn.functional.cross_entropy`.
+
+    Args:
+        split: the class weights `plain` and `sharp`.
+        weight: (K,) class weight inside the per-row loss, as in torch.nn.CrossEntropyLoss
+            with reduction "none": the mean divides by the number of rows, not by the sum of
+            their weights.
+        label_smoothing: between 0 and 1, as in torch.nn.CrossEntropyLoss.
+        ignore_index: rows with this target count neither in the sums nor in b.
+        tail_weight: factor on the tail part (2 in the authors' released code).
+
+    Raises ValueError for arguments out of range, IndexError for a target outside 0 .. K-1.
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        split: ClassSplit,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        tail_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        _check_split(split)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is {label_smoothing!r}, expected 0 to 1")
+        if weight is not None and not (weight.dim() == 1 and weight.is_floating_point()):
+            raise ValueError(
+                f"weight is {weight.dtype} {tuple(weight.shape)}, expected floating point (K,)"
+            )
+        self.split = split
+        self.register_buffer("weight", weight)
+        self.label_smoothing = float(label_smoothing)
+        self.ignore_index = int(ignore_index)
+        self.tail_weight = _checked_tail_weight(tail_weight)
+
+    def forward(
+        self, logits: Tensor, targets: Tensor, batch_size: float | None = None
+    ) -> SplitLoss:
+        dtype = arithmetic_dtype(logits.dtype)
+        plain, sharp = self.split.weights(logits.shape[-1], logits.device, dtype)
+        weight = None if self.weight is None else self.weight.to(logits.device, dtype)
+        head, tail = ops.split_cross_entropy(
+            logits,
+            targets.to(logits.device, non_blocking=True),
+            plain,
+            sharp,
+            weight,
+            self.label_smoothing,
+            self.ignore_index,
+            batch_size,
+        )
+        return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
+
+    def extra_repr(self) -> str:
+        return (
+            f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
+            f"tail_weight={self.tail_weight}"
+        )
+
+
+class _SplitPerSampleLoss(nn.Module):
+    def __init__(self, per_sample_loss: Callable, split: ClassSplit, tail_weight: float) -> None:
+        super().__init__()
+        self.per_sample_loss = per_sample_loss
+        self.split = split
+        self.tail_weight = tail_weight
+
+    def forward(
+        self, outputs: Tensor, targets: Tensor, batch_size: float | None = None
+    ) -> SplitLoss:
+        # The split is looked up where the labels are, which for CPU labels costs no sync.
+        losses = self.per_sample_loss(outputs, targets.to(outputs.device, non_blocking=True))
+        if losses.shape != targets.shape:
+            raise ValueError(
+                f"per_sample_loss returned shape {tuple(losses.shape)}, expected "
+                f"{tuple(targets.shape)}: one loss a row, as with reduction='none'"
+            )
+        num_classes = self.split.num_classes or 1
+        plain, sharp = self.split.weights(num_classes, losses.device, losses.dtype)
+        labels = targets.to(losses.device, non_blocking=True)
+        if self.split.num_classes is None:
+            labels = torch.zeros_like(labels)
+        b = max(len(targets), 1) if batch_size is None else batch_size
+        head = (plain[labels] * losses).sum() / b
+        tail = (sharp[labels] * losses).sum() / b
+        return SplitLoss(head, self.tail_weight * tail)
+
+
+def split_loss(
+    per_sample_loss: Callable[[Tensor, Tensor], Tensor],
+    split: ClassSplit,
+    tail_weight: float = 1.0,
+) -> nn.Module:
+    """A criterion from any loss with one value a row.
+
+    Args:
+        per_sample_loss: `(outputs, targets) -> losses`, with losses shaped like targets (N,);
+            a module's parameters are part of the criterion.
+        split: the class weights, looked up with the integer labels `targets`.
+        tail_weight: factor on the tail part.
+    """
+    _check_split(split)
+    if not callable(per_sample_loss):
+        raise TypeError(f"per_sample_loss is {per_sample_loss!r}, expected a callable")
+    return _SplitPerSampleLoss(per_sample_loss, split, _checked_tail_weight(tail_weight))
+
+
+def _check_split(split: object) -> None:
+    if not isinstance(split, ClassSplit):
+        raise TypeError(f"split is {type(split).__name__}, expected a ClassSplit")
+
+
+def _checked_tail_weight(tail_weight: float) -> float:
+    if not 0 < tail_weight < float("inf"):
+        raise ValueError(f"tail_weight is {tail_weight!r}, expected a finite number > 0")
+    return float(tail_weight)

@@ -1,0 +1,191 @@
+"""The compiled backend: the operations of `reference.py`, handed to csrc/ as raw pointers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch  # first, so that _C shares torch's OpenMP runtime
+from torch import Tensor
+
+from .reference import CHUNK, arithmetic_dtype, perturbation_scale
+
+try:
+    from . import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _load_error = str(error)
+
+# imbsam::DType
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def reason_unavailable(device_type: str) -> str | None:
+    """None where the compiled operations run on `device_type`, else why they do not."""
+    if _C is None:
+        return f"the compiled module imbsam_fast._C did not load: {_load_error}"
+    if device_type != "cpu":
+        return f"this build has no kernels for {device_type} devices"
+    return None
+
+
+def isas() -> list[str]:
+    """The CPU instruction sets of this build that run on this machine, best last."""
+    return _C.isas()
+
+
+def isa_in_use() -> str:
+    """The instruction set that the CPU kernels use."""
+    return _C.isa_in_use()
+
+
+@contextmanager
+def use_isa(name: str):
+    """For tests: run the CPU kernels of one instruction set inside the block."""
+    previous = _C.isa_in_use()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(previous)
+
+
+def _pointers(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _table(tensors: Sequence[Tensor]) -> tuple[int, list[int]]:
+    return _DTYPE_CODES[tensors[0].dtype], [t.numel() for t in tensors]
+
+
+def _empty_partials(numel: list[int]) -> Tensor:
+    return torch.empty(sum((n + CHUNK - 1) // CHUNK for n in numel), dtype=torch.float64)
+
+
+def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    dtype, numel = _table(g_t)
+    partials = _empty_partials(numel)
+    _C.squared_norm(
+        dtype, numel, _pointers(g_t), _pointers(theta), partials.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return partials
+
+
+def perturb_(
+    theta: Sequence[Tensor],
+    g_t: Sequence[Tensor],
+    partials: Tensor,
+    rho: float,
+    adaptive: bool = False,
+) -> None:
+    scale = perturbation_scale(partials, rho, theta[0].dtype).item()
+    _C.perturb_(
+        *_table(theta), _pointers(theta), _pointers(g_t), scale, adaptive, torch.get_num_threads()
+    )
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    _C.sgd_update_(
+        *_table(theta), _pointers(theta), _pointers(saved), _pointers(g_h), _pointers(g_p),
+        _pointers(m), lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
+        1.0 if grad_scale is None else grad_scale.item(),
+        found_inf is not None and found_inf.item() != 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def merge_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+) -> None:
+    _C.merge_(
+        *_table(theta), _pointers(theta), _pointers(saved), _pointers(g_h), _pointers(g_p),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype, numel = _table(g_p)
+    partials = _empty_partials(numel)
+    finite = _C.grad_check(
+        dtype, numel, _pointers(g_h), _pointers(g_p), partials.data_ptr(), torch.get_num_threads()
+    )
+    return partials, torch.tensor([0.0 if finite else 1.0])
+
+
+def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Logits with unit stride along the classes, and how the kernels are told of them."""
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        logits = logits.contiguous()
+    return logits, (_DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0))
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def split_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    batch_size: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, rows = _rows(logits)
+    dtype = arithmetic_dtype(logits.dtype)
+    head, tail, b = (torch.empty((), dtype=dtype) for _ in range(3))
+    lse = torch.empty(len(logits), dtype=dtype)
+    plain, sharp, targets = plain.contiguous(), sharp.contiguous(), targets.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    _C.split_cross_entropy(
+        *rows, logits.data_ptr(), targets.data_ptr(), plain.data_ptr(), sharp.data_ptr(),
+        _pointer(class_weight), label_smoothing, ignore_index, batch_size,
+        head.data_ptr(), tail.data_ptr(), b.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return head, tail, b, lse
+
+
+def split_cross_entropy_backward(
+    grad_head: Tensor | None,
+    grad_tail: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    b: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    logits, rows = _rows(logits)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    plain, sharp, targets = plain.contiguous(), sharp.contiguous(), targets.contiguous()
+    class_weight = None if class_weight is None else class_weight.contiguous()
+    _C.split_cross_entropy_backward(
+        *rows, *(0.0 if g is None else g.item() for g in (grad_head, grad_tail)),
+        logits.data_ptr(), targets.data_ptr(), lse.data_ptr(), b.item(), plain.data_ptr(),
+        sharp.data_ptr(), _pointer(class_weight), label_smoothing, ignore_index,
+        grad_logits.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_logits

@@ -1,0 +1,361 @@
+"""ImbSAM: what happens to gradients and weights between the passes of one step.
+
+It knows no model, no loss and no plan; the equations are those of DESIGN.md section 2.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .losses import SplitLoss
+
+# One entry a parameter, in the order of param_groups; None where there is no tensor.
+Slots = list[Tensor | None]
+
+
+class ImbSAM(torch.optim.Optimizer):
+    """Class-aware sharpness-aware minimisation around a base optimizer (paper, Algorithm 1).
+
+    One step is three calls, each after a backward pass that left gradients in `p.grad`:
+
+        loss.head.backward(retain_graph=True); optimizer.first_step()    # hold g_h
+        loss.tail.backward();                  optimizer.second_step()   # theta + epsilon
+        perturbed_loss.tail.backward();        optimizer.third_step()    # restore, update
+
+    A pass may be left out with its call: without `first_step` this is SAM, without
+    `second_step` a step of the base. `TrainStep` and `step(closure)` make the calls for you.
+
+    `param_groups` and `state` are the base's own, so schedulers and checkpoints work on
+    either; each group carries `rho` and `adaptive` besides the base's settings. A
+    `torch.optim.SGD` base is updated by one fused kernel that writes the base's
+    `momentum_buffer`; any other base runs its own `step()` on the merged gradient.
+
+    Args:
+        base: the optimizer that updates the weights.
+        rho: radius of the perturbation, >= 0.
+        adaptive: ASAM: the perturbation scales with |theta|.
+
+    Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
+    order; whatever fails, the weights are back at their unperturbed value.
+    """
+
+    def __init__(
+        self, base: torch.optim.Optimizer, rho: float = 0.05, adaptive: bool = False
+    ) -> None:
+        _check_base(base)
+        _check_rho(rho)
+        # Optimizer.__init__ would make groups and state anew; these are shared with the base.
+        self.__setstate__({"base": base, "defaults": {"rho": rho, "adaptive": bool(adaptive)}})
+        self._check_params(self._params())
+
+    # ------------------------------------------------------------ one step
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Hold the gradients in `p.grad` as g_h, without copying them."""
+        if self._held is not None or self._saved is not None:
+            raise RuntimeError("first_step was called twice in one step; third_step must follow")
+        with _uninterrupted():
+            self._held = self._take_gradients()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
+        if self._saved is not None:
+            raise RuntimeError("second_step was called twice in one step; third_step must follow")
+        with self._abandoned_on_failure(), _uninterrupted():
+            g_t = self._take_gradients()
+            self._saved = [None] * len(g_t)
+            buckets = list(self._buckets(g_t, keys=[() if g is not None else None for g in g_t]))
+            partials = [
+                ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
+                for b in buckets
+            ]
+            for bucket in buckets:
+                on_device = [p.to(bucket.params[0].device) for p in partials]
+                sums = on_device[0] if len(on_device) == 1 else torch.cat(on_device)
+                ops.perturb_(
+                    bucket.params, bucket.pick(g_t), sums,
+                    bucket.group["rho"], bucket.group["adaptive"],
+                )  # fmt: skip
+                for i in bucket.indices:
+                    self._saved[i] = g_t[i]  # the buffer of g_t now holds the saved weights
+
+    @torch.no_grad()
+    def third_step(self) -> None:
+        """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`."""
+        with self._abandoned_on_failure(), _uninterrupted():
+            g_p = self._take_gradients()
+            g_h = self._held or [None] * len(g_p)
+            saved = self._saved or [None] * len(g_p)
+            # A gradient missing in one pass is zero; one missing in both leaves the weight be.
+            g_p, g_h = (
+                [p if p is not None else h for p, h in zip(g_p, g_h)],
+                [h if p is not None else None for p, h in zip(g_p, g_h)],
+            )
+            if type(self.base) is torch.optim.SGD:
+                self._sgd_update(saved, g_h, g_p)
+            else:
+                self._merge_and_step(saved, g_h, g_p)
+            self._held = self._saved = None
+            # What LR schedulers look at to warn about a step that never happened.
+            self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+
+    def step(self, closure: Callable[[], SplitLoss] | None = None) -> SplitLoss:  # type: ignore[override]
+        """One whole step by the joint plan.
+
+        Args:
+            closure: runs the forward pass and returns its `SplitLoss`, without a backward;
+                called at theta and again at theta + epsilon.
+
+        Returns the loss at theta.
+        """
+        if closure is None:
+            raise TypeError(
+                "step needs a closure that returns a SplitLoss; "
+                "or call first_step, second_step and third_step after your own backwards"
+            )
+        self.zero_grad()
+        with self._abandoned_on_failure(), torch.enable_grad():
+            loss = closure()
+            loss.head.backward(retain_graph=True)
+            self.first_step()
+            loss.tail.backward()
+            self.second_step()
+            closure().tail.backward()
+            self.third_step()
+        return SplitLoss(loss.head.detach(), loss.tail.detach())
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at theta + epsilon, between second_step and third_step."""
+        return self._saved is not None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
+        with _uninterrupted():
+            for p, saved in zip(self._params(), self._saved or ()):
+                if saved is not None:
+                    p.copy_(saved)
+            self._held = self._saved = None
+            self.zero_grad()
+
+    # ------------------------------------------------------------ the base's groups and state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._require_idle("add_param_group")
+        _check_rho(param_group.get("rho", self.defaults["rho"]))
+        params = param_group["params"]
+        self._check_params([params] if isinstance(params, Tensor) else params)
+        self.base.add_param_group(param_group)
+        self._fill_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._require_idle("state_dict")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._require_idle("load_state_dict")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_idle("pickling or copying the optimizer")
+        return {"base": self.base, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shared = {k: v for k, v in state.items() if k in ("state", "param_groups")}
+        super().__setstate__({k: v for k, v in state.items() if k not in shared})
+        if shared:  # from load_state_dict; the base knows what its state needs
+            self.base.__setstate__(shared)
+        self._held: Slots | None = None
+        self._saved: Slots | None = None
+        self._fill_groups()
+
+    def _fill_groups(self) -> None:
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                if name in ("rho", "adaptive"):
+                    group.setdefault(name, default)
+
+    # ------------------------------------------------------------ internals
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _check_params(self, params: Sequence[Tensor]) -> None:
+        for i, p in enumerate(params):
+            if p.dtype not in ops.DTYPES or p.layout != torch.strided:
+                raise TypeError(
+                    f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
+                    f"of {', '.join(map(str, ops.DTYPES))}"
+                )
+
+    def _require_idle(self, action: str) -> None:
+        if self._held is not None or self._saved is not None:
+            where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
+            raise RuntimeError(
+                f"{action} in the middle of a step, where {where}; "
+                "finish it with third_step() or abandon it with restore()"
+            )
+
+    @contextmanager
+    def _abandoned_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    def _take_gradients(self) -> Slots:
+        """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
+        params = self._params()
+        gradients: Slots = [p.grad for p in params]
+        for i, (p, g) in enumerate(zip(params, gradients)):
+            if g is None:
+                continue
+            if g.layout != torch.strided:
+                raise TypeError(f"the gradient of parameter {i} is {g.layout}, expected strided")
+            if g.stride() != p.stride() and not ops.same_layout(g, p):
+                gradients[i] = torch.empty_like(p).copy_(g)
+        for p in params:
+            p.grad = None
+        return gradients
+
+    def _buckets(self, slots: Slots, keys: Sequence[Hashable | None]) -> Iterator[_Bucket]:
+        """The parameters with a key, by group, device, dtype and key: what one launch takes."""
+        first = 0
+        for group in self.param_groups:
+            members: dict[Hashable, list[int]] = {}
+            for i, p in enumerate(group["params"], first):
+                if keys[i] is not None:
+                    members.setdefault((p.device, p.dtype, keys[i]), []).append(i)
+            for indices in members.values():
+                yield _Bucket(group, indices, [group["params"][i - first] for i in indices])
+            first += len(group["params"])
+
+    def _sgd_update(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
+        fresh = self._ensure_momentum_buffers(g_p)
+        keys = [
+            None if g is None and s is None else (g is None, h is None, s is None, new)
+            for g, h, s, new in zip(g_p, g_h, saved, fresh)
+        ]
+        for bucket in self._buckets(g_p, keys):
+            group, theta = bucket.group, bucket.params
+            if g_p[bucket.indices[0]] is None:  # perturbed, then without any gradient
+                torch._foreach_copy_(theta, bucket.pick(saved))
+            else:
+                m = [self.state[p]["momentum_buffer"] for p in theta] if group["momentum"] else []
+                lr = group["lr"]
+                ops.sgd_update_(
+                    theta, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p), m,
+                    lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+                    group["momentum"],
+                    # The first step of torch.optim.SGD takes the gradient undampened.
+                    0.0 if fresh[bucket.indices[0]] else group["dampening"],
+                    group["weight_decay"], group["nesterov"], group["maximize"],
+                )  # fmt: skip
+            for i in bucket.indices:
+                saved[i] = None  # updated: a failure further on must not undo this one alone
+
+    def _ensure_momentum_buffers(self, g_p: Slots) -> list[bool]:
+        """A momentum buffer for every parameter that needs one; which ones are new."""
+        fresh = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                needed = group["momentum"] != 0 and g_p[len(fresh)] is not None
+                buffer = self.state[p].get("momentum_buffer") if needed else None
+                fresh.append(needed and buffer is None)
+                if needed and buffer is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                elif buffer is not None and not ops.same_layout(buffer, p):
+                    self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
+        return fresh
+
+    def _merge_and_step(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
+        keys = [
+            None if g is None and s is None else (g is None, h is None, s is None)
+            for g, h, s in zip(g_p, g_h, saved)
+        ]
+        for bucket in self._buckets(g_p, keys):
+            if g_p[bucket.indices[0]] is None:
+                torch._foreach_copy_(bucket.params, bucket.pick(saved))
+            else:
+                ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
+        for p, g in zip(self._params(), g_p):
+            p.grad = g
+        self._saved = None  # restored: the base may fail, the weights are its own from here
+        self.base.step()
+        self.zero_grad()
+
+
+class _Bucket:
+    """The parameters that one launch takes: one group, device and dtype, the same inputs."""
+
+    def __init__(self, group: dict[str, Any], indices: list[int], params: list[Tensor]) -> None:
+        self.group, self.indices, self.params = group, indices, params
+
+    def pick(self, slots: Slots) -> list[Tensor]:
+        """This bucket's tensors; [] where it has none."""
+        return [t for t in (slots[i] for i in self.indices) if t is not None]
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Raise a Ctrl-C that arrives inside the block only at its end.
+
+    Between a kernel that writes weights and the note that it ran, an exception would leave
+    no way to tell where the weights are.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    arrived = False
+
+    def defer(signum: int, frame: object) -> None:
+        nonlocal arrived
+        arrived = True
+
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if arrived:
+            raise KeyboardInterrupt
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, ImbSAM):
+        raise TypeError(f"base is {type(base).__name__}, expected a plain torch optimizer")
+    if isinstance(base, torch.optim.LBFGS):
+        raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
+    if base.defaults.get("differentiable"):
+        raise ValueError("base has differentiable=True, expected False")
+
+
+def _check_rho(rho: object) -> None:
+    if not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
+        hint = "; ImbSAM takes no model" if isinstance(rho, torch.nn.Module) else ""
+        name = type(rho).__name__ if hint else repr(rho)
+        raise ValueError(f"rho is {name}, expected a finite number >= 0{hint}")

@@ -1,0 +1,1 @@
+"""Data sets, models, metrics and training recipes behind `imbsam-fast train`."""

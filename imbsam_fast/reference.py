@@ -1,0 +1,213 @@
+"""The specification of every operation in plain torch, readable beside DESIGN.md's equations.
+
+It is a backend like the others (same names, same argument order), works on any device and
+in float64, and is what the compiled kernels are tested against. List arguments hold one
+tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
+`ops.py` checks that. An empty list stands for an absent input (a zero gradient, weights
+that were not perturbed, no momentum).
+
+Arithmetic runs in float32 for float32, bfloat16 and float16 data, in float64 for float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements that share one partial sum of squared_norm and grad_check, in every backend.
+CHUNK = 32768
+
+# Added to the norm so that a zero gradient gives a zero step (the authors' released code).
+NORM_GUARD = 1e-16
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which data of `dtype` is computed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in memory order, (numel,), without a copy."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def chunked_sums(values: Sequence[Tensor]) -> Tensor:
+    """float64 (chunks,): the sum over every CHUNK elements of every tensor."""
+    sums = [chunk.sum() for v in values if v.numel() for chunk in flat(v).double().split(CHUNK)]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    """Partial sums of ||g_t||^2, or with theta (ASAM) of ||theta g_t||^2: float64 (chunks,)."""
+    scaled = [t.double() * g.double() for t, g in zip(theta, g_t)] if theta else g_t
+    return chunked_sums([g.double().square() for g in scaled]).to(g_t[0].device)
+
+
+def perturbation_scale(partials: Tensor, rho: float, dtype: torch.dtype) -> Tensor:
+    """rho / (norm + guard) as a scalar in the arithmetic dtype of `dtype`."""
+    norm = partials.sum().sqrt().to(arithmetic_dtype(dtype))
+    return rho / (norm + NORM_GUARD)
+
+
+def perturb_(
+    theta: Sequence[Tensor],
+    g_t: Sequence[Tensor],
+    partials: Tensor,  # (any,) float64, summing to the squared norm over all parameters
+    rho: float,
+    adaptive: bool = False,
+) -> None:
+    """theta <- theta + rho g_t / ||g_t||; the buffer of g_t receives the unperturbed theta.
+
+    Adaptive (ASAM): theta <- theta + rho theta^2 g_t / ||theta g_t||.
+    """
+    for t, g in zip(theta, g_t):
+        dtype = arithmetic_dtype(t.dtype)
+        scale = perturbation_scale(partials, rho, t.dtype)
+        saved = t.clone()
+        direction = saved.to(dtype).square() * g.to(dtype) if adaptive else g.to(dtype)
+        t.copy_(saved.to(dtype) + scale * direction)
+        g.copy_(saved)
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],  # [] where theta was not perturbed
+    g_h: Sequence[Tensor],  # [] for zero
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],  # momentum buffers, zero before the first step; [] without momentum
+    lr: Tensor,  # ()
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,  # the gradients are this many times too large
+    found_inf: Tensor | None = None,  # non-zero: only restore theta
+) -> None:
+    """Restore theta, then one torch.optim.SGD step with the gradient g_h + g_p.
+
+    d = g_h + g_p + weight_decay theta;  m <- momentum m + (1 - dampening) d;
+    theta <- theta - lr m   (nesterov: theta - lr (d + momentum m)).
+    """
+    for i, t in enumerate(theta):
+        dtype = arithmetic_dtype(t.dtype)
+        start = (saved[i] if saved else t).to(dtype)
+        d = g_p[i].to(dtype)
+        if g_h:
+            d = g_h[i].to(dtype) + d
+        if grad_scale is not None:
+            d = d * (1 / grad_scale.to(t.device, dtype))
+        d = (-d if maximize else d) + weight_decay * start
+        update = d
+        if m:
+            velocity = momentum * m[i].to(dtype) + (1 - dampening) * d
+            update = d + momentum * velocity if nesterov else velocity
+        stepped = start - lr.to(t.device, dtype) * update
+        if found_inf is None:
+            t.copy_(stepped)
+            if m:
+                m[i].copy_(velocity)
+        else:
+            skip = found_inf.to(t.device) != 0
+            t.copy_(torch.where(skip, start, stepped))
+            if m:
+                m[i].copy_(torch.where(skip, m[i], velocity.to(m[i].dtype)))
+
+
+def merge_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],  # [] where theta was not perturbed
+    g_h: Sequence[Tensor],  # [] for zero
+    g_p: Sequence[Tensor],
+) -> None:
+    """Restore theta and g_p <- g_h + g_p, for a base optimizer that does the rest."""
+    for i, t in enumerate(theta):
+        if saved:
+            t.copy_(saved[i])
+        if g_h:
+            dtype = arithmetic_dtype(t.dtype)
+            g_p[i].copy_(g_h[i].to(dtype) + g_p[i].to(dtype))
+
+
+def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Partial sums of ||g_h + g_p||^2, float64 (chunks,), and found_inf, float32 (1,).
+
+    found_inf is 1 where an element of g_h + g_p is infinite or not a number, else 0: the
+    form in which torch.amp.GradScaler and `sgd_update_` take it. g_h may be [].
+    """
+    total = [
+        (h.to(arithmetic_dtype(h.dtype)) + p.to(arithmetic_dtype(p.dtype)))
+        for h, p in zip(g_h, g_p)
+    ] or g_p
+    finite = torch.stack([t.isfinite().all() for t in total]).all()
+    return squared_norm(total), (~finite).float().reshape(1)
+
+
+def split_cross_entropy(
+    logits: Tensor,  # (N, K)
+    targets: Tensor,  # (N,) int64
+    plain: Tensor,  # (K,) in the arithmetic dtype, as sharp and class_weight
+    sharp: Tensor,  # (K,)
+    class_weight: Tensor | None,  # (K,)
+    label_smoothing: float,
+    ignore_index: int,
+    batch_size: float | None,  # b; None: the number of rows that are not ignored
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """head = 1/b sum_i plain[y_i] l_i and tail = 1/b sum_i sharp[y_i] l_i.
+
+    l_i is torch's cross-entropy of row i (0 for an ignored row). Returns head, tail and b as
+    scalars and lse (N,), each row's log-sum-exp, which the backward needs; all in the
+    arithmetic dtype. Both sums are 0 where no row counts.
+    """
+    logits = logits.to(arithmetic_dtype(logits.dtype))
+    losses = F.cross_entropy(
+        logits, targets, class_weight, None, ignore_index, None, "none", label_smoothing
+    )
+    counted = targets != ignore_index
+    y = targets.where(counted, 0)
+    b = counted.sum().to(logits.dtype) if batch_size is None else logits.new_tensor(batch_size)
+    head = (plain[y] * losses).sum() / b.clamp(min=1)
+    tail = (sharp[y] * losses).sum() / b.clamp(min=1)
+    return head, tail, b, logits.logsumexp(dim=1)
+
+
+def split_cross_entropy_backward(
+    grad_head: Tensor | None,  # (), None for zero
+    grad_tail: Tensor | None,  # (), None for zero
+    logits: Tensor,  # (N, K)
+    targets: Tensor,  # (N,)
+    lse: Tensor,  # (N,)
+    b: Tensor,  # ()
+    plain: Tensor,  # (K,)
+    sharp: Tensor,  # (K,)
+    class_weight: Tensor | None,  # (K,)
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    """The gradient for the logits, (N, K) in their dtype.
+
+    With r_i = (grad_head plain[y_i] + grad_tail sharp[y_i]) / b, p = softmax(logits), class
+    weights w (1 if None) with sum W, and smoothing s, row i is
+    r_i [((1 - s) w_y + s W / K) p_k - (1 - s) w_y 1[k = y] - s w_k / K].
+    """
+    dtype = arithmetic_dtype(logits.dtype)
+    num_classes = logits.shape[1]
+    w = torch.ones_like(plain) if class_weight is None else class_weight
+    counted = targets != ignore_index
+    y = targets.where(counted, 0)
+    row = torch.zeros_like(lse)
+    if grad_head is not None:
+        row = row + grad_head.to(dtype) * plain[y]
+    if grad_tail is not None:
+        row = row + grad_tail.to(dtype) * sharp[y]
+    row = (row * counted / b.clamp(min=1)).unsqueeze(1)
+    hard = ((1 - label_smoothing) * w[y]).unsqueeze(1)
+    smooth = label_smoothing / num_classes * w
+    p = (logits.to(dtype) - lse.unsqueeze(1)).exp()
+    inner = (hard + smooth.sum()) * p - smooth
+    inner = inner.scatter_add(1, y.unsqueeze(1), -hard)
+    # A row that carries no weight has a zero gradient whatever its logits are.
+    return torch.where(row == 0, torch.zeros_like(inner), row * inner).to(logits.dtype)

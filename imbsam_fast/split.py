@@ -1,0 +1,208 @@
+"""ClassSplit: from class counts to the two weights that every class has (DESIGN.md section 2)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Counts = Sequence[int] | Tensor
+
+
+class ClassSplit(nn.Module):
+    """The class weights `plain` (loss at theta) and `sharp` (loss whose sharpness is minimised).
+
+    The weights are the method: plain 1, sharp 0 is SGD; plain 0, sharp 1 is SAM; 1 for the
+    classes above a threshold and 1 for the rest is ImbSAM. A class with sharp > 0 is a *tail*
+    class. It is a module so that it moves with `.to()` and has a `state_dict`; a criterion
+    that holds it works with logits on any device whether it was moved or not.
+
+    Args:
+        plain, sharp: float (K,), finite and not negative, one entry a class. (1,) means the
+            same weight for any number of classes.
+        counts: int (K,), training images per class, where they are known.
+    """
+
+    plain: Tensor
+    sharp: Tensor
+    counts: Tensor | None
+
+    def __init__(self, plain: Tensor, sharp: Tensor, counts: Counts | None = None) -> None:
+        super().__init__()
+        for name, weights in (("plain", plain), ("sharp", sharp)):
+            if weights.dim() != 1 or len(weights) == 0 or not weights.is_floating_point():
+                raise ValueError(
+                    f"{name} is {weights.dtype} {tuple(weights.shape)}, expected floating point (K,)"
+                )
+            if not (weights.isfinite() & (weights >= 0)).all():
+                raise ValueError(f"{name} is {weights}, expected finite weights >= 0")
+        if plain.shape != sharp.shape:
+            raise ValueError(
+                f"plain has {len(plain)} classes and sharp {len(sharp)}, expected the same number"
+            )
+        counts = None if counts is None else _checked_counts(counts)
+        if counts is not None and counts.shape != plain.shape:
+            raise ValueError(f"counts has {len(counts)} classes, expected {len(plain)} as in plain")
+        # The weights are copied: the caller's tensors stay the caller's.
+        self.register_buffer("plain", plain.detach().double().clone())
+        self.register_buffer("sharp", sharp.detach().double().clone())
+        self.register_buffer("counts", counts)
+        self._cache: dict[tuple[str, torch.device, torch.dtype | None, int], Tensor] = {}
+
+    @classmethod
+    def from_counts(cls, counts: Counts, eta: float = 100, inclusive: bool = True) -> ClassSplit:
+        """ImbSAM: a class is tail if it has at most `eta` images (paper, Eq. 15).
+
+        Args:
+            counts: (K,) training images per class.
+            eta: the threshold of the class split.
+            inclusive: False makes a class of exactly `eta` images head, as the authors'
+                released code does.
+        """
+        counts = _checked_counts(counts)
+        if not eta >= 0:
+            raise ValueError(f"eta is {eta!r}, expected a number >= 0")
+        tail = counts <= eta if inclusive else counts < eta
+        return cls((~tail).double(), tail.double(), counts)
+
+    @classmethod
+    def from_targets(
+        cls,
+        targets: Counts,
+        num_classes: int | None = None,
+        eta: float = 100,
+        inclusive: bool = True,
+    ) -> ClassSplit:
+        """`from_counts` with the class counts of the training labels `targets`, int (n,).
+
+        Give `num_classes` where the last classes may have no training image.
+        """
+        labels = _checked_counts(targets, "targets")
+        if num_classes is not None and len(labels) and int(labels.max()) >= num_classes:
+            raise ValueError(
+                f"targets holds label {int(labels.max())}, expected labels below num_classes, "
+                f"which is {num_classes}"
+            )
+        counts = torch.bincount(labels, minlength=num_classes or 0)
+        return cls.from_counts(counts, eta, inclusive)
+
+    @classmethod
+    def all_tail(cls) -> ClassSplit:
+        """SAM, for any number of classes: every class is tail."""
+        return cls(torch.zeros(1), torch.ones(1))
+
+    @classmethod
+    def none(cls) -> ClassSplit:
+        """SGD, for any number of classes: no class is tail."""
+        return cls(torch.ones(1), torch.zeros(1))
+
+    @classmethod
+    def focal(cls, counts: Counts, gamma: float, lam: float) -> ClassSplit:
+        """Focal-SAM (ICML 2025): sharp = lam (1 - pi_k)^gamma and plain = 1 - sharp.
+
+        pi_k is the share of class k among the training images; gamma >= 0, 0 <= lam <= 1.
+        """
+        counts = _checked_counts(counts)
+        if not gamma >= 0:
+            raise ValueError(f"gamma is {gamma!r}, expected a number >= 0")
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam is {lam!r}, expected a number between 0 and 1")
+        share = counts.double() / counts.sum()
+        sharp = lam * (1 - share) ** gamma
+        return cls(1 - sharp, sharp, counts)
+
+    @property
+    def num_classes(self) -> int | None:
+        """K, or None where the split holds for any number of classes."""
+        return None if len(self.plain) == 1 and self.counts is None else len(self.plain)
+
+    @property
+    def tail_fraction(self) -> float:
+        """The share f of the training rows that belong to tail classes."""
+        tail = self.sharp > 0
+        if self.counts is None:
+            if tail.all() or not tail.any():
+                return float(tail[0])
+            raise ValueError("tail_fraction needs the class counts, and counts is None")
+        return float(self.counts[tail].sum() / self.counts.sum())
+
+    def weights(
+        self, num_classes: int, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """plain and sharp as (num_classes,) on `device` in `dtype`."""
+        if self.num_classes not in (None, num_classes):
+            raise ValueError(
+                f"the split has {self.num_classes} classes, expected {num_classes} as in the logits"
+            )
+        plain, sharp = (
+            self._cached(name, device, dtype, num_classes, lambda w: w.to(device, dtype))
+            for name in ("plain", "sharp")
+        )
+        return plain, sharp
+
+    def plain_mask(self, targets: Tensor) -> Tensor:
+        """bool, shaped like `targets`: the rows whose class has plain > 0."""
+        return self._mask("plain", targets)
+
+    def tail_mask(self, targets: Tensor) -> Tensor:
+        """bool, shaped like `targets`: the rows of tail classes.
+
+        `targets` holds integer labels, and the mask is computed on their device. A label
+        outside 0 .. K-1 (an ignored row) is not tail.
+        """
+        return self._mask("sharp", targets)
+
+    def _mask(self, name: str, targets: Tensor) -> Tensor:
+        num_classes = len(self.plain)
+        positive = self._cached(
+            name, targets.device, None, num_classes, lambda w: (w > 0).to(targets.device)
+        )
+        if self.num_classes is None:
+            return (targets >= 0) & positive
+        inside = (targets >= 0) & (targets < num_classes)
+        return positive[targets.clamp(0, num_classes - 1)] & inside
+
+    def _cached(self, name, device, dtype, num_classes, convert) -> Tensor:
+        """A weight vector converted once per device, dtype and number of classes."""
+        key = (name, device, dtype, num_classes)
+        if key not in self._cache:
+            weights = getattr(self, name).expand(num_classes)
+            self._cache[key] = convert(weights).contiguous()
+        return self._cache[key]
+
+    def _apply(self, fn, recurse=True):
+        # Moves like any module, but a cast of the model (`.half()`) must not round the weights.
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor).device)
+
+        return super()._apply(move, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._cache.clear()
+
+    def extra_repr(self) -> str:
+        tail = int((self.sharp > 0).sum())
+        classes = "any number of" if self.num_classes is None else str(self.num_classes)
+        known = "" if self.counts is None else f", tail_fraction={self.tail_fraction:.3f}"
+        return f"{classes} classes, {tail} tail{known}"
+
+
+def _checked_counts(counts: Counts, name: str = "counts") -> Tensor:
+    """`counts` as an int64 CPU tensor (K,) of values >= 0."""
+    if isinstance(counts, Tensor):
+        values = counts.detach().cpu()
+    else:
+        try:
+            values = torch.tensor([operator.index(c) for c in counts], dtype=torch.int64)
+        except TypeError as error:
+            raise ValueError(f"{name} is {counts!r}, expected integers") from error
+    if values.dim() != 1 or values.is_floating_point() or values.is_complex():
+        raise ValueError(f"{name} is {values.dtype} {tuple(values.shape)}, expected integers (K,)")
+    if len(values) == 0:
+        raise ValueError(f"{name} is empty, expected at least one entry")
+    if int(values.min()) < 0:
+        raise ValueError(f"{name} holds {int(values.min())}, expected integers >= 0")
+    return values.long()

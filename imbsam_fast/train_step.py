@@ -1,0 +1,257 @@
+"""TrainStep: the passes of one training step, in one of two plans (DESIGN.md section 6)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch._functorch.config
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils import _pytree as pytree
+
+from .losses import SplitLoss
+from .optim import ImbSAM
+
+PLANS = ("auto", "joint", "split")
+BATCH_NORM_UPDATES = ("once", "twice")
+
+
+class StepResult(NamedTuple):
+    """What one step saw at the unperturbed weights, without gradients."""
+
+    loss: Tensor  # () head + tail
+    head: Tensor  # ()
+    tail: Tensor  # ()
+    logits: Any  # the model's outputs, one row per row of the batch, in its order
+
+
+class Rows(NamedTuple):
+    """Which rows of a batch a plan needs in which pass, and how many count (b)."""
+
+    head: Tensor  # bool (N,): rows of the head pass; the ones with no weight at all included
+    tail: Tensor  # bool (N,): rows with sharp > 0
+    has_head: bool
+    has_tail: bool
+    counted: int
+
+
+class TrainStep:
+    """One ImbSAM training step: `result = step(inputs, targets)`.
+
+    The model runs as `model(inputs)`; inputs are a tensor or a pytree of tensors whose first
+    dimension is the batch, on the model's device. Targets are int64 labels (N,): on the CPU
+    they cost no device synchronisation.
+
+    Args:
+        model: any module, compiled or not.
+        criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
+        optimizer: an `ImbSAM`.
+        plan: "joint" runs all rows forward once and both parts backward, then all rows at the
+            perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
+            rows alone: 1 + f SGD steps, and the same result where rows do not influence each
+            other; under training-mode BatchNorm it is a different algorithm. "auto" takes
+            split unless a BatchNorm layer uses batch statistics, looked up at every step.
+        batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
+            in the perturbed pass too (the authors' released code).
+
+    A batch without tail rows costs one SGD step. If anything fails, the weights are at their
+    unperturbed value.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., SplitLoss],
+        optimizer: ImbSAM,
+        plan: str = "auto",
+        batch_norm: str = "once",
+    ) -> None:
+        if not isinstance(optimizer, ImbSAM):
+            raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
+        if not hasattr(criterion, "split"):
+            raise TypeError(
+                f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
+                "as .split, such as SplitCrossEntropy or what split_loss returns"
+            )
+        if plan not in PLANS:
+            raise ValueError(f"plan is {plan!r}, expected one of {', '.join(PLANS)}")
+        if batch_norm not in BATCH_NORM_UPDATES:
+            raise ValueError(
+                f"batch_norm is {batch_norm!r}, expected one of {', '.join(BATCH_NORM_UPDATES)}"
+            )
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.plan = plan
+        self.batch_norm = batch_norm
+
+    def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
+        _check_batch(inputs, targets)
+        rows = self._rows(targets)
+        self.optimizer.zero_grad()
+        try:
+            return self._planned()(self, inputs, targets, rows)
+        except BaseException:
+            self.optimizer.restore()
+            raise
+
+    def _rows(self, targets: Tensor) -> Rows:
+        """From the labels alone, on their device."""
+        counted = targets != getattr(self.criterion, "ignore_index", -100)
+        split = self.criterion.split  # type: ignore[attr-defined]
+        tail = split.tail_mask(targets) & counted
+        head = (split.plain_mask(targets) & counted) | ~tail
+        return Rows(head, tail, bool(head.any()), bool(tail.any()), int(counted.sum()))
+
+    def _planned(self) -> Callable[[TrainStep, Any, Tensor, Rows], StepResult]:
+        joint = self.plan == "joint" or (self.plan == "auto" and has_batch_statistics(self.model))
+        return joint_plan if joint else split_plan
+
+    def forward(self, inputs: Any) -> Any:
+        return self.model(inputs)
+
+    def perturbed_forward(self, inputs: Any) -> Any:
+        with frozen_batch_norm_statistics(self.model) if self.batch_norm == "once" else nullcontext():
+            return self.model(inputs)
+
+
+def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
+    with _backward_twice() if rows.has_head and rows.has_tail else nullcontext():
+        outputs = step.forward(inputs)
+    loss = step.criterion(outputs, targets)
+    if rows.has_head:
+        loss.head.backward(retain_graph=rows.has_tail)
+        step.optimizer.first_step()
+    if rows.has_tail:
+        loss.tail.backward()
+        step.optimizer.second_step()
+        step.criterion(step.perturbed_forward(inputs), targets).tail.backward()
+    step.optimizer.third_step()
+    return _result(loss.head, loss.tail, outputs)
+
+
+def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
+    head = tail = None
+    parts = []
+    if rows.has_head:
+        head_inputs, head_targets = _take(rows.head, inputs, targets)
+        outputs = step.forward(head_inputs)
+        head = step.criterion(outputs, head_targets, batch_size=rows.counted or None).head
+        head.backward()
+        step.optimizer.first_step()
+        parts.append((rows.head, outputs))
+    if rows.has_tail:
+        tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
+        outputs = step.forward(tail_inputs)
+        tail = step.criterion(outputs, tail_targets, batch_size=rows.counted).tail
+        tail.backward()
+        step.optimizer.second_step()
+        parts.append((rows.tail, outputs))
+        perturbed = step.perturbed_forward(tail_inputs)
+        step.criterion(perturbed, tail_targets, batch_size=rows.counted).tail.backward()
+    step.optimizer.third_step()
+    return _result(head, tail, _assemble(parts))
+
+
+def has_batch_statistics(model: nn.Module) -> bool:
+    """Whether a BatchNorm layer of `model` normalises by the statistics of the batch now."""
+    return any(
+        isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)
+        for m in model.modules()
+    )
+
+
+@contextmanager
+def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the block, forward passes leave the running statistics of `model` as they are.
+
+    Training-mode layers still normalise by the batch. Nests, and restores after exceptions.
+    """
+    tracking = [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
+    for m in tracking:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
+
+
+def _updates_statistics(m: _NormBase) -> bool:
+    # In eval mode the flag decides which statistics normalise, so it must be left alone.
+    return m.training and m.track_running_stats and m.running_mean is not None
+
+
+def _backward_twice() -> AbstractContextManager[None]:
+    """Make a model that is compiled inside the block keep its saved tensors for a second backward.
+
+    Inductor otherwise lets the first backward reuse them ("donated buffers").
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled in this process
+        return nullcontext()
+    return torch._functorch.config.patch(donated_buffer=False)
+
+
+def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+    """The rows of a batch where `mask` is set, in its order and memory format."""
+    if mask.all():
+        return inputs, targets
+    rows = mask.nonzero().squeeze(1)
+
+    def take(x: Tensor) -> Tensor:
+        # Like x, so that channels_last images stay channels_last.
+        out = torch.empty_like(x[: len(rows)])
+        return torch.index_select(x, 0, rows.to(x.device, non_blocking=True), out=out)
+
+    return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
+
+
+def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
+    """The outputs of the parts as one batch in its original order, without gradients."""
+    if len(parts) == 1:
+        return _detached(parts[0][1])
+    (head, head_outputs), (tail, tail_outputs) = parts
+
+    def merge(h: Tensor, t: Tensor) -> Tensor:
+        out = h.new_empty(len(head), *h.shape[1:])
+        for mask, part in ((head, h), (tail, t)):  # a row in both parts has the same output
+            rows = mask.nonzero().squeeze(1)
+            out.index_copy_(0, rows.to(h.device, non_blocking=True), part.detach())
+        return out
+
+    return pytree.tree_map(merge, head_outputs, tail_outputs)
+
+
+def _detached(outputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def _result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
+    parts = [part.detach() for part in (head, tail) if part is not None]
+    head, tail = (
+        torch.zeros_like(parts[0]) if part is None else part.detach() for part in (head, tail)
+    )
+    return StepResult(head + tail, head, tail, _detached(outputs))
+
+
+def _check_batch(inputs: Any, targets: Tensor) -> None:
+    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets is {shape}, expected integer labels (N,)")
+    if len(targets) == 0:
+        raise ValueError("targets is empty, expected at least one row")
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    if not tensors:
+        raise ValueError(f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them")
+    for x in tensors:
+        if x.dim() == 0 or len(x) != len(targets):
+            raise ValueError(
+                f"inputs holds a tensor of shape {tuple(x.shape)}, expected {len(targets)} rows "
+                "as in targets"
+            )
