@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .losses import SplitLoss
+from .two_backwards import backward, compiled_for_two_backwards
 
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
@@ -61,19 +62,19 @@ class ImbSAM(torch.optim.Optimizer):
     @torch.no_grad()
     def first_step(self) -> None:
         """Hold the gradients in `p.grad` as g_h, without copying them."""
-        if self._held is not None or self._saved is not None:
+        if self._unfinished.held is not None or self._unfinished.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
         with _uninterrupted():
-            self._held = self._take_gradients()
+            self._unfinished.held = self._take_gradients()
 
     @torch.no_grad()
     def second_step(self) -> None:
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
-        if self._saved is not None:
+        if self._unfinished.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure(), _uninterrupted():
             g_t = self._take_gradients()
-            self._saved = [None] * len(g_t)
+            self._unfinished.saved = [None] * len(g_t)
             buckets = list(self._buckets(g_t, keys=[() if g is not None else None for g in g_t]))
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
@@ -87,15 +88,15 @@ class ImbSAM(torch.optim.Optimizer):
                     bucket.group["rho"], bucket.group["adaptive"],
                 )  # fmt: skip
                 for i in bucket.indices:
-                    self._saved[i] = g_t[i]  # the buffer of g_t now holds the saved weights
+                    self._unfinished.saved[i] = g_t[i]  # the buffer of g_t now holds the saved weights
 
     @torch.no_grad()
     def third_step(self) -> None:
         """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`."""
         with self._abandoned_on_failure(), _uninterrupted():
             g_p = self._take_gradients()
-            g_h = self._held or [None] * len(g_p)
-            saved = self._saved or [None] * len(g_p)
+            g_h = self._unfinished.held or [None] * len(g_p)
+            saved = self._unfinished.saved or [None] * len(g_p)
             # A gradient missing in one pass is zero; one missing in both leaves the weight be.
             g_p, g_h = (
                 [p if p is not None else h for p, h in zip(g_p, g_h)],
@@ -105,7 +106,7 @@ class ImbSAM(torch.optim.Optimizer):
                 self._sgd_update(saved, g_h, g_p)
             else:
                 self._merge_and_step(saved, g_h, g_p)
-            self._held = self._saved = None
+            self._unfinished.held = self._unfinished.saved = None
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
 
@@ -125,10 +126,11 @@ class ImbSAM(torch.optim.Optimizer):
             )
         self.zero_grad()
         with self._abandoned_on_failure(), torch.enable_grad():
-            loss = closure()
-            loss.head.backward(retain_graph=True)
+            with compiled_for_two_backwards():
+                loss = closure()
+            backward(loss.head, retain_graph=True)
             self.first_step()
-            loss.tail.backward()
+            backward(loss.tail)
             self.second_step()
             closure().tail.backward()
             self.third_step()
@@ -137,16 +139,16 @@ class ImbSAM(torch.optim.Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at theta + epsilon, between second_step and third_step."""
-        return self._saved is not None
+        return self._unfinished.saved is not None
 
     @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with _uninterrupted():
-            for p, saved in zip(self._params(), self._saved or ()):
+            for p, saved in zip(self._params(), self._unfinished.saved or ()):
                 if saved is not None:
                     p.copy_(saved)
-            self._held = self._saved = None
+            self._unfinished.held = self._unfinished.saved = None
             self.zero_grad()
 
     # ------------------------------------------------------------ the base's groups and state
@@ -184,8 +186,7 @@ class ImbSAM(torch.optim.Optimizer):
         super().__setstate__({k: v for k, v in state.items() if k not in shared})
         if shared:  # from load_state_dict; the base knows what its state needs
             self.base.__setstate__(shared)
-        self._held: Slots | None = None
-        self._saved: Slots | None = None
+        self._unfinished = _Unfinished()
         self._fill_groups()
 
     def _fill_groups(self) -> None:
@@ -208,7 +209,7 @@ class ImbSAM(torch.optim.Optimizer):
                 )
 
     def _require_idle(self, action: str) -> None:
-        if self._held is not None or self._saved is not None:
+        if self._unfinished.held is not None or self._unfinished.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
                 f"{action} in the middle of a step, where {where}; "
@@ -300,9 +301,21 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
         for p, g in zip(self._params(), g_p):
             p.grad = g
-        self._saved = None  # restored: the base may fail, the weights are its own from here
+        self._unfinished.saved = None  # restored: the base may fail, the weights are its own from here
         self.base.step()
         self.zero_grad()
+
+
+class _Unfinished:
+    """What lives between the calls of one step, never in a checkpoint.
+
+    An object of its own because torch.compile does not see assignments to an optimizer's
+    attributes.
+    """
+
+    def __init__(self) -> None:
+        self.held: Slots | None = None  # g_h
+        self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
 
 
 class _Bucket:

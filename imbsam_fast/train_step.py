@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch._functorch.config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from .losses import SplitLoss
 from .optim import ImbSAM
+from .two_backwards import backward, compiled_for_two_backwards
 
 PLANS = ("auto", "joint", "split")
 BATCH_NORM_UPDATES = ("once", "twice")
@@ -115,20 +114,22 @@ class TrainStep:
         return self.model(inputs)
 
     def perturbed_forward(self, inputs: Any) -> Any:
-        with frozen_batch_norm_statistics(self.model) if self.batch_norm == "once" else nullcontext():
+        if self.batch_norm == "twice":
+            return self.model(inputs)
+        with frozen_batch_norm_statistics(self.model):
             return self.model(inputs)
 
 
 def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
     """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
-    with _backward_twice() if rows.has_head and rows.has_tail else nullcontext():
+    with compiled_for_two_backwards():
         outputs = step.forward(inputs)
     loss = step.criterion(outputs, targets)
     if rows.has_head:
-        loss.head.backward(retain_graph=rows.has_tail)
+        backward(loss.head, retain_graph=rows.has_tail)
         step.optimizer.first_step()
     if rows.has_tail:
-        loss.tail.backward()
+        backward(loss.tail)
         step.optimizer.second_step()
         step.criterion(step.perturbed_forward(inputs), targets).tail.backward()
     step.optimizer.third_step()
@@ -188,16 +189,6 @@ def _updates_statistics(m: _NormBase) -> bool:
     return m.training and m.track_running_stats and m.running_mean is not None
 
 
-def _backward_twice() -> AbstractContextManager[None]:
-    """Make a model that is compiled inside the block keep its saved tensors for a second backward.
-
-    Inductor otherwise lets the first backward reuse them ("donated buffers").
-    """
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled in this process
-        return nullcontext()
-    return torch._functorch.config.patch(donated_buffer=False)
-
-
 def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
     """The rows of a batch where `mask` is set, in its order and memory format."""
     if mask.all():
@@ -241,9 +232,12 @@ def _result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResul
 
 
 def _check_batch(inputs: Any, targets: Tensor) -> None:
-    if not isinstance(targets, Tensor) or targets.dim() != 1 or targets.is_floating_point():
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(f"targets is {shape}, expected integer labels (N,)")
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets is {type(targets).__name__}, expected int64 labels (N,)")
+    if targets.dim() != 1 or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets is {targets.dtype} {tuple(targets.shape)}, expected int64 labels (N,)"
+        )
     if len(targets) == 0:
         raise ValueError("targets is empty, expected at least one row")
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]

@@ -1,0 +1,52 @@
+# make demo | test | lint | wheel | bench | clean; everything happens inside $(VENV).
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= 2.15.0
+BIN    := $(VENV)/bin
+# The build environment that pip makes for the extension is pinned too.
+PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+          PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test lint wheel wheel-test bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/imbsam-fast train digits
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The source distribution, and the wheel that is built from it.
+wheel: $(VENV)/.installed
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+		$(BIN)/python -m build --outdir dist
+
+# The tests against the installed wheel, under another torch than `make test` has. -P keeps the
+# checkout from being imported in its place.
+WHEEL_VENV  ?= .venv-wheel
+WHEEL_TORCH ?= 2.13.0
+wheel-test: wheel
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(WHEEL_VENV)/bin/python -m pip install --quiet torch==$(WHEEL_TORCH) pytest hypothesis \
+		"imbsam-fast[recipes] @ file://$$(ls $(CURDIR)/dist/*.whl)"
+	$(WHEEL_VENV)/bin/python -P -m pytest tests
+
+bench: $(VENV)/.installed
+	$(BIN)/imbsam-fast bench
+
+$(VENV)/.installed: $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==$(TORCH) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) $(WHEEL_VENV)

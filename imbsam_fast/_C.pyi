@@ -1,0 +1,92 @@
+"""The compiled module; addresses are data pointers, 0 for an absent tensor, [] an absent list.
+
+See csrc/imbsam.h for what each function does. Raises ValueError for lists that cannot be right.
+"""
+
+has_cuda: bool
+
+def isas() -> list[str]: ...
+def isa_in_use() -> str: ...
+def use_isa(name: str) -> None: ...
+def has_openmp() -> bool: ...
+def squared_norm(
+    dtype: int, numel: list[int], g_t: list[int], theta: list[int], partials: int, threads: int
+) -> None: ...
+def perturb_(
+    dtype: int,
+    numel: list[int],
+    theta: list[int],
+    g_t: list[int],
+    scale: float,
+    adaptive: bool,
+    threads: int,
+) -> None: ...
+def sgd_update_(
+    dtype: int,
+    numel: list[int],
+    theta: list[int],
+    saved: list[int],
+    g_h: list[int],
+    g_p: list[int],
+    m: list[int],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: float,
+    skip: bool,
+    threads: int,
+) -> None: ...
+def merge_(
+    dtype: int,
+    numel: list[int],
+    theta: list[int],
+    saved: list[int],
+    g_h: list[int],
+    g_p: list[int],
+    threads: int,
+) -> None: ...
+def grad_check(
+    dtype: int, numel: list[int], g_h: list[int], g_p: list[int], partials: int, threads: int
+) -> bool: ...
+def split_cross_entropy(
+    dtype: int,
+    rows: int,
+    classes: int,
+    row_stride: int,
+    logits: int,
+    targets: int,
+    plain: int,
+    sharp: int,
+    class_weight: int,
+    label_smoothing: float,
+    ignore_index: int,
+    batch_size: float | None,
+    head: int,
+    tail: int,
+    b: int,
+    lse: int,
+    threads: int,
+) -> None: ...
+def split_cross_entropy_backward(
+    dtype: int,
+    rows: int,
+    classes: int,
+    row_stride: int,
+    grad_head: float,
+    grad_tail: float,
+    logits: int,
+    targets: int,
+    lse: int,
+    b: float,
+    plain: int,
+    sharp: int,
+    class_weight: int,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_logits: int,
+    threads: int,
+) -> None: ...
+def stream_copy(destination: int, source: int, bytes: int, threads: int) -> None: ...
