@@ -54,6 +54,10 @@ def _pointers(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
+def _value(scalar: Tensor | None, default: float = 0.0) -> float:
+    return default if scalar is None else scalar.item()
+
+
 def _table(tensors: Sequence[Tensor]) -> tuple[int, list[int]]:
     return _DTYPE_CODES[tensors[0].dtype], [t.numel() for t in tensors]
 
@@ -103,8 +107,7 @@ def sgd_update_(
     _C.sgd_update_(
         *_table(theta), _pointers(theta), _pointers(saved), _pointers(g_h), _pointers(g_p),
         _pointers(m), lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
-        1.0 if grad_scale is None else grad_scale.item(),
-        found_inf is not None and found_inf.item() != 0,
+        _value(grad_scale, default=1.0), _value(found_inf) != 0,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -155,12 +158,12 @@ def split_cross_entropy(
     dtype = arithmetic_dtype(logits.dtype)
     head, tail, b = (torch.empty((), dtype=dtype) for _ in range(3))
     lse = torch.empty(len(logits), dtype=dtype)
-    plain, sharp, targets = plain.contiguous(), sharp.contiguous(), targets.contiguous()
-    class_weight = None if class_weight is None else class_weight.contiguous()
+    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
     _C.split_cross_entropy(
-        *rows, logits.data_ptr(), targets.data_ptr(), plain.data_ptr(), sharp.data_ptr(),
+        *rows, _pointer(logits), _pointer(targets), _pointer(plain), _pointer(sharp),
         _pointer(class_weight), label_smoothing, ignore_index, batch_size,
-        head.data_ptr(), tail.data_ptr(), b.data_ptr(), lse.data_ptr(), torch.get_num_threads(),
+        _pointer(head), _pointer(tail), _pointer(b), _pointer(lse), torch.get_num_threads(),
     )  # fmt: skip
     return head, tail, b, lse
 
@@ -180,12 +183,13 @@ def split_cross_entropy_backward(
 ) -> Tensor:
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
-    plain, sharp, targets = plain.contiguous(), sharp.contiguous(), targets.contiguous()
-    class_weight = None if class_weight is None else class_weight.contiguous()
+    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    lse = lse.contiguous()
     _C.split_cross_entropy_backward(
-        *rows, *(0.0 if g is None else g.item() for g in (grad_head, grad_tail)),
-        logits.data_ptr(), targets.data_ptr(), lse.data_ptr(), b.item(), plain.data_ptr(),
-        sharp.data_ptr(), _pointer(class_weight), label_smoothing, ignore_index,
-        grad_logits.data_ptr(), torch.get_num_threads(),
+        *rows, _value(grad_head), _value(grad_tail), _pointer(logits), _pointer(targets),
+        _pointer(lse), b.item(), _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), label_smoothing, ignore_index, _pointer(grad_logits),
+        torch.get_num_threads(),
     )  # fmt: skip
     return grad_logits

@@ -222,9 +222,7 @@ def merge_(
     _NAMESPACE.merge_(theta, saved, g_h, g_p)
 
 
-@_define(
-    "merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()"
-)
+@_define("merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()")
 def _merge_(theta, saved, g_h, g_p):
     dispatch.select(theta[0].device).merge_(theta, saved, g_h, g_p)
     increment_version([*theta, *g_p])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,8 @@ class ImbSAM(torch.optim.Optimizer):
     order; whatever fails, the weights are back at their unperturbed value.
     """
 
+    base: torch.optim.Optimizer
+
     def __init__(
         self, base: torch.optim.Optimizer, rho: float = 0.05, adaptive: bool = False
     ) -> None:
@@ -55,26 +58,34 @@ class ImbSAM(torch.optim.Optimizer):
         _check_rho(rho)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
         self.__setstate__({"base": base, "defaults": {"rho": rho, "adaptive": bool(adaptive)}})
-        self._check_params(self._params())
+        params = self._params()
+        self._check_params(params)
+        if any(p.dtype == torch.bfloat16 for p in params):
+            warnings.warn(
+                "bfloat16 parameters round away most of a perturbation of rho = 0.05: keep the "
+                "weights in float32 and run the model under torch.autocast",
+                stacklevel=2,
+            )
 
     # ------------------------------------------------------------ one step
 
     @torch.no_grad()
     def first_step(self) -> None:
         """Hold the gradients in `p.grad` as g_h, without copying them."""
-        if self._unfinished.held is not None or self._unfinished.saved is not None:
+        if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
         with _uninterrupted():
-            self._unfinished.held = self._take_gradients()
+            self._pending.held = self._take_gradients()
 
     @torch.no_grad()
     def second_step(self) -> None:
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
-        if self._unfinished.saved is not None:
+        if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure(), _uninterrupted():
             g_t = self._take_gradients()
-            self._unfinished.saved = [None] * len(g_t)
+            saved: Slots = [None] * len(g_t)
+            self._pending.saved = saved
             buckets = list(self._buckets(g_t, keys=[() if g is not None else None for g in g_t]))
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
@@ -87,16 +98,16 @@ class ImbSAM(torch.optim.Optimizer):
                     bucket.params, bucket.pick(g_t), sums,
                     bucket.group["rho"], bucket.group["adaptive"],
                 )  # fmt: skip
-                for i in bucket.indices:
-                    self._unfinished.saved[i] = g_t[i]  # the buffer of g_t now holds the saved weights
+                for i in bucket.indices:  # their buffers now hold the unperturbed weights
+                    saved[i] = g_t[i]
 
     @torch.no_grad()
     def third_step(self) -> None:
         """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`."""
         with self._abandoned_on_failure(), _uninterrupted():
             g_p = self._take_gradients()
-            g_h = self._unfinished.held or [None] * len(g_p)
-            saved = self._unfinished.saved or [None] * len(g_p)
+            g_h = self._pending.held or [None] * len(g_p)
+            saved = self._pending.saved or [None] * len(g_p)
             # A gradient missing in one pass is zero; one missing in both leaves the weight be.
             g_p, g_h = (
                 [p if p is not None else h for p, h in zip(g_p, g_h)],
@@ -106,7 +117,7 @@ class ImbSAM(torch.optim.Optimizer):
                 self._sgd_update(saved, g_h, g_p)
             else:
                 self._merge_and_step(saved, g_h, g_p)
-            self._unfinished.held = self._unfinished.saved = None
+            self._pending.held = self._pending.saved = None
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
 
@@ -139,16 +150,16 @@ class ImbSAM(torch.optim.Optimizer):
     @property
     def is_perturbed(self) -> bool:
         """Whether the weights are at theta + epsilon, between second_step and third_step."""
-        return self._unfinished.saved is not None
+        return self._pending.saved is not None
 
     @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with _uninterrupted():
-            for p, saved in zip(self._params(), self._unfinished.saved or ()):
+            for p, saved in zip(self._params(), self._pending.saved or ()):
                 if saved is not None:
                     p.copy_(saved)
-            self._unfinished.held = self._unfinished.saved = None
+            self._pending.held = self._pending.saved = None
             self.zero_grad()
 
     # ------------------------------------------------------------ the base's groups and state
@@ -186,7 +197,7 @@ class ImbSAM(torch.optim.Optimizer):
         super().__setstate__({k: v for k, v in state.items() if k not in shared})
         if shared:  # from load_state_dict; the base knows what its state needs
             self.base.__setstate__(shared)
-        self._unfinished = _Unfinished()
+        self._pending = _Pending()
         self._fill_groups()
 
     def _fill_groups(self) -> None:
@@ -209,7 +220,7 @@ class ImbSAM(torch.optim.Optimizer):
                 )
 
     def _require_idle(self, action: str) -> None:
-        if self._unfinished.held is not None or self._unfinished.saved is not None:
+        if self._pending.held is not None or self._pending.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
                 f"{action} in the middle of a step, where {where}; "
@@ -277,7 +288,7 @@ class ImbSAM(torch.optim.Optimizer):
 
     def _ensure_momentum_buffers(self, g_p: Slots) -> list[bool]:
         """A momentum buffer for every parameter that needs one; which ones are new."""
-        fresh = []
+        fresh: list[bool] = []
         for group in self.param_groups:
             for p in group["params"]:
                 needed = group["momentum"] != 0 and g_p[len(fresh)] is not None
@@ -301,12 +312,12 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
         for p, g in zip(self._params(), g_p):
             p.grad = g
-        self._unfinished.saved = None  # restored: the base may fail, the weights are its own from here
+        self._pending.saved = None  # restored: what the base does from here is its own
         self.base.step()
         self.zero_grad()
 
 
-class _Unfinished:
+class _Pending:
     """What lives between the calls of one step, never in a checkpoint.
 
     An object of its own because torch.compile does not see assignments to an optimizer's

@@ -34,7 +34,8 @@ class ClassSplit(nn.Module):
         for name, weights in (("plain", plain), ("sharp", sharp)):
             if weights.dim() != 1 or len(weights) == 0 or not weights.is_floating_point():
                 raise ValueError(
-                    f"{name} is {weights.dtype} {tuple(weights.shape)}, expected floating point (K,)"
+                    f"{name} is {weights.dtype} {tuple(weights.shape)}, "
+                    "expected floating point (K,)"
                 )
             if not (weights.isfinite() & (weights >= 0)).all():
                 raise ValueError(f"{name} is {weights}, expected finite weights >= 0")

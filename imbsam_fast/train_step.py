@@ -242,7 +242,9 @@ def _check_batch(inputs: Any, targets: Tensor) -> None:
         raise ValueError("targets is empty, expected at least one row")
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     if not tensors:
-        raise ValueError(f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them")
+        raise ValueError(
+            f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them"
+        )
     for x in tensors:
         if x.dim() == 0 or len(x) != len(targets):
             raise ValueError(

@@ -49,7 +49,7 @@ def imbsam(model: nn.Module, **settings) -> ImbSAM:
 
 def algorithm_1(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]]) -> None:
     """The paper's Algorithm 1 line by line, with momentum, on the model's own parameters."""
-    theta = [p for p in model.parameters()]
+    theta = list(model.parameters())
     velocity = [torch.zeros_like(p) for p in theta]
     tail_classes = [k for k, n in enumerate(COUNTS) if n <= 100]
     for x, y in data:
@@ -64,7 +64,7 @@ def algorithm_1(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]]) -> None
         with torch.no_grad():
             for p, e in zip(theta, eps):
                 p += e
-        statistics = copy.deepcopy([b for b in model.buffers()])
+        statistics = copy.deepcopy(list(model.buffers()))
         log_p = torch.log_softmax(model(x), dim=1)
         loss = -log_p[torch.arange(len(y)), y]
         g_p = torch.autograd.grad(loss[in_tail].sum() / len(y), theta)
