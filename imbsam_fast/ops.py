@@ -28,7 +28,7 @@ def _define(schema: str):
     def register(implementation):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         name = schema.partition("(")[0]
-        _library.impl(name, implementation, "CompositeExplicitAutograd")
+        _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
         return implementation
 
     return register
@@ -59,50 +59,56 @@ def _check_dense(op: str, name: str, i: int, t: Tensor) -> None:
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape order their elements in memory alike."""
-    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
+    strides = a.stride(), b.stride()
+    return strides[0] == strides[1] or all(n <= 1 or s == t for n, s, t in zip(a.shape, *strides))
 
 
 def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
     """Refuse lists that do not match the first one tensor by tensor; [] is always allowed."""
-    names = iter(lists.items())
-    first_name, first = next(names)
+    (first_name, first), *others = lists.items()
     if not first:
         raise ValueError(f"{op}: {first_name} is empty, expected at least one tensor")
+    expected = _signatures(op, first_name, first)
     dtype, device = first[0].dtype, first[0].device
     if dtype not in DTYPES:
         raise TypeError(
             f"{op}: {first_name}[0] is {dtype}, expected one of {', '.join(map(str, DTYPES))}"
         )
-    layouts = []
-    for i, t in enumerate(first):
-        if t.layout != torch.strided:
-            raise TypeError(f"{op}: {first_name}[{i}] is {t.layout}, expected a strided tensor")
-        if t.dtype != dtype or t.device != device:
+    for i, (t, signature) in enumerate(zip(first, expected)):
+        if signature[:2] != (dtype, device):
             raise ValueError(
                 f"{op}: {first_name}[{i}] is {t.dtype} on {t.device}, expected {dtype} on "
                 f"{device} as {first_name}[0]"
             )
-        layouts.append((t.shape, t.stride()))
         if not t.is_contiguous():
             _check_dense(op, first_name, i, t)
-    for name, tensors in names:
+    for name, tensors in others:
         if tensors and len(tensors) != len(first):
             raise ValueError(
                 f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as {first_name}"
             )
-        for i, (t, (shape, strides)) in enumerate(zip(tensors, layouts)):
-            if t.layout != torch.strided:
-                raise TypeError(f"{op}: {name}[{i}] is {t.layout}, expected a strided tensor")
-            if (
-                t.dtype != dtype
-                or t.device != device
-                or t.shape != shape
-                or (t.stride() != strides and not same_layout(t, first[i]))
-            ):
-                raise ValueError(
-                    f"{op}: {name}[{i}] is {_describe(t)}, expected {_describe(first[i])} "
-                    f"as {first_name}[{i}]"
-                )
+        if tensors and _signatures(op, name, tensors) != expected:
+            _check_pairs(op, name, tensors, first_name, first)
+
+
+def _signatures(op: str, name: str, tensors: Sequence[Tensor]) -> list[tuple]:
+    """What must agree between lists, compared at once: this runs in every step."""
+    try:
+        return [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+    except RuntimeError:  # a sparse tensor has no strides
+        i, t = next((i, t) for i, t in enumerate(tensors) if t.layout != torch.strided)
+        raise TypeError(f"{op}: {name}[{i}] is {t.layout}, expected a strided tensor") from None
+
+
+def _check_pairs(
+    op: str, name: str, tensors: Sequence[Tensor], first_name: str, first: Sequence[Tensor]
+) -> None:
+    for i, (t, f) in enumerate(zip(tensors, first)):
+        same = (t.dtype, t.device, t.shape) == (f.dtype, f.device, f.shape)
+        if not (same and same_layout(t, f)):
+            raise ValueError(
+                f"{op}: {name}[{i}] is {_describe(t)}, expected {_describe(f)} as {first_name}[{i}]"
+            )
 
 
 def _check_scalar(op: str, name: str, value: float, low: float = 0.0) -> None:

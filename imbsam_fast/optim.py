@@ -244,7 +244,7 @@ class ImbSAM(torch.optim.Optimizer):
                 continue
             if g.layout != torch.strided:
                 raise TypeError(f"the gradient of parameter {i} is {g.layout}, expected strided")
-            if g.stride() != p.stride() and not ops.same_layout(g, p):
+            if not ops.same_layout(g, p):
                 gradients[i] = torch.empty_like(p).copy_(g)
         for p in params:
             p.grad = None

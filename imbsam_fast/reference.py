@@ -78,7 +78,7 @@ def sgd_update_(
     g_h: Sequence[Tensor],  # [] for zero
     g_p: Sequence[Tensor],
     m: Sequence[Tensor],  # momentum buffers, zero before the first step; [] without momentum
-    lr: Tensor,  # ()
+    lr: Tensor,  # one element, as grad_scale and found_inf
     momentum: float,
     dampening: float,
     weight_decay: float,
@@ -99,19 +99,19 @@ def sgd_update_(
         if g_h:
             d = g_h[i].to(dtype) + d
         if grad_scale is not None:
-            d = d * (1 / grad_scale.to(t.device, dtype))
+            d = d * (1 / grad_scale.to(t.device, dtype).squeeze())
         d = (-d if maximize else d) + weight_decay * start
         update = d
         if m:
             velocity = momentum * m[i].to(dtype) + (1 - dampening) * d
             update = d + momentum * velocity if nesterov else velocity
-        stepped = start - lr.to(t.device, dtype) * update
+        stepped = start - lr.to(t.device, dtype).squeeze() * update
         if found_inf is None:
             t.copy_(stepped)
             if m:
                 m[i].copy_(velocity)
         else:
-            skip = found_inf.to(t.device) != 0
+            skip = found_inf.to(t.device).squeeze() != 0
             t.copy_(torch.where(skip, start, stepped))
             if m:
                 m[i].copy_(torch.where(skip, m[i], velocity.to(m[i].dtype)))
