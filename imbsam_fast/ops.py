@@ -189,7 +189,7 @@ def sgd_update_(
     check_lists("sgd_update_", theta=theta, g_p=g_p, saved=saved, g_h=g_h, m=m)
     if not g_p:
         raise ValueError("sgd_update_: g_p is empty, expected one gradient for every parameter")
-    if (momentum != 0) != bool(m):
+    if (momentum != 0) != (len(m) > 0):
         raise ValueError(
             f"sgd_update_: m has {len(m)} tensors with momentum {momentum}, "
             "expected momentum buffers exactly when momentum is not 0"

@@ -87,6 +87,9 @@ def test_the_loss_compiles_with_the_model():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="torch.compile before 2.7 traces no context managers"
+)
 def test_the_phases_compile_as_full_graphs():
     eager, compiled = network(nn.LayerNorm(32)), network(nn.LayerNorm(32))
     for model, wrap in (
