@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -145,13 +146,13 @@ bool grad_check(int dtype, const std::vector<int64_t>& numel, const Pointers& g_
 
 CrossEntropySettings checked(const char* op, int dtype, int64_t rows, int64_t classes,
                              int64_t row_stride, double label_smoothing, int64_t ignore_index,
-                             std::initializer_list<uintptr_t> pointers) {
+                             std::initializer_list<std::pair<const char*, uintptr_t>> pointers) {
   IMBSAM_CHECK(dtype >= 0 && dtype <= 3, op << ": dtype is " << dtype << ", expected 0 to 3");
   IMBSAM_CHECK(rows >= 0 && classes > 0, op << ": logits is (" << rows << ", " << classes
                                             << "), expected (N, K) with K > 0");
-  IMBSAM_CHECK(row_stride >= classes || rows <= 1 || row_stride == 0,
-               op << ": row_stride is " << row_stride << ", expected >= " << classes);
-  for (uintptr_t p : pointers) IMBSAM_CHECK(p || rows == 0, op << ": a tensor is a null pointer");
+  IMBSAM_CHECK(row_stride >= 0, op << ": row_stride is " << row_stride << ", expected >= 0");
+  for (const auto& [name, address] : pointers)
+    IMBSAM_CHECK(address || rows == 0, op << ": " << name << " is a null pointer");
   return {rows, classes, row_stride, label_smoothing, ignore_index};
 }
 
@@ -162,7 +163,9 @@ void split_cross_entropy(int dtype, int64_t rows, int64_t classes, int64_t row_s
                          uintptr_t b, uintptr_t lse, int threads) {
   const auto settings =
       checked("split_cross_entropy", dtype, rows, classes, row_stride, label_smoothing,
-              ignore_index, {logits, targets, plain, sharp, head, tail, b, lse});
+              ignore_index,
+              {{"logits", logits}, {"targets", targets}, {"plain", plain}, {"sharp", sharp},
+               {"head", head}, {"tail", tail}, {"b", b}, {"lse", lse}});
   cpu::split_cross_entropy((DType)dtype, settings, pointer(logits),
                            (const int64_t*)pointer(targets),
                            {pointer(plain), pointer(sharp), pointer(class_weight)},
@@ -178,7 +181,9 @@ void split_cross_entropy_backward(int dtype, int64_t rows, int64_t classes, int6
                                   uintptr_t grad_logits, int threads) {
   const auto settings =
       checked("split_cross_entropy_backward", dtype, rows, classes, row_stride, label_smoothing,
-              ignore_index, {logits, targets, lse, plain, sharp, grad_logits});
+              ignore_index,
+              {{"logits", logits}, {"targets", targets}, {"lse", lse}, {"plain", plain},
+               {"sharp", sharp}, {"grad_logits", grad_logits}});
   cpu::split_cross_entropy_backward((DType)dtype, settings, grad_head, grad_tail, pointer(logits),
                                     (const int64_t*)pointer(targets), pointer(lse), b,
                                     {pointer(plain), pointer(sharp), pointer(class_weight)},

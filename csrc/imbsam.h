@@ -68,7 +68,8 @@ void merge_(const Table&, void* const* theta, const void* const* saved,
 bool grad_check(const Table&, const void* const* g_h, const void* const* g_p,
                 double* partials, int threads);
 
-// head, tail, b: one element each; lse: one a row; all in the arithmetic dtype.
+// head, tail, b: one element each; lse: two a row, its maximum and the logarithm of its sum of
+// exp(z - maximum); all in the arithmetic dtype.
 // batch_size < 0: count the rows that are not ignored. Throws std::out_of_range for a target
 // outside 0 .. classes-1. bytes: N·K read
 void split_cross_entropy(DType, const CrossEntropySettings&, const void* logits,

@@ -122,8 +122,9 @@ class _SplitPerSampleLoss(nn.Module):
         if self.split.num_classes is None:
             labels = torch.zeros_like(labels)
         b = max(len(targets), 1) if batch_size is None else batch_size
-        head = (plain[labels] * losses).sum() / b
-        tail = (sharp[labels] * losses).sum() / b
+        # index_select, unlike indexing, refuses negative labels.
+        head = (plain.index_select(0, labels) * losses).sum() / b
+        tail = (sharp.index_select(0, labels) * losses).sum() / b
         return SplitLoss(head, self.tail_weight * tail)
 
 

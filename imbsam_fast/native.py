@@ -157,7 +157,7 @@ def split_cross_entropy(
     logits, rows = _rows(logits)
     dtype = arithmetic_dtype(logits.dtype)
     head, tail, b = (torch.empty((), dtype=dtype) for _ in range(3))
-    lse = torch.empty(len(logits), dtype=dtype)
+    lse = torch.empty(len(logits), 2, dtype=dtype)
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
     class_weight = class_weight if class_weight is None else class_weight.contiguous()
     _C.split_cross_entropy(

@@ -68,13 +68,15 @@ def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
     (first_name, first), *others = lists.items()
     if not first:
         raise ValueError(f"{op}: {first_name} is empty, expected at least one tensor")
-    expected = _signatures(op, first_name, first)
+    expected = _signatures(first)
     dtype, device = first[0].dtype, first[0].device
     if dtype not in DTYPES:
         raise TypeError(
             f"{op}: {first_name}[0] is {dtype}, expected one of {', '.join(map(str, DTYPES))}"
         )
     for i, (t, signature) in enumerate(zip(first, expected)):
+        if t.layout != torch.strided:
+            raise TypeError(f"{op}: {first_name}[{i}] is {t.layout}, expected a strided tensor")
         if signature[:2] != (dtype, device):
             raise ValueError(
                 f"{op}: {first_name}[{i}] is {t.dtype} on {t.device}, expected {dtype} on "
@@ -87,23 +89,21 @@ def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as {first_name}"
             )
-        if tensors and _signatures(op, name, tensors) != expected:
+        if tensors and _signatures(tensors) != expected:
             _check_pairs(op, name, tensors, first_name, first)
 
 
-def _signatures(op: str, name: str, tensors: Sequence[Tensor]) -> list[tuple]:
+def _signatures(tensors: Sequence[Tensor]) -> list[tuple]:
     """What must agree between lists, compared at once: this runs in every step."""
-    try:
-        return [(t.dtype, t.device, t.shape, t.stride()) for t in tensors]
-    except RuntimeError:  # a sparse tensor has no strides
-        i, t = next((i, t) for i, t in enumerate(tensors) if t.layout != torch.strided)
-        raise TypeError(f"{op}: {name}[{i}] is {t.layout}, expected a strided tensor") from None
+    return [(t.dtype, t.device, t.layout, t.shape, t.stride()) for t in tensors]
 
 
 def _check_pairs(
     op: str, name: str, tensors: Sequence[Tensor], first_name: str, first: Sequence[Tensor]
 ) -> None:
     for i, (t, f) in enumerate(zip(tensors, first)):
+        if t.layout != torch.strided:
+            raise TypeError(f"{op}: {name}[{i}] is {t.layout}, expected a strided tensor")
         same = (t.dtype, t.device, t.shape) == (f.dtype, f.device, f.shape)
         if not (same and same_layout(t, f)):
             raise ValueError(
@@ -271,14 +271,16 @@ def split_cross_entropy(
 
     See reference.split_cross_entropy.
     """
-    _check_cross_entropy(logits, targets, plain, sharp, class_weight, batch_size)
+    _check_cross_entropy(logits, targets, plain, sharp, class_weight, label_smoothing, batch_size)
     head, tail, _, _ = _NAMESPACE.split_cross_entropy(
         logits, targets, plain, sharp, class_weight, label_smoothing, ignore_index, batch_size
     )
     return head, tail
 
 
-def _check_cross_entropy(logits, targets, plain, sharp, class_weight, batch_size) -> None:
+def _check_cross_entropy(
+    logits, targets, plain, sharp, class_weight, label_smoothing, batch_size
+) -> None:
     op = "split_cross_entropy"
     if logits.dim() != 2 or logits.dtype not in DTYPES or logits.shape[1] == 0:
         raise ValueError(
@@ -299,6 +301,8 @@ def _check_cross_entropy(logits, targets, plain, sharp, class_weight, batch_size
             )
     if targets.device != logits.device:
         raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}, expected 0 to 1")
     if batch_size is not None:
         _check_scalar(op, "batch_size", batch_size, low=1)
 
@@ -315,7 +319,7 @@ def _split_cross_entropy(logits, *args):
 @_fake("split_cross_entropy")
 def _(logits, *args):
     scalar = logits.new_empty((), dtype=arithmetic_dtype(logits.dtype))
-    return scalar, scalar.clone(), scalar.clone(), scalar.new_empty(logits.shape[:1])
+    return scalar, scalar.clone(), scalar.clone(), scalar.new_empty(logits.shape[0], 2)
 
 
 @_define(

@@ -159,8 +159,10 @@ def split_cross_entropy(
     """head = 1/b sum_i plain[y_i] l_i and tail = 1/b sum_i sharp[y_i] l_i.
 
     l_i is torch's cross-entropy of row i (0 for an ignored row). Returns head, tail and b as
-    scalars and lse (N,), each row's log-sum-exp, which the backward needs; all in the
-    arithmetic dtype. Both sums are 0 where no row counts.
+    scalars and lse (N, 2), which the backward needs: each row's maximum and the logarithm of
+    its sum of exp(z - maximum). Their sum is the log-sum-exp; apart, they lose nothing where
+    logits are far from zero. All in the arithmetic dtype. Head and tail are 0 where no row
+    counts.
     """
     logits = logits.to(arithmetic_dtype(logits.dtype))
     losses = F.cross_entropy(
@@ -171,7 +173,9 @@ def split_cross_entropy(
     b = counted.sum().to(logits.dtype) if batch_size is None else logits.new_tensor(batch_size)
     head = (plain[y] * losses).sum() / b.clamp(min=1)
     tail = (sharp[y] * losses).sum() / b.clamp(min=1)
-    return head, tail, b, logits.logsumexp(dim=1)
+    maximum = logits.amax(dim=1, keepdim=True)
+    lse = torch.cat([maximum, (logits - maximum).exp().sum(dim=1, keepdim=True).log()], dim=1)
+    return head, tail, b, lse
 
 
 def split_cross_entropy_backward(
@@ -179,7 +183,7 @@ def split_cross_entropy_backward(
     grad_tail: Tensor | None,  # (), None for zero
     logits: Tensor,  # (N, K)
     targets: Tensor,  # (N,)
-    lse: Tensor,  # (N,)
+    lse: Tensor,  # (N, 2), from the forward
     b: Tensor,  # ()
     plain: Tensor,  # (K,)
     sharp: Tensor,  # (K,)
@@ -198,7 +202,7 @@ def split_cross_entropy_backward(
     w = torch.ones_like(plain) if class_weight is None else class_weight
     counted = targets != ignore_index
     y = targets.where(counted, 0)
-    row = torch.zeros_like(lse)
+    row = lse.new_zeros(len(targets))
     if grad_head is not None:
         row = row + grad_head.to(dtype) * plain[y]
     if grad_tail is not None:
@@ -206,7 +210,8 @@ def split_cross_entropy_backward(
     row = (row * counted / b.clamp(min=1)).unsqueeze(1)
     hard = ((1 - label_smoothing) * w[y]).unsqueeze(1)
     smooth = label_smoothing / num_classes * w
-    p = (logits.to(dtype) - lse.unsqueeze(1)).exp()
+    maximum, log_sum = lse.split(1, dim=1)
+    p = (logits.to(dtype) - maximum - log_sum).exp()
     inner = (hard + smooth.sum()) * p - smooth
     inner = inner.scatter_add(1, y.unsqueeze(1), -hard)
     # A row that carries no weight has a zero gradient whatever its logits are.

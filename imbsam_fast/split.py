@@ -46,7 +46,6 @@ class ClassSplit(nn.Module):
         counts = None if counts is None else _checked_counts(counts)
         if counts is not None and counts.shape != plain.shape:
             raise ValueError(f"counts has {len(counts)} classes, expected {len(plain)} as in plain")
-        # The weights are copied: the caller's tensors stay the caller's.
         self.register_buffer("plain", plain.detach().double().clone())
         self.register_buffer("sharp", sharp.detach().double().clone())
         self.register_buffer("counts", counts)
@@ -110,7 +109,7 @@ class ClassSplit(nn.Module):
             raise ValueError(f"gamma is {gamma!r}, expected a number >= 0")
         if not 0 <= lam <= 1:
             raise ValueError(f"lam is {lam!r}, expected a number between 0 and 1")
-        share = counts.double() / counts.sum()
+        share = counts.double() / _positive_total(counts)
         sharp = lam * (1 - share) ** gamma
         return cls(1 - sharp, sharp, counts)
 
@@ -127,7 +126,7 @@ class ClassSplit(nn.Module):
             if tail.all() or not tail.any():
                 return float(tail[0])
             raise ValueError("tail_fraction needs the class counts, and counts is None")
-        return float(self.counts[tail].sum() / self.counts.sum())
+        return int(self.counts[tail].sum()) / _positive_total(self.counts)
 
     def weights(
         self, num_classes: int, device: torch.device, dtype: torch.dtype
@@ -156,21 +155,22 @@ class ClassSplit(nn.Module):
         return self._mask("sharp", targets)
 
     def _mask(self, name: str, targets: Tensor) -> Tensor:
-        num_classes = len(self.plain)
+        last = len(self.plain) - 1
         positive = self._cached(
-            name, targets.device, None, num_classes, lambda w: (w > 0).to(targets.device)
+            name, targets.device, None, last + 1, lambda w: (w > 0).to(targets.device)
         )
+        labels = targets.long()
         if self.num_classes is None:
-            return (targets >= 0) & positive
-        inside = (targets >= 0) & (targets < num_classes)
-        return positive[targets.clamp(0, num_classes - 1)] & inside
+            return (labels >= 0) & positive[0]
+        return positive[labels.clamp(0, last)] & (labels >= 0) & (labels <= last)
 
     def _cached(self, name, device, dtype, num_classes, convert) -> Tensor:
         """A weight vector converted once per device, dtype and number of classes."""
         key = (name, device, dtype, num_classes)
         if key not in self._cache:
-            weights = getattr(self, name).expand(num_classes)
-            self._cache[key] = convert(weights).contiguous()
+            with torch.inference_mode(False):  # what validation caches must serve training too
+                weights = getattr(self, name).expand(num_classes)
+                self._cache[key] = convert(weights).contiguous()
         return self._cache[key]
 
     def _apply(self, fn, recurse=True):
@@ -191,10 +191,17 @@ class ClassSplit(nn.Module):
         return f"{classes} classes, {tail} tail{known}"
 
 
+def _positive_total(counts: Tensor) -> int:
+    total = int(counts.sum())
+    if total == 0:
+        raise ValueError("counts holds no image, expected at least one")
+    return total
+
+
 def _checked_counts(counts: Counts, name: str = "counts") -> Tensor:
     """`counts` as an int64 CPU tensor (K,) of values >= 0."""
     if isinstance(counts, Tensor):
-        values = counts.detach().cpu()
+        values = counts.detach().cpu().clone()  # the caller's tensor stays the caller's
     else:
         try:
             values = torch.tensor([operator.index(c) for c in counts], dtype=torch.int64)

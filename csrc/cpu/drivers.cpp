@@ -294,14 +294,15 @@ void split_cross_entropy(DType dtype, const CrossEntropySettings& s, const void*
   parallel(threads, s.rows * s.classes, [&](int thread, int count) {
     for (int64_t i = s.rows * thread / count; i < s.rows * (thread + 1) / count; ++i) {
       const char* z = (const char*)logits + i * s.row_stride * size_of(dtype);
-      double weighted_sum = 0;
-      const double row_lse = spans.lse(z, s.classes, class_weights.class_weight,
-                                       weights.smooth() > 0 ? &weighted_sum : nullptr);
-      write(dtype, lse, i, row_lse);
+      const RowSums row =
+          spans.row_sums(z, s.classes, class_weights.class_weight, weights.smooth() > 0);
+      write(dtype, lse, 2 * i, row.max);
+      write(dtype, lse, 2 * i + 1, row.log_sum);
       if (targets[i] == s.ignore_index) continue;
-      losses[i] = weights.hard(targets[i]) * (row_lse - spans.element(z, targets[i]));
+      losses[i] = weights.hard(targets[i]) *
+                  (row.max - spans.element(z, targets[i]) + row.log_sum);
       if (weights.smooth() > 0)
-        losses[i] += weights.smooth_sum() * row_lse - weights.smooth() * weighted_sum;
+        losses[i] += weights.smooth_sum() * row.log_sum - weights.smooth() * row.weighted_sum;
     }
   });
   double head_sum = 0, tail_sum = 0, counted = 0;
@@ -336,7 +337,8 @@ void split_cross_entropy_backward(DType dtype, const CrossEntropySettings& s, do
         continue;
       }
       spans.softmax_gradient((const char*)logits + i * s.row_stride * size, dz, s.classes,
-                             weights.read(lse, i), row * (weights.hard(y) + weights.smooth_sum()),
+                             weights.read(lse, 2 * i), weights.read(lse, 2 * i + 1),
+                             row * (weights.hard(y) + weights.smooth_sum()),
                              row * weights.smooth(), class_weights.class_weight, y,
                              row * weights.hard(y));
     }

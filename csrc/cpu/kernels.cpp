@@ -223,7 +223,14 @@ IMBSAM_INLINE V filled(S value) {
 }
 
 template <class T>
-double lse(const void* z_, int64_t classes, const void* w_, double* weighted_sum) {
+double element(const void* x, int64_t i) {
+  T one[Lanes<T>::kLanes] = {};
+  one[0] = ((const T*)x)[i];
+  return (double)load(one)[0];
+}
+
+template <class T>
+RowSums row_sums(const void* z_, int64_t classes, const void* w_, bool weighted) {
   typedef typename Lanes<T>::S S;
   typedef typename Lanes<T>::V V;
   constexpr int lanes = Lanes<T>::kLanes;
@@ -256,38 +263,34 @@ double lse(const void* z_, int64_t classes, const void* w_, double* weighted_sum
   for (int64_t i = 0; i < whole; i += kSumLanes) add(z + i);
   add(last);
 
-  if (weighted_sum) {
-    Sum dot = {};
-    for (int64_t i = 0; i < whole; i += kSumLanes) {
-      const Sum x = widened<T>([&](int j) { return load(z + i + j); });
-      if (w) {
-        const Sum y = widened<S>([&](int j) { return load(w + i + j); });
-        for (int v = 0; v < kSumVectors; ++v) dot.lanes[v] += x.lanes[v] * y.lanes[v];
-      } else {
-        for (int v = 0; v < kSumVectors; ++v) dot.lanes[v] += x.lanes[v];
-      }
+  RowSums sums = {(double)max, log(total(sum)), 0.0};
+  if (!weighted) return sums;
+  Sum dot = {};
+  for (int64_t i = 0; i < whole; i += kSumLanes) {
+    Sum x = widened<T>([&](int j) { return load(z + i + j) - max; });
+    if (w) {
+      const Sum y = widened<S>([&](int j) { return load(w + i + j); });
+      for (int v = 0; v < kSumVectors; ++v) x.lanes[v] *= y.lanes[v];
     }
-    *weighted_sum = total(dot);
-    T one[lanes] = {};
-    for (int64_t i = whole; i < classes; ++i) {
-      one[0] = z[i];
-      *weighted_sum += (double)load(one)[0] * (w ? (double)w[i] : 1.0);
-    }
+    for (int v = 0; v < kSumVectors; ++v) dot.lanes[v] += x.lanes[v];
   }
-  return (double)max + log(total(sum));
+  sums.weighted_sum = total(dot);
+  for (int64_t i = whole; i < classes; ++i)
+    sums.weighted_sum += (S)(element<T>(z, i) - max) * (w ? (double)w[i] : 1.0);
+  return sums;
 }
 
 template <class T>
-void softmax_gradient(const void* z_, void* dz_, int64_t classes, double lse_, double soft_,
-                      double smooth_, const void* w_, int64_t y, double hard) {
+void softmax_gradient(const void* z_, void* dz_, int64_t classes, double max_, double log_sum_,
+                      double soft_, double smooth_, const void* w_, int64_t y, double hard) {
   typedef typename Lanes<T>::S S;
   constexpr int lanes = Lanes<T>::kLanes;
   const T* z = (const T*)z_;
   T* dz = (T*)dz_;
   const S* w = (const S*)w_;
-  const S lse = (S)lse_, soft = (S)soft_, smooth = (S)smooth_;
+  const S max = (S)max_, log_sum = (S)log_sum_, soft = (S)soft_, smooth = (S)smooth_;
   const auto gradient = [&](const T* p, const S* weight) {
-    const auto g = exp_(load(p) - lse) * soft;
+    const auto g = exp_(load(p) - max - log_sum) * soft;
     if (smooth == 0) return g;
     return weight ? g - load(weight) * smooth : g - smooth;
   };
@@ -311,13 +314,6 @@ void softmax_gradient(const void* z_, void* dz_, int64_t classes, double lse_, d
   dz[y] = at_y[0];
 }
 
-template <class T>
-double element(const void* x, int64_t i) {
-  T one[Lanes<T>::kLanes] = {};
-  one[0] = ((const T*)x)[i];
-  return (double)load(one)[0];
-}
-
 // ---------------------------------------------------------------- the table
 
 void stream_copy(void* destination, const void* source, int64_t bytes) {
@@ -339,7 +335,7 @@ bool supported() {
 template <class T>
 constexpr Spans spans() {
   return {squared_norm<T>, perturb_<T>, sgd_update_<T>, merge_<T>,
-          grad_check<T>,   lse<T>,      softmax_gradient<T>, element<T>};
+          grad_check<T>,   row_sums<T>, softmax_gradient<T>, element<T>};
 }
 
 }  // namespace

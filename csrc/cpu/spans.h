@@ -10,6 +10,13 @@
 namespace imbsam {
 namespace cpu {
 
+// What cross-entropy needs of a row of logits z.
+struct RowSums {
+  double max;
+  double log_sum;       // log sum_k exp(z_k - max)
+  double weighted_sum;  // sum_k w_k (z_k - max)
+};
+
 struct Spans {
   // Sum of squares of g, or of theta g where theta is not null.
   double (*squared_norm)(const void* g_t, const void* theta, int64_t n);
@@ -21,11 +28,11 @@ struct Spans {
                  bool stream);
   // Sum of squares of g_h + g_p; *finite is cleared where an element is not.
   double (*grad_check)(const void* g_h, const void* g_p, int64_t n, bool* finite);
-  // log-sum-exp of a row; *weighted_sum, where not null, becomes sum_k w_k z_k (w null: 1).
-  double (*lse)(const void* z, int64_t classes, const void* w, double* weighted_sum);
-  // dz_k = soft exp(z_k - lse) - smooth w_k - (k = y ? hard : 0)
-  void (*softmax_gradient)(const void* z, void* dz, int64_t classes, double lse, double soft,
-                           double smooth, const void* w, int64_t y, double hard);
+  // w null: 1 for every class. weighted_sum is left 0 unless it is asked for.
+  RowSums (*row_sums)(const void* z, int64_t classes, const void* w, bool weighted);
+  // dz_k = soft exp(z_k - max - log_sum) - smooth w_k - (k = y ? hard : 0)
+  void (*softmax_gradient)(const void* z, void* dz, int64_t classes, double max, double log_sum,
+                           double soft, double smooth, const void* w, int64_t y, double hard);
   double (*element)(const void* x, int64_t i);
 };
 

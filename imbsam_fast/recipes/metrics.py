@@ -1,0 +1,50 @@
+"""Accuracy per class and over the Many, Medium and Few groups of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+GROUPS = ("many", "medium", "few")
+COLUMNS = (*GROUPS, "all")
+
+
+def group_of(count: int) -> str:
+    """The group of a class: many above 100 training images, medium from 20 to 100, few below."""
+    return "many" if count > 100 else "medium" if count >= 20 else "few"
+
+
+def per_class_accuracy(predictions: Tensor, targets: Tensor, num_classes: int) -> list[float]:
+    """The share of each class's rows that are predicted right, in %, (num_classes,).
+
+    `predictions` and `targets` hold integer labels (N,). Raises ValueError where a class has no
+    row, because its accuracy is not defined.
+    """
+    rows = torch.bincount(targets, minlength=num_classes)
+    if len(rows) != num_classes or not rows.all():
+        raise ValueError(
+            f"targets has {rows.tolist()} rows per class, expected at least one for each of "
+            f"{num_classes} classes"
+        )
+    right = torch.bincount(targets[predictions == targets], minlength=num_classes)
+    return (100 * right.double() / rows).tolist()
+
+
+def group_accuracies(per_class: Sequence[float], counts: Sequence[int]) -> dict[str, float | None]:
+    """Mean of the per-class accuracies of each group and of all classes; None without a class.
+
+    Keys are COLUMNS; `counts` holds the training images of each class.
+    """
+    accuracies: dict[str, float | None] = {}
+    for group in GROUPS:
+        members = [a for a, n in zip(per_class, counts, strict=True) if group_of(n) == group]
+        accuracies[group] = fmean(members) if members else None
+    return {**accuracies, "all": fmean(per_class)}
+
+
+def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and the sample standard deviation, None for a single value."""
+    return fmean(values), stdev(values) if len(values) > 1 else None

@@ -1,0 +1,183 @@
+"""The command line of `imbsam-fast train`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from .. import dispatch
+from ..train_step import PLANS
+from .digits import ETA, MAX_PER_CLASS, NUM_CLASSES, TEST_PER_CLASS
+from .models import NORMS
+from .presets import PRESETS
+from .train_digits import run
+from .training import OPTIMIZERS, Settings, TrainingDivergedError
+
+
+class UsageError(Exception):
+    """Something that the user can put right; its text is the whole message."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
+    digits = recipes.add_parser(
+        "digits",
+        allow_abbrev=False,
+        help="scikit-learn's handwritten digits, made long-tailed",
+        description=f"Train on scikit-learn's handwritten digits, made long-tailed: "
+        f"{TEST_PER_CLASS} test images a class are set aside first, then class k keeps "
+        f"int({MAX_PER_CLASS} IF^(-k/{NUM_CLASSES - 1})) of the rest. Shows the test accuracy "
+        "after the last epoch for Many, Medium and Few classes.",
+    )
+    _add_method_arguments(digits)
+    _add_training_arguments(digits)
+
+
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    group.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS,
+                       help="one or more of %(choices)s; all by default")  # fmt: skip
+    group.add_argument("--preset", choices=tuple(PRESETS), default="paper",
+                       help="paper: a class of exactly ETA images is tail, tail weight 1, "
+                       "BatchNorm statistics updated once a step; released (the authors' code): "
+                       "it is head, tail weight 2, twice (default: %(default)s)")  # fmt: skip
+    group.add_argument("--eta", type=_number(0), metavar="N",
+                       help="a tail class has at most N images, with the released preset fewer "
+                       f"than N (default: {ETA:g}, the Few classes; the paper's 100 would leave "
+                       "one head class here)")  # fmt: skip
+    group.add_argument("--rho", type=_number(0), default=0.05, metavar="R",
+                       help="radius of the perturbation (default: %(default)s)")  # fmt: skip
+    group.add_argument("--tail-weight", type=_number(0, above=True), metavar="W",
+                       help="factor on the tail part of the loss; other than 1 adds the row of "
+                       "SGD with the same class weights (default: the preset's)")  # fmt: skip
+    group.add_argument("--plan", choices=PLANS, default="auto",
+                       help="passes of SAM and ImbSAM; auto takes split where rows of a batch do "
+                       "not influence each other (default: %(default)s)")  # fmt: skip
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    count = _number(1, kind=int)
+    add("--epochs", type=count, default=60, metavar="N", help="default: %(default)s")
+    add("--batch-size", type=count, default=32, metavar="N", help="default: %(default)s")
+    add("--lr", type=_number(0, above=True), default=0.05, metavar="X",
+        help="learning rate of the first step, falling to 0 by a cosine (default: "
+        "%(default)s)")  # fmt: skip
+    add("--momentum", type=_number(0, 1), default=0.9, metavar="X", help="default: %(default)s")
+    add("--weight-decay", type=_number(0), default=5e-4, metavar="X", help="default: %(default)s")
+    add("--norm", choices=NORMS, default="batch",
+        help="BatchNorm (joint plan) or GroupNorm (split plan) (default: %(default)s)")  # fmt: skip
+    add("--seeds", type=count, default=3, metavar="N",
+        help="seeds 0 .. N-1 decide the images, the weights and the order of batches, alike for "
+        "every optimizer (default: %(default)s)")  # fmt: skip
+    add("--imbalance-factor", type=_number(1, MAX_PER_CLASS), default=100.0, metavar="IF",
+        help="images of the largest class over those of the smallest (default: 100)")  # fmt: skip
+    add("--threads", type=count, default=1, metavar="N",
+        help="CPU threads of torch; more than one rarely helps images of 8x8 (default: "
+        "%(default)s)")  # fmt: skip
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add("--save", type=Path, metavar="DIR",
+        help="write results.json, per_class_accuracy.png and, for every row of the table, the "
+        "checkpoint of seed 0 after the last epoch")  # fmt: skip
+
+
+def _number(
+    low: float, high: float = math.inf, above: bool = False, kind: type = float
+) -> Callable[[str], float]:
+    """An argparse type: a finite `kind` from `low` (or above it) to `high`."""
+    noun = "a whole number" if kind is int else "a number"
+    limits = f"> {low}" if above else f">= {low}" if high == math.inf else f"{low} to {high}"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or value == math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected {noun} {limits}")
+        return value
+
+    return parse
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run a recipe: 0, or 2 with one line on stderr where the user has to change something."""
+    try:
+        _require_extras(["sklearn"] + (["matplotlib"] if args.save else []))
+        settings = _settings(args)
+        if args.save is not None:
+            _prepare_directory(args.save)
+        return _run(settings, args)
+    except UsageError as error:
+        print(f"imbsam-fast train {args.recipe}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(settings: Settings, args: argparse.Namespace) -> int:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        run(settings, args.save, Console())
+    except TrainingDivergedError as error:
+        raise UsageError(str(error)) from error
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device is 'cuda', expected 'cpu': torch finds no CUDA device here")
+    try:
+        dispatch.backend_name(args.device)
+    except (ValueError, RuntimeError) as error:  # IMBSAM_BACKEND
+        raise UsageError(str(error)) from error
+    preset = PRESETS[args.preset]
+    return Settings(
+        optimizers=tuple(o for o in OPTIMIZERS if o in args.optimizer),
+        preset=preset.name,
+        eta=ETA if args.eta is None else args.eta,
+        inclusive=preset.inclusive,
+        tail_weight=preset.tail_weight if args.tail_weight is None else args.tail_weight,
+        batch_norm=preset.batch_norm,
+        rho=args.rho,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        norm=args.norm,
+        plan=args.plan,
+        seeds=args.seeds,
+        imbalance_factor=args.imbalance_factor,
+        device=args.device,
+    )
+
+
+def _require_extras(modules: list[str]) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        names = " and ".join("scikit-learn" if m == "sklearn" else m for m in missing)
+        raise UsageError(f"{names} is not installed; pip install 'imbsam-fast[recipes]'")
+
+
+def _prepare_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise UsageError(f"--save is '{directory}', expected a new or an empty directory")
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"--save is '{directory}', expected a directory that can be written: {error.strerror}"
+        ) from error

@@ -1,0 +1,80 @@
+"""The backends under test, and fixtures that leave no trace behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from imbsam_fast import dispatch, native
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to carry out an operation: a backend, a device, for the CPU an instruction set."""
+
+    name: str
+    device: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.name, self.device, self.isa) if part)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        with (
+            dispatch.use_backend(self.name),
+            native.use_isa(self.isa) if self.isa else nullcontext(),
+        ):
+            yield
+
+
+def backends(name: str | None = None) -> list[Backend]:
+    """What this build and machine can run, or only the backend `name`."""
+    found = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for backend, reason in dispatch.available(device).items():
+            if reason is not None or name not in (None, backend):
+                continue
+            compiled_cpu = backend == "native" and device == "cpu"
+            isas = native.isas() if compiled_cpu else [None]
+            found += [Backend(backend, device, isa) for isa in isas]
+    return found
+
+
+@pytest.fixture(params=backends(), ids=str)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend in turn, in use during the test."""
+    with request.param.in_use():
+        yield request.param
+
+
+@pytest.fixture(params=[b for b in backends() if b.isa in (None, native.isas()[-1])], ids=str)
+def backend_once(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend in turn, for what does not depend on the instruction set."""
+    with request.param.in_use():
+        yield request.param
+
+
+@pytest.fixture(params=[b for b in backends("native") if b.device == "cpu"], ids=str)
+def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The compiled CPU kernels of every instruction set in turn, in use during the test."""
+    with request.param.in_use():
+        yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Small data and models run faster, and steadier on a busy machine, on one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

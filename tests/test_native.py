@@ -1,0 +1,196 @@
+"""The compiled module: the same bits on every instruction set and number of threads, refusals."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import assert_same_bits
+from conftest import Backend
+from samples import (
+    DTYPES,
+    SHAPES,
+    SUMS,
+    UPDATES,
+    cross_entropy_outputs,
+    lists,
+    tensors,
+)
+from torch import Tensor
+
+from imbsam_fast import native, ops
+from imbsam_fast.dispatch import use_backend
+
+pytestmark = pytest.mark.skipif(
+    native.reason_unavailable("cpu") is not None, reason=str(native.reason_unavailable("cpu"))
+)
+
+each_case = pytest.mark.parametrize("case", SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def each_name(operations: dict) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", operations)
+
+
+# ---------------------------------------------------------------- bit equality
+
+
+def on(isa: str, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    with use_backend("native"), native.use_isa(isa):
+        return run()
+
+
+@each_dtype
+@each_case
+@each_name(UPDATES)
+def test_updates_equal_the_reference(name: str, case: str, dtype: torch.dtype) -> None:
+    with use_backend("reference"):
+        expected = UPDATES[name](lists(case, dtype))
+    for isa in native.isas():
+        assert_same_bits(on(isa, lambda: UPDATES[name](lists(case, dtype))), expected)
+
+
+@each_dtype
+@each_case
+@each_name(SUMS)
+def test_sums_are_the_same_on_every_isa(name: str, case: str, dtype: torch.dtype) -> None:
+    x = lists(case, dtype)
+    baseline, *others = (on(isa, lambda: SUMS[name](x)) for isa in native.isas())
+    for other in others:
+        assert_same_bits(other, baseline)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [1, 2, 10, 100, 1003])
+def test_cross_entropy_is_the_same_on_every_isa(classes: int, dtype: torch.dtype) -> None:
+    baseline, *others = (
+        on(isa, lambda: cross_entropy_outputs(64, classes, dtype)) for isa in native.isas()
+    )
+    for other in others:
+        assert_same_bits(other, baseline)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@each_name({**UPDATES, **SUMS})
+def test_lists_do_not_depend_on_the_threads(
+    set_threads: Callable[[int], None], name: str, dtype: torch.dtype
+) -> None:
+    # 13 tensors of unequal sizes: every number of threads cuts elsewhere.
+    sizes = [n * 3001 for n in range(13)]
+
+    def run(threads: int) -> list[Tensor]:
+        set_threads(threads)
+        names = ("theta", "saved", "g_h", "g_p", "m")
+        x = SimpleNamespace(**{name: repeated(sizes, dtype, i) for i, name in enumerate(names)})
+        return {**UPDATES, **SUMS}[name](x)
+
+    with use_backend("native"):
+        alone = run(1)
+        for threads in (2, 3, 7):
+            assert_same_bits(run(threads), alone)
+
+
+def repeated(sizes: list[int], dtype: torch.dtype, seed: int, offset: int = 0) -> list[Tensor]:
+    """Tensors of these sizes, cheaply: one block of normal values over and over."""
+    block = tensors("misaligned", dtype, seed)[0]
+    return [block.repeat(n // len(block) + 2)[offset : offset + n] for n in sizes]
+
+
+@pytest.mark.parametrize("element", [0, 33_333, 99_999])
+def test_every_thread_reports_what_is_not_finite(
+    set_threads: Callable[[int], None], element: int
+) -> None:
+    set_threads(3)
+    g_p = torch.zeros(100_000)
+    with use_backend("native"):
+        assert ops.grad_check([], [g_p])[1].item() == 0
+        g_p[element] = float("nan")
+        assert ops.grad_check([], [g_p])[1].item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cross_entropy_does_not_depend_on_the_threads(
+    set_threads: Callable[[int], None], dtype: torch.dtype
+) -> None:
+    def run(threads: int) -> list[Tensor]:
+        set_threads(threads)
+        return cross_entropy_outputs(131, 1003, dtype)
+
+    with use_backend("native"):
+        alone = run(1)
+        for threads in (2, 3, 7):
+            assert_same_bits(run(threads), alone)
+
+
+# ---------------------------------------------------------------- half dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_number_of_a_half_dtype(cpu_kernels: Backend, dtype: torch.dtype) -> None:
+    """Subnormal, infinite and not-a-number included: read, added, rounded and copied."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    shuffled = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
+    for other in (torch.full_like(every, -0.0), shuffled, every.flip(0), every):
+        theta, g_p = torch.zeros_like(every), other.clone()
+        ops.merge_([theta], [every], [every.clone()], [g_p])
+        assert_same_bits([theta], [every])
+        expected = (every.float() + other.float()).to(dtype)
+        number = ~expected.isnan()
+        assert_same_bits([g_p[number]], [expected[number]])
+        assert g_p[~number].isnan().all() and number.sum() > 60_000
+
+
+# ---------------------------------------------------------------- data beyond the caches
+
+
+def last_level_cache_bytes() -> int:
+    try:
+        return int(subprocess.check_output(["getconf", "LEVEL3_CACHE_SIZE"])) or 32 << 20
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return 32 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streaming_writes_what_plain_stores_write(dtype: torch.dtype) -> None:
+    """One call on more data than the cache holds equals one call per tensor, which streams not."""
+    names = ("theta", "saved", "g_h", "g_p", "m")
+    elements = last_level_cache_bytes() // (4 * dtype.itemsize) + 1000  # merge_ has 4 lists
+    sizes = [elements // 3 + 1, elements // 3 + 6, elements // 3 + 11]
+    # Every list starts at another distance from the alignment that streaming needs.
+    x = SimpleNamespace(
+        **{name: repeated(sizes, dtype, i, offset=1 + 3 * i) for i, name in enumerate(names)}
+    )
+    m, theta_stepped, m_stepped = ([t.clone() for t in x.m], [], [])
+
+    with use_backend("native"):
+        for i in range(len(sizes)):
+            one = SimpleNamespace(**{name: [list_[i]] for name, list_ in vars(x).items()})
+            UPDATES["sgd_update_"](one)
+            theta_stepped += [t.clone() for t in one.theta]
+            m_stepped += [t.clone() for t in one.m]
+        for isa in native.isas():
+            torch._foreach_zero_(x.theta)
+            torch._foreach_copy_(x.m, m)
+            with native.use_isa(isa):
+                UPDATES["sgd_update_"](x)
+            assert all(map(torch.equal, x.theta, theta_stepped))
+            assert all(map(torch.equal, x.m, m_stepped))
+            with native.use_isa(isa):
+                ops.merge_(x.theta, x.saved, [], x.g_p)  # only restores
+            assert all(map(torch.equal, x.theta, x.saved))
+
+
+def test_stream_copy(cpu_kernels: Backend) -> None:
+    source = tensors("beyond a chunk", torch.float32, 0)[0][1:]
+    memory = torch.full((len(source) + 8,), 7.0)
+    destination = memory[3 : 3 + len(source)]
+    native._C.stream_copy(destination.data_ptr(), source.data_ptr(), 4 * len(source), 2)
+    assert_same_bits([destination], [source])
+    assert memory[:3].eq(7).all() and memory[3 + len(source) :].eq(7).all()
+    for bytes_, offset in ((-4, 0), (6, 0), (8, 1)):
+        with pytest.raises(ValueError, match=f"^stream_copy: bytes is {bytes_}, expected"):
+            native._C.stream_copy(destination.data_ptr() + offset, source.data_ptr(), bytes_, 1)

@@ -1,0 +1,127 @@
+"""torch.library.opcheck of every operator: schema, fake, autograd registration, tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend
+from samples import DTYPES, RHO, SGD, class_weights, lists, logits_and_targets, scalar
+
+OPERATORS = torch.ops.imbsam_fast
+Samples = dict[str, Callable[[torch.dtype, str], tuple[Any, ...]]]
+
+
+def few(dtype: torch.dtype, device: str) -> Any:
+    """Two tensors a list, in a layout that is not contiguous."""
+    x = lists("channels_last", dtype, device)
+    for name, list_ in vars(x).items():
+        setattr(x, name, list_[:2])
+    return x
+
+
+def sgd_update(dtype: torch.dtype, device: str, absent: tuple[str, ...], amp: bool) -> tuple:
+    x = few(dtype, device)
+    for name in absent:
+        setattr(x, name, [])
+    settings = {**SGD, "momentum": SGD["momentum"] if x.m else 0.0}
+    scalars = (torch.ones(1, device=device), torch.zeros(1, device=device)) if amp else (None, None)
+    lr = scalar(0.1, device)
+    return x.theta, x.saved, x.g_h, x.g_p, x.m, lr, *settings.values(), *scalars
+
+
+def cross_entropy(dtype: torch.dtype, device: str, options: tuple, rows: int = 6) -> tuple:
+    logits, targets = logits_and_targets(rows, 5, dtype, device)
+    targets[:2] = -100
+    plain, sharp, class_weight = class_weights(5, dtype, device)
+    weighted, *rest = options
+    return logits, targets, plain, sharp, class_weight if weighted else None, *rest
+
+
+def backward(dtype: torch.dtype, device: str, parts: tuple[bool, bool], options: tuple) -> tuple:
+    logits, targets, *weights = cross_entropy(dtype, device, options)
+    b, lse = OPERATORS.split_cross_entropy(logits, targets, *weights)[2:]
+    grads = [torch.ones_like(b) if part else None for part in parts]
+    return *grads, logits, targets, lse, b, *weights[:-1]
+
+
+def adaptive(op: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    x = few(dtype, device)
+    if op == "squared_norm":
+        return x.g_p, x.theta
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True
+
+
+SAMPLES: dict[str, Samples] = {
+    "squared_norm": {
+        "plain": lambda *on: (few(*on).g_p, []),
+        "adaptive": lambda *on: adaptive("squared_norm", *on),
+    },
+    "perturb_": {"adaptive": lambda *on: adaptive("perturb_", *on)},
+    "sgd_update_": {
+        "all": lambda *on: sgd_update(*on, absent=(), amp=True),
+        "few": lambda *on: sgd_update(*on, absent=("saved", "g_h", "m"), amp=False),
+    },
+    "merge_": {
+        "all": lambda *on: (few(*on).theta, few(*on).saved, few(*on).g_h, few(*on).g_p),
+        "few": lambda *on: (few(*on).theta, [], [], few(*on).g_p),
+    },
+    "grad_check": {
+        "all": lambda *on: (few(*on).g_h, few(*on).g_p),
+        "tail": lambda *on: ([], few(*on).g_p),
+    },
+    "split_cross_entropy": {
+        "all": lambda *on: cross_entropy(*on, (True, 0.1, -100, 8.0)),
+        "few": lambda *on: cross_entropy(*on, (False, 0.0, -100, None)),
+        "no rows": lambda *on: cross_entropy(*on, (False, 0.0, -100, None), rows=0),
+    },
+    "split_cross_entropy_backward": {
+        "both": lambda *on: backward(*on, (True, True), (True, 0.1, -100, None)),
+        "tail": lambda *on: backward(*on, (False, True), (False, 0.0, -100, None)),
+    },
+}
+
+CASES = [
+    pytest.param(op, sample, id=f"{op}-{name}")
+    for op, samples in SAMPLES.items()
+    for name, sample in samples.items()
+]
+
+
+def test_every_operator_has_samples() -> None:
+    schemas = torch._C._jit_get_all_schemas()
+    names = {s.name for s in schemas if s.name.startswith("imbsam_fast::")}
+    assert {name.partition("::")[2] for name in names} == set(SAMPLES)
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_opcheck(backend_once: Backend, op: str, sample: Callable[..., tuple[Any, ...]]) -> None:
+    arguments = sample(torch.float32, backend_once.device)
+    torch.library.opcheck(getattr(OPERATORS, op).default, arguments)
+
+
+def with_gradients(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    logits, *rest = arguments
+    return logits.requires_grad_(), *rest
+
+
+@pytest.mark.parametrize("name", ["all", "few"])
+def test_opcheck_of_the_differentiable_operator(backend_once: Backend, name: str) -> None:
+    arguments = with_gradients(
+        SAMPLES["split_cross_entropy"][name](torch.float32, backend_once.device)
+    )
+    torch.library.opcheck(OPERATORS.split_cross_entropy.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_fakes_match(
+    backend_once: Backend, op: str, sample: Callable[..., tuple[Any, ...]], dtype: torch.dtype
+) -> None:
+    torch.library.opcheck(
+        getattr(OPERATORS, op).default,
+        sample(dtype, backend_once.device),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -1,0 +1,367 @@
+"""Bad arguments: an error that names the argument, before anything is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_same_bits
+from conftest import Backend
+from samples import DTYPES, RHO, SGD
+from torch import Tensor
+
+from imbsam_fast import native, ops
+
+Arguments = dict[str, Any]
+
+# The lists of every operation, in the order in which they are checked.
+LISTS = {
+    "squared_norm": ("g_t", "theta"),
+    "perturb_": ("theta", "g_t"),
+    "sgd_update_": ("theta", "g_p", "saved", "g_h", "m"),
+    "merge_": ("theta", "g_p", "saved", "g_h"),
+    "grad_check": ("g_p", "g_h"),
+}
+
+
+def valid(op: str) -> Arguments:
+    """Arguments that the operation accepts: three tensors of shape (2, 3), (4, 5), (6,)."""
+    generator = torch.Generator().manual_seed(0)
+    arguments: Arguments = {
+        name: [torch.randn(shape, generator=generator) for shape in ((2, 3), (4, 5), (6,))]
+        for name in LISTS[op]
+    }
+    if op == "perturb_":
+        arguments |= {"partials": torch.ones(3, dtype=torch.float64), "rho": RHO}
+    if op == "sgd_update_":
+        arguments |= {"lr": torch.tensor(0.1), **SGD}
+    return arguments
+
+
+def assert_refused(
+    op: str, arguments: Arguments, error: type[Exception] | tuple[type[Exception], ...], match: str
+) -> None:
+    """The error starts with the operation's name, and every tensor keeps its bits."""
+    tensors = []
+    for value in arguments.values():
+        tensors += value if isinstance(value, list) else [value] if torch.is_tensor(value) else []
+    tensors = [t for t in tensors if t.layout == torch.strided and t.device.type != "meta"]
+    before = [t.clone() for t in tensors]
+    with pytest.raises(error, match=rf"^{op}: {match}"):
+        getattr(ops, op)(**arguments)
+    for t, b in zip(tensors, before):
+        assert_same_bits([t], [b])
+
+
+def test_the_arguments_are_valid_to_begin_with(backend_once: Backend) -> None:
+    for op in LISTS:
+        getattr(ops, op)(**valid(op))
+
+
+# ---------------------------------------------------------------- lists
+
+each_list = pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in LISTS.items() for name in names]
+)
+each_op = pytest.mark.parametrize("op", LISTS)
+
+
+# What may be wrong with one tensor of a list.
+DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "float64": Tensor.double,
+    "bfloat16": Tensor.bfloat16,
+    "int32": Tensor.int,
+    "complex": lambda t: t.to(torch.complex64),
+    "flat": Tensor.flatten,
+    "other shape": lambda t: t[:, :-1].contiguous(),
+    "transposed": lambda t: t.t().contiguous().t(),
+    "with gaps": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "expanded": lambda t: t[:1].expand_as(t),
+    "sparse": Tensor.to_sparse,
+    "another device": lambda t: t.to("meta"),
+}
+
+
+@each_list
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_one_tensor_unlike_the_others(
+    backend_once: Backend, op: str, name: str, damage: str
+) -> None:
+    arguments = valid(op)
+    arguments[name][1] = DAMAGES[damage](arguments[name][1])
+    first = LISTS[op][0]
+    # A damaged first list is noticed there, or where the next list does not match it.
+    named = rf"{name}\[1\] is " if name != first else rf"({first}\[1\] is |.* as {first}\[1\]$)"
+    assert_refused(op, arguments, (ValueError, TypeError), named)
+
+
+@each_op
+@pytest.mark.parametrize("damage", ["with gaps", "expanded", "overlapping", "sparse"])
+def test_memory_that_is_not_one_block(op: str, damage: str) -> None:
+    arguments = valid(op)
+    damages = {**DAMAGES, "overlapping": lambda t: t.flatten().as_strided(t.shape, (1, 1))}
+    for name in LISTS[op]:
+        arguments[name][1] = damages[damage](arguments[name][1])
+    expected = "expected a strided tensor" if damage == "sparse" else "expected a dense layout"
+    assert_refused(op, arguments, (ValueError, TypeError), rf"{LISTS[op][0]}\[1\] is .*{expected}")
+
+
+@each_list
+def test_a_sparse_tensor_of_one_element(op: str, name: str) -> None:
+    """Whose strides say nothing."""
+    arguments = valid(op)
+    for other in LISTS[op]:
+        arguments[other] = [torch.ones(1)]
+    arguments[name] = [torch.ones(1).to_sparse()]
+    assert_refused(op, arguments, (ValueError, TypeError), rf"{name}\[0\] is ")
+
+
+@each_op
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
+def test_no_floating_point(op: str, dtype: torch.dtype) -> None:
+    arguments = valid(op)
+    for name in LISTS[op]:
+        arguments[name] = [t.to(dtype) for t in arguments[name]]
+    named = rf"{LISTS[op][0]}\[0\] is {dtype}, expected one of {re.escape(str(DTYPES[0]))}"
+    assert_refused(op, arguments, TypeError, named)
+
+
+@each_list
+@pytest.mark.parametrize("change", ["too few", "too many"])
+def test_lists_of_unequal_length(op: str, name: str, change: str) -> None:
+    arguments = valid(op)
+    full = arguments[name]
+    arguments[name] = full[:-1] if change == "too few" else [*full, torch.ones(2)]
+    first, second = LISTS[op][:2]
+    wrong = name if name != first else second
+    assert_refused(
+        op,
+        arguments,
+        ValueError,
+        rf"{wrong} has {len(arguments[wrong])} tensors, expected \d as {first}",
+    )
+
+
+@each_op
+def test_empty_lists(op: str) -> None:
+    arguments = valid(op)
+    first = LISTS[op][0]
+    assert_refused(op, {**arguments, first: []}, ValueError, f"{first} is empty, expected")
+    empty = {name: [] for name in LISTS[op]}
+    assert_refused(op, {**arguments, **empty}, ValueError, f"{first} is empty, expected")
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [("perturb_", "g_t"), ("sgd_update_", "g_p"), ("merge_", "g_p")]
+)
+def test_a_required_list_is_empty(op: str, name: str) -> None:
+    assert_refused(op, {**valid(op), name: []}, ValueError, f"{name} ")
+
+
+# ---------------------------------------------------------------- the other arguments
+
+OTHERS: list[tuple[str, str, Any]] = [
+    ("perturb_", "rho", -0.1),
+    ("perturb_", "rho", float("nan")),
+    ("perturb_", "rho", float("inf")),
+    ("perturb_", "partials", torch.ones(3)),
+    ("perturb_", "partials", torch.ones((), dtype=torch.float64)),
+    ("perturb_", "partials", torch.ones(3, 1, dtype=torch.float64)),
+    ("perturb_", "partials", torch.ones(3, dtype=torch.float64, device="meta")),
+    ("sgd_update_", "lr", torch.ones(2)),
+    ("sgd_update_", "lr", torch.ones(0)),
+    ("sgd_update_", "grad_scale", torch.ones(2)),
+    ("sgd_update_", "found_inf", torch.zeros(0)),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), OTHERS, ids=str)
+def test_other_arguments(op: str, name: str, value: Any) -> None:
+    assert_refused(op, {**valid(op), name: value}, ValueError, f"{name} ")
+
+
+def test_momentum_buffers_exactly_with_momentum() -> None:
+    arguments = valid("sgd_update_")
+    for changes in ({"m": []}, {"momentum": 0.0, "nesterov": False}):
+        assert_refused(
+            "sgd_update_", {**arguments, **changes}, ValueError, r"m has \d tensors with"
+        )
+
+
+# ---------------------------------------------------------------- memory shared between tensors
+
+WRITING = ("perturb_", "sgd_update_", "merge_")
+
+
+@pytest.mark.parametrize("op", WRITING)
+def test_one_tensor_twice(cpu_kernels: Backend, op: str) -> None:
+    first, second = LISTS[op][:2]
+    arguments = valid(op)
+    arguments[second][1] = arguments[first][1]
+    named = rf"{first}\[1\] and {second}\[1\] overlap in memory"
+    reverse = rf"{second}\[1\] and {first}\[1\] overlap in memory"
+    assert_refused(op, arguments, ValueError, f"({named}|{reverse})")
+
+
+@pytest.mark.parametrize("op", WRITING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_that_share_one_element(cpu_kernels: Backend, op: str, dtype: torch.dtype) -> None:
+    arguments = valid(op)
+    for name in LISTS[op]:
+        arguments[name] = [t.to(dtype) for t in arguments[name]]
+    memory = torch.ones(11, dtype=dtype)
+    arguments["theta"][2], arguments[LISTS[op][-1]][2] = memory[:6], memory[5:]
+    assert_refused(op, arguments, ValueError, rf"theta\[2\] and {LISTS[op][-1]}\[2\] overlap")
+    memory = torch.ones(12, dtype=dtype)  # side by side is no overlap
+    arguments["theta"][2], arguments[LISTS[op][-1]][2] = memory[:6], memory[6:]
+    getattr(ops, op)(**arguments)
+
+
+def test_reading_the_same_gradient_twice_is_no_harm(backend_once: Backend) -> None:
+    arguments = valid("grad_check")
+    partials, _ = ops.grad_check(arguments["g_p"], arguments["g_p"])
+    expected = sum(4 * t.double().square().sum() for t in arguments["g_p"])
+    torch.testing.assert_close(partials.sum(), expected)
+
+
+# ---------------------------------------------------------------- raw pointers
+
+FLOAT32, HERE = 0, 1  # a dtype code and an address that is not null
+needs_module = pytest.mark.skipif(
+    native.reason_unavailable("cpu") is not None, reason="the compiled module did not load"
+)
+
+NUMEL = [4, 2]
+OK = [0, 0]  # replaced by real pointers
+
+# Operation, arguments after the dtype and numel; "x" stands for a list of good pointers.
+POINTER_CALLS: dict[str, tuple[Any, ...]] = {
+    "squared_norm": ("g_t", "theta", "&partials", 1),
+    "perturb_": ("theta", "g_t", 0.1, False, 1),
+    "sgd_update_": (
+        "theta", "saved", "g_h", "g_p", "m", 0.1, 0.9, 0.0, 0.0, False, False, 1.0, False, 1,
+    ),
+    "merge_": ("theta", "saved", "g_h", "g_p", 1),
+    "grad_check": ("g_h", "g_p", "&partials", 1),
+}  # fmt: skip
+
+
+class PointerCall:
+    """A call of the compiled module with memory of its own behind every pointer."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.names = [a for a in POINTER_CALLS[op] if isinstance(a, str)]
+        self.memory = {n: [torch.full((k,), 3.0) for k in NUMEL] for n in self.names}
+        self.memory["&partials"] = [torch.full((2,), 3.0, dtype=torch.float64)]
+
+    def __call__(self, changes: dict[str, Any]) -> None:
+        arguments: list[Any] = [changes.get("dtype", FLOAT32), changes.get("numel", NUMEL)]
+        for argument in POINTER_CALLS[self.op]:
+            if not isinstance(argument, str):
+                arguments.append(argument)
+                continue
+            pointers = [t.data_ptr() for t in self.memory[argument]]
+            good = pointers[0] if argument.startswith("&") else pointers
+            arguments.append(changes.get(argument, good))
+        getattr(native._C, self.op)(*arguments)
+
+    def untouched(self) -> bool:
+        return all(t.eq(3).all() for list_ in self.memory.values() for t in list_)
+
+
+@needs_module
+@pytest.mark.parametrize("op", POINTER_CALLS)
+def test_raw_pointers(op: str) -> None:
+    call = PointerCall(op)
+    lists = [name for name in call.names if not name.startswith("&")]
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": 4}, "dtype is 4, expected 0 to 3"),
+        ({"dtype": -1}, "dtype is -1, expected 0 to 3"),
+        ({"numel": [4, -2]}, r"numel\[1\] is -2, expected >= 0"),
+    ]
+    for name in lists:
+        good = [t.data_ptr() for t in call.memory[name]]
+        refused += [
+            ({name: [good[0], 0]}, rf"{name}\[1\] is a null pointer, expected 2 elements"),
+            ({name: good[:1]}, f"{name} has 1 tensors, expected 2"),
+            ({name: [*good, good[0]]}, f"{name} has 3 tensors, expected 2"),
+        ]
+    if "&partials" in call.names:
+        refused.append(({"&partials": 0}, "partials is a null pointer"))
+    for changes, message in refused:
+        with pytest.raises(ValueError, match=f"^{op}: {message}"):
+            call(changes)
+        assert call.untouched(), changes
+    call({})
+    assert not call.untouched()
+
+
+@needs_module
+@pytest.mark.parametrize("op", POINTER_CALLS)
+@pytest.mark.parametrize("count", [0, 3])
+def test_nothing_to_do_needs_no_memory(op: str, count: int) -> None:
+    call = PointerCall(op)
+    nothing: dict[str, Any] = {name: [0] * count for name in call.names}
+    call({**nothing, "numel": [0] * count, "&partials": 0})
+    assert call.untouched()
+
+
+@needs_module
+@pytest.mark.parametrize("threads", [-5, 0, 1000])
+def test_any_number_of_threads(threads: int) -> None:
+    partials, x = torch.zeros(4, dtype=torch.float64), torch.ones(100_000)
+    native._C.squared_norm(FLOAT32, [len(x)], [x.data_ptr()], [], partials.data_ptr(), threads)
+    assert partials.tolist() == [32768, 32768, 32768, 100_000 - 3 * 32768]
+
+
+@needs_module
+def test_unknown_isa() -> None:
+    before = native.isa_in_use()
+    with pytest.raises(ValueError, match="isa is 'avx1024', which this build or machine"):
+        native._C.use_isa("avx1024")
+    assert native.isa_in_use() == before
+
+
+FORWARD = ("logits", "targets", "plain", "sharp", "head", "tail", "b", "lse")
+BACKWARD = ("logits", "targets", "lse", "plain", "sharp", "grad_logits")
+
+
+def cross_entropy_call(backward: bool, **changes: Any) -> None:
+    """A call of the compiled cross-entropy on two rows of three classes, with good pointers."""
+    size: dict[str, Any] = {"dtype": FLOAT32, "rows": 2, "classes": 3, "stride": 3}
+    size = {name: changes.get(name, value) for name, value in size.items()}
+    memory = {name: torch.zeros(6) for name in (*FORWARD, *BACKWARD)}
+    memory["targets"] = torch.zeros(2, dtype=torch.int64)
+    p = {name: changes.get(name, t.data_ptr()) for name, t in memory.items()}
+    if backward:
+        native._C.split_cross_entropy_backward(
+            *size.values(), 1.0, 1.0, p["logits"], p["targets"], p["lse"], 2.0, p["plain"],
+            p["sharp"], 0, 0.0, -100, p["grad_logits"], 1,
+        )  # fmt: skip
+    else:
+        native._C.split_cross_entropy(
+            *size.values(), p["logits"], p["targets"], p["plain"], p["sharp"], 0, 0.0, -100, None,
+            p["head"], p["tail"], p["b"], p["lse"], 1,
+        )  # fmt: skip
+
+
+@needs_module
+@pytest.mark.parametrize("backward", [False, True])
+def test_raw_cross_entropy(backward: bool) -> None:
+    op = "split_cross_entropy" + "_backward" * backward
+    cross_entropy_call(backward)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": 9}, "dtype is 9, expected 0 to 3"),
+        ({"rows": -1}, r"logits is \(-1, 3\), expected \(N, K\) with K > 0"),
+        ({"classes": 0}, r"logits is \(2, 0\), expected"),
+        ({"stride": -1}, "row_stride is -1, expected"),
+    ]
+    for name in BACKWARD if backward else FORWARD:
+        refused.append(({name: 0}, f"{name} is a null pointer"))
+    for changes, message in refused:
+        with pytest.raises(ValueError, match=f"^{op}: {message}"):
+            cross_entropy_call(backward, **changes)
