@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
 
@@ -15,6 +16,10 @@ try:
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _load_error = str(error)
+    warnings.warn(
+        f"imbsam_fast runs in pure torch, much slower: its compiled module did not load ({error})",
+        stacklevel=2,
+    )
 
 # imbsam::DType
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

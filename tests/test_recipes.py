@@ -250,6 +250,12 @@ def test_training_learns(data):
     assert min(trained.per_class[:4]) > 60
 
 
+def test_training_repeats_bit_for_bit(data):
+    changed = settings(tail_weight=2.0)
+    one, two = (weights(training.train("imbsam", changed, data, seed=1)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
 def test_training_reports_every_epoch(data):
     losses: list[float] = []
     trained = training.train("sgd", settings(epochs=3), data, 0, losses.append)

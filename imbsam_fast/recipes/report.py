@@ -25,8 +25,6 @@ def print_plan(console: Console, settings: Settings, data: LongTailData, model: 
     tail_names = ", ".join(map(str, tail)) or "none: ImbSAM is SGD"
     if len(tail) == len(data.counts):
         tail_names = "all: ImbSAM is SAM"
-    backend = dispatch.backend_name(settings.device)
-    chosen = "forced" if dispatch.forced_backend() else "chosen automatically"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     for name, value in {
@@ -37,7 +35,7 @@ def print_plan(console: Console, settings: Settings, data: LongTailData, model: 
         f"{100 * split.tail_fraction:.1f} % of the training images",
         "model": f"convolutional, {settings.norm} norm, {model['parameters']:,} parameters",
         "plan": f"{model['plan']} ({_why_plan(settings, model['plan'])})",
-        "backend": f"{backend} on {settings.device} ({chosen})",
+        "backend": _describe_backend(settings.device),
         "preset": f"{settings.preset}: tail weight {settings.tail_weight:g}, BatchNorm statistics "
         f"{settings.batch_norm} a step",
         "training": f"{_plural(settings.seeds, 'seed')} of {_plural(settings.epochs, 'epoch')}, "
@@ -45,6 +43,17 @@ def print_plan(console: Console, settings: Settings, data: LongTailData, model: 
     }.items():
         table.add_row(name, value)
     console.print(table)
+
+
+def _describe_backend(device: str) -> str:
+    """The backend in use and, where a better one could not be taken, why."""
+    used = dispatch.backend_name(device)
+    if dispatch.forced_backend():
+        return f"{used} on {device} (forced)"
+    reasons = dispatch.available(device)
+    passed_over = dispatch.BACKENDS[: dispatch.BACKENDS.index(used)]
+    why = "; ".join(f"no {backend}: {reasons[backend]}" for backend in passed_over)
+    return f"{used} on {device} ({why or 'chosen automatically'})"
 
 
 def _plural(number: int, noun: str) -> str:
@@ -84,6 +93,7 @@ def print_results(
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
+        show_edge=False,
     )
     table.add_column("", min_width=9)
     titles = ["Many\n> 100", "Medium\n20 - 100", "Few\n< 20", "All\nclasses"]
@@ -110,4 +120,4 @@ def _cell(value: tuple[float, float | None] | None) -> str:
     if value is None:
         return "-"
     mean, std = value
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ±{std:.1f}"
