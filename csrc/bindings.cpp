@@ -193,6 +193,7 @@ void split_cross_entropy_backward(int dtype, int64_t rows, int64_t classes, int6
 void stream_copy(uintptr_t destination, uintptr_t source, int64_t bytes, int threads) {
   IMBSAM_CHECK(bytes >= 0 && bytes % 4 == 0 && destination % 4 == 0,
                "stream_copy: bytes is " << bytes << ", expected whole 4-byte words");
+  IMBSAM_CHECK((destination && source) || bytes == 0, "stream_copy: a null pointer");
   cpu::stream_copy(pointer(destination), pointer(source), bytes, threads);
 }
 
@@ -219,5 +220,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa_in_use", &cpu::isa_in_use);
   module.def("use_isa", [](const std::string& name) { cpu::use_isa(name.c_str()); });
   module.def("has_openmp", &cpu::has_openmp);
+  module.def("last_level_cache_bytes", &cpu::last_level_cache_bytes);
   module.attr("has_cuda") = false;
 }

@@ -95,5 +95,8 @@ void use_isa(const char* name);
 
 bool has_openmp();
 
+// Above this much data, streaming stores pay.
+int64_t last_level_cache_bytes();
+
 }  // namespace cpu
 }  // namespace imbsam

@@ -34,7 +34,7 @@ class SplitLoss(NamedTuple):
 class SplitCrossEntropy(nn.Module):
     """Cross-entropy in its head and tail part, from one fused pass over the logits.
 
-    Takes logits (N, K) in float32, float64, bfloat16 or float16 and integer targets (N,);
+    Takes logits (N, K) in float32, float64, bfloat16 or float16 and int64 targets (N,);
     returns float32 losses (float64 for float64). With `ClassSplit.none()` and no class weight,
     the head part is `torch.nn.functional.cross_entropy`.
 

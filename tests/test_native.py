@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -147,18 +146,11 @@ def test_every_number_of_a_half_dtype(cpu_kernels: Backend, dtype: torch.dtype) 
 # ---------------------------------------------------------------- data beyond the caches
 
 
-def last_level_cache_bytes() -> int:
-    try:
-        return int(subprocess.check_output(["getconf", "LEVEL3_CACHE_SIZE"])) or 32 << 20
-    except (OSError, subprocess.CalledProcessError, ValueError):
-        return 32 << 20
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_streaming_writes_what_plain_stores_write(dtype: torch.dtype) -> None:
     """One call on more data than the cache holds equals one call per tensor, which streams not."""
     names = ("theta", "saved", "g_h", "g_p", "m")
-    elements = last_level_cache_bytes() // (4 * dtype.itemsize) + 1000  # merge_ has 4 lists
+    elements = native._C.last_level_cache_bytes() // (4 * dtype.itemsize) + 1000  # merge_ has 4 lists
     sizes = [elements // 3 + 1, elements // 3 + 6, elements // 3 + 11]
     # Every list starts at another distance from the alignment that streaming needs.
     x = SimpleNamespace(
@@ -194,3 +186,6 @@ def test_stream_copy(cpu_kernels: Backend) -> None:
     for bytes_, offset in ((-4, 0), (6, 0), (8, 1)):
         with pytest.raises(ValueError, match=f"^stream_copy: bytes is {bytes_}, expected"):
             native._C.stream_copy(destination.data_ptr() + offset, source.data_ptr(), bytes_, 1)
+    for to, from_ in ((0, source.data_ptr()), (destination.data_ptr(), 0)):
+        with pytest.raises(ValueError, match="^stream_copy: a null pointer"):
+            native._C.stream_copy(to, from_, 4, 1)

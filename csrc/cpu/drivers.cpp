@@ -2,14 +2,12 @@
 // flattened elements of all tensors, with results that do not depend on the number of threads.
 
 #include <algorithm>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
-#endif
-#if defined(__linux__)
-#include <unistd.h>
 #endif
 
 #include "../check.h"
@@ -142,17 +140,6 @@ const char* at(const void* const* list, int64_t tensor, int64_t element, int64_t
 }
 
 // ---------------------------------------------------------------- caches
-
-int64_t last_level_cache_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const int64_t l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (l3 > 0) return l3;
-#endif
-    return (int64_t)32 << 20;
-  }();
-  return bytes;
-}
 
 // Writing past the caches pays only where the data would not have stayed in them.
 bool exceeds_cache(const Table& table, int64_t elements, int lists) {
@@ -354,6 +341,18 @@ void stream_copy(void* destination, const void* source, int64_t bytes, int threa
     isa()->stream_copy((float*)destination + share.begin, (const float*)source + share.begin,
                        (share.end - share.begin) * 4);
   });
+}
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+    // sysconf sums the caches of a whole socket on some machines; a core can fill one.
+    std::ifstream size("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t number = 0;
+    char unit = 0;
+    if (size >> number >> unit && number > 0) return unit == 'M' ? number << 20 : number << 10;
+    return (int64_t)32 << 20;
+  }();
+  return bytes;
 }
 
 int isa_count() { return (int)supported_isas().size(); }
