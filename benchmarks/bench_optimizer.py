@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 
 from imbsam_fast import bench, bench_cases
+from imbsam_fast.bench_measure import Operation
 
 
-def operations(quick: bool) -> list[bench.Operation]:
+def operations(quick: bool) -> list[Operation]:
     sizes = [(bench_cases.resnet32_shapes(), 10)]  # parameter shapes, calls a round
     if not quick:
         sizes += [(bench_cases.resnet50_shapes(1000), 1), (bench_cases.resnet50_shapes(8142), 1)]

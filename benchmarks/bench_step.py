@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, bench, peers
 from imbsam_fast.bench_cases import long_tail_batch
+from imbsam_fast.bench_measure import Contestant, Operation, Stopwatch
 
 TAIL_FRACTION = 0.44
 CLASSES = 100
@@ -54,7 +55,7 @@ def conv_net(norm: Callable[[int], nn.Module]) -> nn.Module:
 class Transformer(nn.Module):
     """A small ViT for (N, 3, 32, 32) images: 64 patches of 4x4 pixels, LayerNorm."""
 
-    def __init__(self, width: int = 96, depth: int = 3) -> None:
+    def __init__(self, width: int = 96, depth: int = 2) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, stride=4)
         self.positions = nn.Parameter(0.02 * torch.randn(64, width))
@@ -72,7 +73,7 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------- contestants
 
 
-def operation(name: str, model: nn.Module, rows: int, split_plan: bool) -> bench.Operation:
+def operation(name: str, model: nn.Module, rows: int, split_plan: bool) -> Operation:
     """The steps on one network, each contestant with its own copy of it and one batch."""
     images = torch.randn(rows, 3, 32, 32)
     split, targets = long_tail_batch(rows, CLASSES, TAIL_FRACTION)
@@ -93,22 +94,22 @@ def operation(name: str, model: nn.Module, rows: int, split_plan: bool) -> bench
     if split_plan:
         steps["ImbSAM, TrainStep split"] = train_step(split, "split")
 
-    def taking(step: Callable) -> bench.Contestant:
-        def contestant(watch: bench.Stopwatch) -> None:
+    def taking(step: Callable) -> Contestant:
+        def contestant(watch: Stopwatch) -> None:
             with watch.lap("step"):
                 step(images, targets)
 
         return contestant
 
     contestants = {name: taking(step) for name, step in steps.items()}
-    return bench.Operation(STEP, f"{name}, {rows} rows", contestants)
+    return Operation(STEP, f"{name}, {rows} rows", contestants)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
-def operations(quick: bool) -> list[bench.Operation]:
+def operations(quick: bool) -> list[Operation]:
     rows = 16 if quick else 128
     return [
         operation("GroupNorm ResNet", conv_net(lambda width: nn.GroupNorm(8, width)), rows, True),

@@ -1,74 +1,21 @@
 """imbsam-fast bench: each operation beside its peers, in milliseconds and memory bandwidth.
 
-Contestants take turns in one process: in every round each runs once, in a new order, and the
-medians over the rounds are compared. What they compute is in `bench_cases.py` and `peers.py`.
+What is compared is in `bench_cases.py` and `peers.py`, how it is timed in `bench_measure.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import os
-import random
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-WARM_UP_ROUNDS = 2
-COPY = "streaming copy"  # the operation whose bandwidth is the machine's limit
-
-
-class Stopwatch:
-    """Adds up the laps that a contestant times; what it does between them is not counted."""
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
-        self.laps: dict[str, float] = {}  # seconds
-
-    @contextmanager
-    def lap(self, name: str) -> Iterator[None]:
-        start = self.clock()
-        yield
-        self.laps[name] = self.laps.get(name, 0.0) + self.clock() - start
-
-
-Contestant = Callable[[Stopwatch], None]
-
-
-@dataclass
-class Operation:
-    """One comparison; the first contestant is what the others are compared with."""
-
-    name: str
-    size: str
-    contestants: dict[str, Contestant]
-    bytes: int | None = None  # that one call has to move, whoever does it
-    calls: int = 1  # that a contestant makes each time it runs
-
-
-@dataclass
-class Timing:
-    """One row of the table. Times are those of one call, in milliseconds."""
-
-    operation: str
-    size: str
-    contestant: str
-    ms: float  # the median over the rounds
-    laps_ms: dict[str, float]  # the median of each lap
-    samples_ms: list[float]  # one a round
-    bytes: int | None
-    ratio: float = 1.0  # ms over the ms of the operation's first contestant
-    gb_per_s: float | None = None
-    percent_of_copy: float | None = None
+from .bench_measure import Operation, OtherLoad, Timing, keep_freed_memory, measure
 
 
 @dataclass
@@ -88,71 +35,6 @@ class Report:
         )
 
 
-def measure(
-    operations: Sequence[Operation],
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
-    seed: int = 0,
-) -> list[Timing]:
-    """Run every contestant `rounds` times, interleaved, and compare their medians."""
-    entries = [(i, name) for i, op in enumerate(operations) for name in op.contestants]
-    laps: dict[tuple[int, str], list[dict[str, float]]] = {entry: [] for entry in entries}
-    order = random.Random(seed)
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(-WARM_UP_ROUNDS, rounds):
-            for i, name in order.sample(entries, len(entries)):
-                watch = Stopwatch(clock)
-                operations[i].contestants[name](watch)
-                if number >= 0:
-                    laps[i, name].append(watch.laps)
-    finally:
-        gc.enable()
-    timings = [_timing(operations[i], name, laps[i, name]) for i, name in entries]
-    _compare(timings)
-    return timings
-
-
-def _timing(op: Operation, contestant: str, laps: list[dict[str, float]]) -> Timing:
-    per_call = 1e3 / op.calls
-    samples = [per_call * sum(lap.values()) for lap in laps]
-    medians = {name: per_call * statistics.median(lap[name] for lap in laps) for name in laps[0]}
-    ms = statistics.median(samples)
-    return Timing(op.name, op.size, contestant, ms, medians, samples, op.bytes)
-
-
-def _compare(timings: list[Timing]) -> None:
-    """Fill in the columns that follow from the medians of the run."""
-    first: dict[tuple[str, str], float] = {}
-    for t in timings:
-        t.ratio = t.ms / first.setdefault((t.operation, t.size), t.ms)
-        if t.bytes is not None:
-            t.gb_per_s = t.bytes / t.ms / 1e6
-    limit = next((t.gb_per_s for t in timings if t.operation == COPY), None)
-    for t in timings:
-        if limit and t.gb_per_s:
-            t.percent_of_copy = 100 * t.gb_per_s / limit
-
-
-# ---------------------------------------------------------------- the process
-
-
-def keep_freed_memory() -> bool:
-    """Make the C library keep what is freed instead of returning it to the system.
-
-    Otherwise a freed gradient may be unmapped, and mapped and cleared again at the next
-    backward, and which contestant pays for that depends on what else is on the heap. Returns
-    whether it worked (glibc only).
-    """
-    trim_threshold, mmap_max = -1, -4  # names of mallopt's parameters
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(mallopt(trim_threshold, -1)) and bool(mallopt(mmap_max, 0))
-
-
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     from .env import environment
 
@@ -160,7 +42,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "quick": args.quick,
         "freed_memory": "kept" if args.freed_memory_kept else "returned",
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "environment": environment(),
     }
 
@@ -205,7 +86,7 @@ def save(report: Report, path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=9, help="rounds to take the median over")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds to take the median over")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument(
@@ -228,12 +109,24 @@ def run(
         args.rounds = min(args.rounds, 2)
     args.freed_memory_kept = not args.return_memory and keep_freed_memory()
     report = Report(title, [], settings=settings(args))
-    report.timings = measure(operations(args.quick), args.rounds)
-    report.summary = summary(report)
+    contestants = operations(args.quick)
+    with OtherLoad() as others:
+        report.timings = measure(contestants, args.rounds)
+    report.settings["cores_used_by_others"] = others.cores
+    report.summary = summary(report) + _warnings(others)
     show(report)
     if args.json is not None:
         save(report, args.json)
     return 0
+
+
+def _warnings(others: OtherLoad) -> list[str]:
+    if others.cores is None or others.cores < 0.1:
+        return []
+    return [
+        f"Not a quiet machine: other processes kept {others.cores:.1f} cores busy, which slows "
+        "the contestants with many small operations most. Do not quote these ratios."
+    ]
 
 
 def run_script(
@@ -257,7 +150,7 @@ def main(args: argparse.Namespace) -> int:
 
     return run(
         args,
-        f"ResNet-50, 8,142 classes, {torch.get_num_threads()} threads",
+        f"imbsam-fast bench, {torch.get_num_threads()} threads",
         bench_cases.default_operations,
         bench_cases.default_summary,
     )

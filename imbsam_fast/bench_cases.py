@@ -1,6 +1,6 @@
 """The contestants of `imbsam-fast bench`: parameter shapes, optimizer operations, losses.
 
-Every function returns operations for `bench.measure`; data is made here, before any clock runs.
+What returns operations also makes their data, before `bench_measure.measure` starts a clock.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import native, ops, peers
-from .bench import COPY, Contestant, Operation, Report, Stopwatch
+from .bench import Report
+from .bench_measure import COPY, Contestant, Operation, Stopwatch
 from .dispatch import backend_name, use_backend
 from .losses import SplitCrossEntropy, SplitLoss
 from .optim import ImbSAM

@@ -12,9 +12,33 @@ import pytest
 import torch
 from torch import nn
 
-from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, bench, bench_cases, cli
-from imbsam_fast import peers as peers_module
-from imbsam_fast.peers import AuthorsSequence, BooleanMasking, RowWeights
+from imbsam_fast import (
+    ClassSplit,
+    ImbSAM,
+    SplitCrossEntropy,
+    TrainStep,
+    bench,
+    bench_cases,
+    bench_measure,
+    cli,
+)
+from imbsam_fast.bench_measure import (
+    COPY,
+    WARM_UP_ROUNDS,
+    Contestant,
+    Operation,
+    OtherLoad,
+    Stopwatch,
+    keep_freed_memory,
+    measure,
+)
+from imbsam_fast.peers import (
+    AuthorsSequence,
+    BooleanMasking,
+    RowWeights,
+    authors_training_step,
+    plain_training_step,
+)
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 
@@ -45,11 +69,11 @@ class FakeClock:
         return self.now
 
 
-def sleeper(clock: FakeClock, *seconds: float, log: list | None = None) -> bench.Contestant:
+def sleeper(clock: FakeClock, *seconds: float, log: list | None = None) -> Contestant:
     """Takes the given times in turn, in two laps, with preparation that must not count."""
     runs = iter(seconds)
 
-    def contestant(watch: bench.Stopwatch) -> None:
+    def contestant(watch: Stopwatch) -> None:
         took = next(runs)
         if log is not None:
             log.append(contestant)
@@ -66,9 +90,9 @@ def sleeper(clock: FakeClock, *seconds: float, log: list | None = None) -> bench
 
 def test_medians_leave_out_warm_up_and_preparation():
     clock = FakeClock()
-    times = [50.0] * bench.WARM_UP_ROUNDS + [0.4, 0.1, 0.2]
-    operation = bench.Operation("op", "size", {"x": sleeper(clock, *times)}, calls=10)
-    (timing,) = bench.measure([operation], rounds=3, clock=clock)
+    times = [50.0] * WARM_UP_ROUNDS + [0.4, 0.1, 0.2]
+    operation = Operation("op", "size", {"x": sleeper(clock, *times)}, calls=10)
+    (timing,) = measure([operation], rounds=3, clock=clock)
     assert timing.samples_ms == pytest.approx([120, 30, 60])  # 3 x seconds / 10 calls
     assert timing.ms == pytest.approx(60)
     assert timing.laps_ms == pytest.approx({"a": 20, "b": 40})
@@ -77,17 +101,17 @@ def test_medians_leave_out_warm_up_and_preparation():
 
 def test_bandwidth_and_ratios_follow_from_the_medians():
     clock = FakeClock()
-    n = bench.WARM_UP_ROUNDS + 1
+    n = WARM_UP_ROUNDS + 1
     operations = [
-        bench.Operation(bench.COPY, "", {"copy": sleeper(clock, *[1.0] * n)}, bytes=30 * 10**9),
-        bench.Operation(
+        Operation(COPY, "", {"copy": sleeper(clock, *[1.0] * n)}, bytes=30 * 10**9),
+        Operation(
             "op",
             "",
             {"ours": sleeper(clock, *[2.0] * n), "peer": sleeper(clock, *[5.0] * n)},
             bytes=15 * 10**9,
         ),
     ]
-    copy, ours, peer = bench.measure(operations, rounds=1, clock=clock)
+    copy, ours, peer = measure(operations, rounds=1, clock=clock)
     assert (copy.gb_per_s, ours.gb_per_s, peer.gb_per_s) == pytest.approx((10, 2.5, 1))
     assert (copy.percent_of_copy, ours.percent_of_copy) == pytest.approx((100, 25))
     assert (copy.ratio, ours.ratio, peer.ratio) == pytest.approx((1, 1, 2.5))
@@ -95,9 +119,9 @@ def test_bandwidth_and_ratios_follow_from_the_medians():
 
 def test_contestants_take_turns_in_changing_order():
     clock, log, rounds = FakeClock(), [], 20
-    times = [1.0] * (bench.WARM_UP_ROUNDS + rounds)
+    times = [1.0] * (WARM_UP_ROUNDS + rounds)
     contestants = {name: sleeper(clock, *times, log=log) for name in "abc"}
-    bench.measure([bench.Operation("op", "", contestants)], rounds, clock=clock)
+    measure([Operation("op", "", contestants)], rounds, clock=clock)
     turns = [tuple(log[i : i + 3]) for i in range(0, len(log), 3)]
     assert all(set(turn) == set(contestants.values()) for turn in turns)
     assert len(set(turns)) > 1
@@ -115,10 +139,31 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
             return 1
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
-    assert bench.keep_freed_memory()
+    assert keep_freed_memory()
     assert calls == [(-1, -1), (-4, 0)]  # M_TRIM_THRESHOLD: never, M_MMAP_MAX: none
     monkeypatch.delattr(Library, "mallopt")
-    assert not bench.keep_freed_memory()
+    assert not keep_freed_memory()
+
+
+def test_load_of_other_processes_is_what_this_one_did_not_use(monkeypatch):
+    times = {
+        "perf_counter": iter([100.0, 110.0]),
+        "busy": iter([50.0, 65.0]),
+        "own": iter([1.0, 6.0]),
+    }
+    monkeypatch.setattr(bench_measure.time, "perf_counter", lambda: next(times["perf_counter"]))
+    monkeypatch.setattr(bench_measure, "_busy_seconds", lambda: next(times["busy"]))
+    monkeypatch.setattr(bench_measure, "_own_seconds", lambda: next(times["own"]))
+    with OtherLoad() as others:
+        pass
+    assert others.cores == pytest.approx(1.0)  # (15 - 5) CPU seconds in 10 seconds
+
+
+def test_a_busy_machine_is_mentioned():
+    others = OtherLoad()
+    assert bench._warnings(others) == []
+    others.cores = 1.25
+    assert "other processes kept 1.2 cores busy" in bench._warnings(others)[0]
 
 
 # ---------------------------------------------------------------- the contestants
@@ -140,7 +185,7 @@ def test_every_call_of_a_step_finds_gradients(monkeypatch):
 
     monkeypatch.setattr(bench_cases, "ImbSAM", Recorder)
     operation = bench_cases.step_operation([(2, 3), (4,)], calls=2)
-    operation.contestants[bench_cases.ours()](bench.Stopwatch())
+    operation.contestants[bench_cases.ours()](Stopwatch())
     assert seen == [[True, True]] * 6
 
 
@@ -171,12 +216,10 @@ def test_authors_training_step_gives_our_weights(fused):
     batches = [torch.randn(32, 6, dtype=torch.float64) for _ in range(6)]
 
     base = bench_cases.sgd(list(theirs.parameters()), fused)
-    authors = peers_module.authors_training_step(
-        theirs, BooleanMasking(split), AuthorsSequence(base, rho=0.5)
-    )
+    authors = authors_training_step(theirs, BooleanMasking(split), AuthorsSequence(base, rho=0.5))
     optimizer = ImbSAM(bench_cases.sgd(list(ours.parameters())), rho=0.5)
     step = TrainStep(ours, SplitCrossEntropy(split), optimizer, plan="joint")
-    sgd_step = peers_module.plain_training_step(plain, bench_cases.sgd(list(plain.parameters())))
+    sgd_step = plain_training_step(plain, bench_cases.sgd(list(plain.parameters())))
     for inputs in batches:
         step(inputs, targets)
         authors(inputs, targets)
@@ -192,7 +235,7 @@ def test_plain_training_step_is_ours_without_tail_classes():
     plain = deepcopy(ours)
     targets, optimizer = torch.randint(0, 8, (32,)), ImbSAM(bench_cases.sgd([*ours.parameters()]))
     step = TrainStep(ours, SplitCrossEntropy(ClassSplit.none()), optimizer)
-    sgd_step = peers_module.plain_training_step(plain, bench_cases.sgd([*plain.parameters()]))
+    sgd_step = plain_training_step(plain, bench_cases.sgd([*plain.parameters()]))
     for _ in range(3):
         inputs = torch.randn(32, 6, dtype=torch.float64)
         step(inputs, targets)
@@ -215,6 +258,7 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
     settings = report["settings"]
     assert settings["quick"] and settings["rounds"] == 2
     assert settings["freed_memory"] == "returned"
+    assert "cores_used_by_others" in settings
     environment = settings["environment"]
     assert environment["date"] and environment["versions"]["torch"] == torch.__version__
     assert environment["machine"]["torch_threads"] == torch.get_num_threads()
@@ -222,7 +266,7 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
 
     timings = report["timings"]
     assert {t["operation"] for t in timings} == {
-        bench.COPY,
+        COPY,
         "squared_norm",
         "perturb_",
         "sgd_update_",

@@ -150,7 +150,8 @@ def test_every_number_of_a_half_dtype(cpu_kernels: Backend, dtype: torch.dtype) 
 def test_streaming_writes_what_plain_stores_write(dtype: torch.dtype) -> None:
     """One call on more data than the cache holds equals one call per tensor, which streams not."""
     names = ("theta", "saved", "g_h", "g_p", "m")
-    elements = native._C.last_level_cache_bytes() // (4 * dtype.itemsize) + 1000  # merge_ has 4 lists
+    # merge_ has the fewest lists: 4.
+    elements = native._C.last_level_cache_bytes() // (4 * dtype.itemsize) + 1000
     sizes = [elements // 3 + 1, elements // 3 + 6, elements // 3 + 11]
     # Every list starts at another distance from the alignment that streaming needs.
     x = SimpleNamespace(
@@ -187,5 +188,5 @@ def test_stream_copy(cpu_kernels: Backend) -> None:
         with pytest.raises(ValueError, match=f"^stream_copy: bytes is {bytes_}, expected"):
             native._C.stream_copy(destination.data_ptr() + offset, source.data_ptr(), bytes_, 1)
     for to, from_ in ((0, source.data_ptr()), (destination.data_ptr(), 0)):
-        with pytest.raises(ValueError, match="^stream_copy: a null pointer"):
+        with pytest.raises(ValueError, match=r"^stream_copy: a null pointer"):
             native._C.stream_copy(to, from_, 4, 1)
