@@ -12,13 +12,77 @@
 
 #include "check.h"
 #include "imbsam.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace imbsam;
 
 namespace {
 
-using Pointers = std::vector<uintptr_t>;  // one data pointer a tensor; empty: an absent list
+TensorReader reader;
+
+// One data pointer a tensor; empty: an absent list. Python passes tensors, or addresses.
+struct Pointers : std::vector<uintptr_t> {};
+
+uintptr_t address_of(py::handle item) {
+  dlpack::Tensor tensor;
+  if (reader.read(item.ptr(), &tensor)) return (uintptr_t)tensor.data + tensor.byte_offset;
+  if (PyLong_Check(item.ptr())) return item.cast<uintptr_t>();
+  return item.attr("data_ptr")().cast<uintptr_t>();
+}
+
+}  // namespace
+
+template <>
+struct pybind11::detail::type_caster<Pointers> {
+  PYBIND11_TYPE_CASTER(Pointers, const_name("Sequence[Tensor | int]"));
+
+  bool load(handle source, bool) {
+    if (!PySequence_Check(source.ptr())) return false;
+    value.reserve(len(source));
+    for (handle item : source) value.push_back(address_of(item));
+    return true;
+  }
+};
+
+namespace {
+
+// Whether ops.check_lists accepts these lists; false where that cannot be told here.
+bool lists_match(const std::vector<py::sequence>& lists) {
+  const size_t count = lists.empty() ? 0 : lists[0].size();
+  if (count == 0) return false;
+  std::vector<dlpack::Tensor> first;
+  for (const py::sequence& list : lists) {
+    const bool is_first = &list == &lists[0];
+    if (list.size() != count && list.size() != 0) return false;
+    size_t i = 0;
+    for (py::handle item : list) {
+      dlpack::Tensor tensor;
+      if (!reader.read(item.ptr(), &tensor)) return false;
+      if (is_first) {
+        first.push_back(tensor);
+        if (!is_supported(tensor) || !is_dense(tensor) || !same_kind(tensor, first[0])) return false;
+      } else if (!alike(tensor, first[i++])) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Whether each tensor of a has the dtype, device, shape and memory order of its namesake in b;
+// None matches all. False where that cannot be told here.
+bool pairs_match(const py::sequence& a, const py::sequence& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const py::object first = a[i], second = b[i];
+    dlpack::Tensor x, y;
+    if (first.is_none() || second.is_none()) continue;
+    if (!reader.read(first.ptr(), &x) || !reader.read(second.ptr(), &y) || !alike(x, y))
+      return false;
+  }
+  return true;
+}
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -221,5 +285,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_isa", [](const std::string& name) { cpu::use_isa(name.c_str()); });
   module.def("has_openmp", &cpu::has_openmp);
   module.def("last_level_cache_bytes", &cpu::last_level_cache_bytes);
+  module.def("connect", [](py::type tensor, py::type parameter) {
+    return reader.connect(tensor.ptr(), parameter.ptr());
+  });
+  module.def("lists_match", &lists_match);
+  module.def("pairs_match", &pairs_match);
   module.attr("has_cuda") = false;
 }

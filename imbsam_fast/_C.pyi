@@ -1,23 +1,33 @@
-"""The compiled module; addresses are data pointers, 0 for an absent tensor, [] an absent list.
+"""The compiled module; 0 is the address of an absent tensor, [] an absent list.
 
 See csrc/imbsam.h for what each function does. Raises ValueError for lists that cannot be right.
 """
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
+# One tensor or address a parameter.
+Pointers = Sequence[Tensor | int]
+
 has_cuda: bool
 
+def connect(tensor: type, parameter: type) -> bool: ...
+def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool: ...
+def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool: ...
 def isas() -> list[str]: ...
 def isa_in_use() -> str: ...
 def use_isa(name: str) -> None: ...
 def has_openmp() -> bool: ...
 def last_level_cache_bytes() -> int: ...
 def squared_norm(
-    dtype: int, numel: list[int], g_t: list[int], theta: list[int], partials: int, threads: int
+    dtype: int, numel: list[int], g_t: Pointers, theta: Pointers, partials: int, threads: int
 ) -> None: ...
 def perturb_(
     dtype: int,
     numel: list[int],
-    theta: list[int],
-    g_t: list[int],
+    theta: Pointers,
+    g_t: Pointers,
     scale: float,
     adaptive: bool,
     threads: int,
@@ -25,11 +35,11 @@ def perturb_(
 def sgd_update_(
     dtype: int,
     numel: list[int],
-    theta: list[int],
-    saved: list[int],
-    g_h: list[int],
-    g_p: list[int],
-    m: list[int],
+    theta: Pointers,
+    saved: Pointers,
+    g_h: Pointers,
+    g_p: Pointers,
+    m: Pointers,
     lr: float,
     momentum: float,
     dampening: float,
@@ -43,14 +53,14 @@ def sgd_update_(
 def merge_(
     dtype: int,
     numel: list[int],
-    theta: list[int],
-    saved: list[int],
-    g_h: list[int],
-    g_p: list[int],
+    theta: Pointers,
+    saved: Pointers,
+    g_h: Pointers,
+    g_p: Pointers,
     threads: int,
 ) -> None: ...
 def grad_check(
-    dtype: int, numel: list[int], g_h: list[int], g_p: list[int], partials: int, threads: int
+    dtype: int, numel: list[int], g_h: Pointers, g_p: Pointers, partials: int, threads: int
 ) -> bool: ...
 def split_cross_entropy(
     dtype: int,

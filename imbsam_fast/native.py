@@ -21,6 +21,9 @@ except ImportError as error:
         stacklevel=2,
     )
 
+# From torch 2.10 on, _C reads tensors without a detour through Python.
+_reads_tensors = _C is not None and _C.connect(torch.Tensor, torch.nn.Parameter)
+
 # imbsam::DType
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -55,8 +58,14 @@ def use_isa(name: str):
         _C.use_isa(previous)
 
 
-def _pointers(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
+def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether ops.check_lists accepts these lists; False also where that takes a closer look."""
+    return _reads_tensors and _C.lists_match(lists)
+
+
+def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
+    """Whether the tensors of each pair are alike, pairs with None apart; False if unsure."""
+    return _reads_tensors and _C.pairs_match(a, b)
 
 
 def _value(scalar: Tensor | None, default: float = 0.0) -> float:
@@ -75,7 +84,7 @@ def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     dtype, numel = _table(g_t)
     partials = _empty_partials(numel)
     _C.squared_norm(
-        dtype, numel, _pointers(g_t), _pointers(theta), partials.data_ptr(),
+        dtype, numel, g_t, theta, partials.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return partials
@@ -89,9 +98,7 @@ def perturb_(
     adaptive: bool = False,
 ) -> None:
     scale = perturbation_scale(partials, rho, theta[0].dtype).item()
-    _C.perturb_(
-        *_table(theta), _pointers(theta), _pointers(g_t), scale, adaptive, torch.get_num_threads()
-    )
+    _C.perturb_(*_table(theta), theta, g_t, scale, adaptive, torch.get_num_threads())
 
 
 def sgd_update_(
@@ -110,8 +117,8 @@ def sgd_update_(
     found_inf: Tensor | None = None,
 ) -> None:
     _C.sgd_update_(
-        *_table(theta), _pointers(theta), _pointers(saved), _pointers(g_h), _pointers(g_p),
-        _pointers(m), lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
+        *_table(theta), theta, saved, g_h, g_p,
+        m, lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
         _value(grad_scale, default=1.0), _value(found_inf) != 0,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -124,7 +131,7 @@ def merge_(
     g_p: Sequence[Tensor],
 ) -> None:
     _C.merge_(
-        *_table(theta), _pointers(theta), _pointers(saved), _pointers(g_h), _pointers(g_p),
+        *_table(theta), theta, saved, g_h, g_p,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -132,9 +139,7 @@ def merge_(
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     dtype, numel = _table(g_p)
     partials = _empty_partials(numel)
-    finite = _C.grad_check(
-        dtype, numel, _pointers(g_h), _pointers(g_p), partials.data_ptr(), torch.get_num_threads()
-    )
+    finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
     return partials, torch.tensor([0.0 if finite else 1.0])
 
 

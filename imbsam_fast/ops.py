@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import dispatch
+from . import dispatch, native
 from .reference import CHUNK, arithmetic_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -63,8 +63,20 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return strides[0] == strides[1] or all(n <= 1 or s == t for n, s, t in zip(a.shape, *strides))
 
 
+def in_layout_of(params: Sequence[Tensor], tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """`tensors`, those that order their elements otherwise than their parameter copied."""
+    if not torch.compiler.is_compiling() and native.pairs_match(params, tensors):
+        return tensors
+    return [
+        t if t is None or same_layout(t, p) else torch.empty_like(p).copy_(t)
+        for p, t in zip(params, tensors)
+    ]
+
+
 def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
     """Refuse lists that do not match the first one tensor by tensor; [] is always allowed."""
+    if not torch.compiler.is_compiling() and native.lists_match([*lists.values()]):
+        return  # else what follows finds out what is wrong, or that nothing is
     (first_name, first), *others = lists.items()
     if not first:
         raise ValueError(f"{op}: {first_name} is empty, expected at least one tensor")
@@ -94,7 +106,7 @@ def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
 
 
 def _signatures(tensors: Sequence[Tensor]) -> list[tuple]:
-    """What must agree between lists, compared at once: this runs in every step."""
+    """What must agree between lists, compared at once."""
     return [(t.dtype, t.device, t.layout, t.shape, t.stride()) for t in tensors]
 
 

@@ -239,13 +239,10 @@ class ImbSAM(torch.optim.Optimizer):
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
         gradients: Slots = [p.grad for p in params]
-        for i, (p, g) in enumerate(zip(params, gradients)):
-            if g is None:
-                continue
-            if g.layout != torch.strided:
+        for i, g in enumerate(gradients):
+            if g is not None and g.layout != torch.strided:
                 raise TypeError(f"the gradient of parameter {i} is {g.layout}, expected strided")
-            if not ops.same_layout(g, p):
-                gradients[i] = torch.empty_like(p).copy_(g)
+        gradients = ops.in_layout_of(params, gradients)
         for p in params:
             p.grad = None
         return gradients
@@ -263,7 +260,7 @@ class ImbSAM(torch.optim.Optimizer):
             first += len(group["params"])
 
     def _sgd_update(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
-        fresh = self._ensure_momentum_buffers(g_p)
+        m, fresh = self._momentum_buffers(g_p)
         keys = [
             None if g is None and s is None else (g is None, h is None, s is None, new)
             for g, h, s, new in zip(g_p, g_h, saved, fresh)
@@ -273,10 +270,9 @@ class ImbSAM(torch.optim.Optimizer):
             if g_p[bucket.indices[0]] is None:  # perturbed, then without any gradient
                 torch._foreach_copy_(theta, bucket.pick(saved))
             else:
-                m = [self.state[p]["momentum_buffer"] for p in theta] if group["momentum"] else []
                 lr = group["lr"]
                 ops.sgd_update_(
-                    theta, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p), m,
+                    theta, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p), bucket.pick(m),
                     lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
                     group["momentum"],
                     # The first step of torch.optim.SGD takes the gradient undampened.
@@ -286,19 +282,23 @@ class ImbSAM(torch.optim.Optimizer):
             for i in bucket.indices:
                 saved[i] = None  # updated: a failure further on must not undo this one alone
 
-    def _ensure_momentum_buffers(self, g_p: Slots) -> list[bool]:
-        """A momentum buffer for every parameter that needs one; which ones are new."""
+    def _momentum_buffers(self, g_p: Slots) -> tuple[Slots, list[bool]]:
+        """The momentum buffer of every parameter that needs one; which ones are new."""
+        params, state = self._params(), self.state
+        m: Slots = []
         fresh: list[bool] = []
         for group in self.param_groups:
             for p in group["params"]:
-                needed = group["momentum"] != 0 and g_p[len(fresh)] is not None
-                buffer = self.state[p].get("momentum_buffer") if needed else None
+                needed = group["momentum"] != 0 and g_p[len(m)] is not None
+                buffer = state[p].get("momentum_buffer") if needed else None
                 fresh.append(needed and buffer is None)
-                if needed and buffer is None:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                elif buffer is not None and not ops.same_layout(buffer, p):
-                    self.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
-        return fresh
+                m.append(torch.zeros_like(p) if fresh[-1] else buffer)
+        aligned = ops.in_layout_of(params, m)
+        if aligned is not m or any(fresh):
+            for p, buffer in zip(params, aligned):
+                if buffer is not None:
+                    state[p]["momentum_buffer"] = buffer
+        return aligned, fresh
 
     def _merge_and_step(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
         keys = [
@@ -337,7 +337,9 @@ class _Bucket:
 
     def pick(self, slots: Slots) -> list[Tensor]:
         """This bucket's tensors; [] where it has none."""
-        return [t for t in (slots[i] for i in self.indices) if t is not None]
+        if slots[self.indices[0]] is None:
+            return []
+        return [slots[i] for i in self.indices]  # type: ignore[misc]  # all alike in a bucket
 
 
 @contextmanager

@@ -190,3 +190,66 @@ def test_stream_copy(cpu_kernels: Backend) -> None:
     for to, from_ in ((0, source.data_ptr()), (destination.data_ptr(), 0)):
         with pytest.raises(ValueError, match=r"^stream_copy: a null pointer"):
             native._C.stream_copy(to, from_, 4, 1)
+
+
+# ---------------------------------------------------------------- what _C reads of a tensor
+
+
+def reads_tensors() -> bool:
+    return hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # torch >= 2.10
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+DENSE = {
+    "contiguous": torch.ones(2, 3, 4, 5),
+    "channels_last": torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "parameter": torch.nn.Parameter(torch.ones(3)),
+    "scalar": torch.ones(()),
+    "empty": torch.ones(0, 3),
+    "one row": torch.ones(4, 3)[:1],
+    "bfloat16": torch.ones(3, dtype=torch.bfloat16),
+}
+NOT_FOR_C = {
+    "with gaps": torch.ones(4, 6)[:, ::2],
+    "expanded": torch.ones(1).expand(3),
+    "int64": torch.ones(3, dtype=torch.int64),
+    "float8": torch.ones(3).to(torch.float8_e4m3fn),
+    "sparse": torch.ones(3).to_sparse(),
+    "meta": torch.ones(3, device="meta"),
+    "subclass": torch.ones(3).as_subclass(Subclass),
+    "no tensor": "x",
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_lists_that_match_are_seen_at_once(name: str) -> None:
+    t = DENSE[name]
+    other = torch.empty_like(t)
+    assert native.lists_match([[t], [], [other]]) == reads_tensors()
+    assert native.pairs_match([t, t, None], [other, None, t]) == reads_tensors()
+    assert not native.lists_match([[t], [other, other]])
+    assert not native.pairs_match([t], [other, other])
+
+
+@pytest.mark.parametrize("name", NOT_FOR_C)
+def test_what_takes_a_closer_look(name: str) -> None:
+    assert not native.lists_match([[NOT_FOR_C[name]]])
+    assert not native.lists_match([[torch.ones(3)], [NOT_FOR_C[name]]])
+    assert not native.lists_match([[torch.ones(3), NOT_FOR_C[name]]])
+
+
+def test_one_kind_of_tensor_in_all_lists() -> None:
+    assert not native.lists_match([[torch.ones(3), torch.ones(3).double()]])
+    assert not native.lists_match([[torch.ones(2, 3)], [torch.ones(3, 2).t()]])
+    assert not native.pairs_match([torch.ones(3)], [torch.ones(3).double()])
+    assert not native.lists_match([])
+    assert not native.lists_match([[]])
+
+
+def test_addresses_of_subclasses() -> None:
+    g = torch.ones(5).as_subclass(Subclass)
+    assert native.squared_norm([g]).item() == 5

@@ -204,11 +204,24 @@ IMBSAM_INLINE double total(const Sum& sum) {
 
 // ---- exp(x) for x <= 0 or little above; 0 below the normal range; not-a-number stays
 
-// Horner's scheme for sum_k r^k / k!
-template <int kDegree, class V, class S>
-IMBSAM_INLINE V exp_series(V r) {
-  V sum = r * S(0) + S(1);
-  for (int k = kDegree; k > 0; --k) sum = sum * r * (S(1) / S(k)) + S(1);
+// exp(r) = 1 + r + r^2 P(r) for |r| <= log(2) / 2; P: minimax coefficients of Cephes' expf
+IMBSAM_INLINE VecF exp_near_0(VecF r) {
+  VecF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r + 1.0f;
+}
+
+// The Taylor series to r^13 / 13!, by Horner's scheme
+IMBSAM_INLINE VecD exp_near_0(VecD r) {
+  double factorial = 6227020800.0;  // 13!
+  VecD sum = r * 0.0 + 1.0 / factorial;
+  for (int k = 13; k > 0; --k) {
+    factorial /= k;
+    sum = sum * r + 1.0 / factorial;
+  }
   return sum;
 }
 
@@ -218,7 +231,7 @@ IMBSAM_INLINE VecF exp_(VecF x) {
   const VecF n = shifted - 12582912.0f;
   const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   const VecF power = (VecF)(((VecI32)shifted << 23) + (127 << 23));
-  return (VecF)((VecI32)(exp_series<7, VecF, float>(r) * power) & ~tiny);
+  return (VecF)((VecI32)(exp_near_0(r) * power) & ~tiny);
 }
 
 IMBSAM_INLINE VecD exp_(VecD x) {
@@ -227,5 +240,5 @@ IMBSAM_INLINE VecD exp_(VecD x) {
   const VecD n = shifted - 6755399441055744.0;
   const VecD r = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
   const VecD power = (VecD)(((VecI64)shifted << 52) + ((int64_t)1023 << 52));
-  return (VecD)((VecI64)(exp_series<13, VecD, double>(r) * power) & ~tiny);
+  return (VecD)((VecI64)(exp_near_0(r) * power) & ~tiny);
 }

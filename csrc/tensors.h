@@ -1,0 +1,84 @@
+// Torch tensors as Python hands them over: their addresses and layouts, without a torch header.
+//
+// Only exact torch.Tensor and torch.nn.Parameter objects are read. Whatever else arrives (a
+// subclass, a traced tensor, another type) and every torch older than 2.10 takes the slower way
+// through Python, in imbsam_fast/ops.py and native.py.
+#pragma once
+
+#include <Python.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "dlpack.h"
+#include "imbsam.h"
+
+namespace imbsam {
+
+class TensorReader {
+ public:
+  // Returns whether this torch offers the exchange interface.
+  bool connect(PyObject* tensor_type, PyObject* parameter_type) {
+    PyObject* capsule = PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__");
+    void* api = capsule ? PyCapsule_GetPointer(capsule, dlpack::kCapsule) : nullptr;
+    Py_XDECREF(capsule);
+    PyErr_Clear();
+    api_ = (const dlpack::ExchangeApi*)api;
+    if (!api_ || api_->major != dlpack::kMajor || !api_->tensor_from_python) api_ = nullptr;
+    tensor_type_ = tensor_type;  // both live as long as the process
+    parameter_type_ = parameter_type;
+    return api_ != nullptr;
+  }
+
+  // False where the object cannot be read; no Python error stays set.
+  bool read(PyObject* object, dlpack::Tensor* tensor) const {
+    const PyObject* type = (const PyObject*)Py_TYPE(object);
+    if (!api_ || (type != tensor_type_ && type != parameter_type_)) return false;
+    if (api_->tensor_from_python(object, tensor) == 0) return true;
+    PyErr_Clear();
+    return false;
+  }
+
+ private:
+  const dlpack::ExchangeApi* api_ = nullptr;
+  const PyObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
+};
+
+inline bool is_supported(const dlpack::Tensor& t) {
+  constexpr uint8_t kFloat = 2, kBFloat = 4;
+  const bool float_ = t.dtype_code == kFloat &&
+                      (t.dtype_bits == 16 || t.dtype_bits == 32 || t.dtype_bits == 64);
+  return t.dtype_lanes == 1 && (float_ || (t.dtype_code == kBFloat && t.dtype_bits == 16));
+}
+
+inline bool same_kind(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.dtype_code == b.dtype_code && a.dtype_bits == b.dtype_bits &&
+         a.device_type == b.device_type && a.device_index == b.device_index;
+}
+
+// Whether two tensors agree in dtype, device and shape and order their elements alike.
+inline bool alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  if (!same_kind(a, b) || a.ndim != b.ndim) return false;
+  for (int i = 0; i < a.ndim; ++i)
+    if (a.shape[i] != b.shape[i] || (a.shape[i] > 1 && a.strides[i] != b.strides[i])) return false;
+  return true;
+}
+
+// Whether the elements fill one block of memory without overlap.
+inline bool is_dense(const dlpack::Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] == 0) return true;
+    if (t.shape[i] > 1) dims.emplace_back(t.strides[i], t.shape[i]);
+  }
+  if (!std::is_sorted(dims.begin(), dims.end())) std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+}  // namespace imbsam
