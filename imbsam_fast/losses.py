@@ -100,31 +100,38 @@ class SplitCrossEntropy(nn.Module):
 
 
 class _SplitPerSampleLoss(nn.Module):
-    def __init__(self, per_sample_loss: Callable, split: ClassSplit, tail_weight: float) -> None:
+    def __init__(
+        self, per_sample_loss: Callable, split: ClassSplit, tail_weight: float, ignore_index: int
+    ) -> None:
         super().__init__()
         self.per_sample_loss = per_sample_loss
         self.split = split
         self.tail_weight = tail_weight
+        self.ignore_index = ignore_index
 
     def forward(
         self, outputs: Tensor, targets: Tensor, batch_size: float | None = None
     ) -> SplitLoss:
-        # The split is looked up where the labels are, which for CPU labels costs no sync.
-        losses = self.per_sample_loss(outputs, targets.to(outputs.device, non_blocking=True))
+        targets = targets.to(outputs.device, non_blocking=True)
+        losses = self.per_sample_loss(outputs, targets)
         if losses.shape != targets.shape:
             raise ValueError(
                 f"per_sample_loss returned shape {tuple(losses.shape)}, expected "
                 f"{tuple(targets.shape)}: one loss a row, as with reduction='none'"
             )
-        num_classes = self.split.num_classes or 1
-        plain, sharp = self.split.weights(num_classes, losses.device, losses.dtype)
-        labels = targets.to(losses.device, non_blocking=True)
-        if self.split.num_classes is None:
-            labels = torch.zeros_like(labels)
-        b = max(len(targets), 1) if batch_size is None else batch_size
-        # index_select, unlike indexing, refuses negative labels.
-        head = (plain.index_select(0, labels) * losses).sum() / b
-        tail = (sharp.index_select(0, labels) * losses).sum() / b
+        counted = targets != self.ignore_index
+        any_number = self.split.num_classes is None
+        labels = torch.zeros_like(targets) if any_number else targets.where(counted, 0)
+        b = counted.sum().clamp(min=1) if batch_size is None else batch_size
+
+        def part(weights: Tensor) -> Tensor:
+            # index_select, unlike indexing, refuses negative labels.
+            w = weights.index_select(0, labels) * counted
+            return torch.where(w == 0, 0, w * losses).sum() / b
+
+        head, tail = map(
+            part, self.split.weights(len(self.split.plain), losses.device, losses.dtype)
+        )
         return SplitLoss(head, self.tail_weight * tail)
 
 
@@ -132,6 +139,7 @@ def split_loss(
     per_sample_loss: Callable[[Tensor, Tensor], Tensor],
     split: ClassSplit,
     tail_weight: float = 1.0,
+    ignore_index: int = -100,
 ) -> nn.Module:
     """A criterion from any loss with one value a row.
 
@@ -140,11 +148,14 @@ def split_loss(
             a module's parameters are part of the criterion.
         split: the class weights, looked up with the integer labels `targets`.
         tail_weight: factor on the tail part.
+        ignore_index: rows with this target count neither in the sums nor in b; per_sample_loss
+            still sees them.
     """
     _check_split(split)
     if not callable(per_sample_loss):
         raise TypeError(f"per_sample_loss is {per_sample_loss!r}, expected a callable")
-    return _SplitPerSampleLoss(per_sample_loss, split, _checked_tail_weight(tail_weight))
+    tail_weight = _checked_tail_weight(tail_weight)
+    return _SplitPerSampleLoss(per_sample_loss, split, tail_weight, int(ignore_index))
 
 
 def _check_split(split: object) -> None:

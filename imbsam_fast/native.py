@@ -21,8 +21,8 @@ except ImportError as error:
         stacklevel=2,
     )
 
-# From torch 2.10 on, _C reads tensors without a detour through Python.
-_reads_tensors = _C is not None and _C.connect(torch.Tensor, torch.nn.Parameter)
+if _C is not None:  # from torch 2.10 on, _C reads tensors without a detour through Python
+    _C.connect(torch.Tensor, torch.nn.Parameter)
 
 # imbsam::DType
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -60,12 +60,12 @@ def use_isa(name: str):
 
 def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool:
     """Whether ops.check_lists accepts these lists; False also where that takes a closer look."""
-    return _reads_tensors and _C.lists_match(lists)
+    return _C is not None and _C.lists_match(lists)
 
 
 def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
     """Whether the tensors of each pair are alike, pairs with None apart; False if unsure."""
-    return _reads_tensors and _C.pairs_match(a, b)
+    return _C is not None and _C.pairs_match(a, b)
 
 
 def _value(scalar: Tensor | None, default: float = 0.0) -> float:

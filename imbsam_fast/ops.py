@@ -7,6 +7,7 @@ calls the operator `torch.ops.imbsam_fast.<name>`, which hands over to the backe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,13 +46,15 @@ def _describe(t: Tensor) -> str:
     return f"{t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
 
 
-def _check_dense(op: str, name: str, i: int, t: Tensor) -> None:
+def check_dense(name: str, t: Tensor) -> None:
     """Refuse a tensor whose elements do not fill one block of memory without overlap."""
+    if t.is_contiguous():
+        return
     expected = 1
     for stride, size in sorted(zip(t.stride(), t.shape)):
         if size > 1 and stride != expected:
             raise ValueError(
-                f"{op}: {name}[{i}] is {_describe(t)}, expected a dense layout "
+                f"{name} is {_describe(t)}, expected a dense layout "
                 "(contiguous or a permutation of it)"
             )
         expected *= size
@@ -94,8 +97,7 @@ def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
                 f"{op}: {first_name}[{i}] is {t.dtype} on {t.device}, expected {dtype} on "
                 f"{device} as {first_name}[0]"
             )
-        if not t.is_contiguous():
-            _check_dense(op, first_name, i, t)
+        check_dense(f"{op}: {first_name}[{i}]", t)
     for name, tensors in others:
         if tensors and len(tensors) != len(first):
             raise ValueError(
@@ -123,9 +125,10 @@ def _check_pairs(
             )
 
 
-def _check_scalar(op: str, name: str, value: float, low: float = 0.0) -> None:
-    if not low <= value < float("inf"):
-        raise ValueError(f"{op}: {name} is {value!r}, expected a finite number >= {low:g}")
+def _mutated(*lists: Sequence[Tensor]) -> None:
+    """Tell torch what a kernel wrote: autograd, and autocast, which keeps casts of weights."""
+    increment_version([t for tensors in lists for t in tensors])
+    torch.clear_autocast_cache()
 
 
 # ---------------------------------------------------------------- the optimizer phases
@@ -161,7 +164,8 @@ def perturb_(
 ) -> None:
     """See reference.perturb_."""
     check_lists("perturb_", theta=theta, g_t=g_t)
-    _check_scalar("perturb_", "rho", rho)
+    if not math.isfinite(rho):
+        raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
         raise ValueError(
             f"perturb_: partials is {partials.dtype} {tuple(partials.shape)}, expected float64 (n,)"
@@ -179,7 +183,26 @@ def perturb_(
 )
 def _perturb_(theta, g_t, partials, rho, adaptive):
     dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive)
-    increment_version([*theta, *g_t])
+    _mutated(theta, g_t)
+
+
+def check_sgd_update(
+    theta, saved, g_h, g_p, m, lr, momentum, *_, grad_scale=None, found_inf=None
+) -> None:
+    """Refuse arguments that sgd_update_ would refuse."""
+    check_lists("sgd_update_", theta=theta, g_p=g_p, saved=saved, g_h=g_h, m=m)
+    if not g_p:
+        raise ValueError("sgd_update_: g_p is empty, expected one gradient for every parameter")
+    if (momentum != 0) != (len(m) > 0):
+        raise ValueError(
+            f"sgd_update_: m has {len(m)} tensors with momentum {momentum}, "
+            "expected momentum buffers exactly when momentum is not 0"
+        )
+    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if scalar is not None and scalar.numel() != 1:
+            raise ValueError(
+                f"sgd_update_: {name} has shape {tuple(scalar.shape)}, expected one element"
+            )
 
 
 def sgd_update_(
@@ -198,19 +221,9 @@ def sgd_update_(
     found_inf: Tensor | None = None,
 ) -> None:
     """See reference.sgd_update_."""
-    check_lists("sgd_update_", theta=theta, g_p=g_p, saved=saved, g_h=g_h, m=m)
-    if not g_p:
-        raise ValueError("sgd_update_: g_p is empty, expected one gradient for every parameter")
-    if (momentum != 0) != (len(m) > 0):
-        raise ValueError(
-            f"sgd_update_: m has {len(m)} tensors with momentum {momentum}, "
-            "expected momentum buffers exactly when momentum is not 0"
-        )
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if scalar is not None and scalar.numel() != 1:
-            raise ValueError(
-                f"sgd_update_: {name} has shape {tuple(scalar.shape)}, expected one element"
-            )
+    check_sgd_update(
+        theta, saved, g_h, g_p, m, lr, momentum, grad_scale=grad_scale, found_inf=found_inf
+    )
     _NAMESPACE.sgd_update_(
         theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
         grad_scale, found_inf,
@@ -224,7 +237,7 @@ def sgd_update_(
 )
 def _sgd_update_(theta, saved, g_h, g_p, m, *scalars):
     dispatch.select(theta[0].device).sgd_update_(theta, saved, g_h, g_p, m, *scalars)
-    increment_version([*theta, *m])
+    _mutated(theta, m)
 
 
 def merge_(
@@ -243,7 +256,7 @@ def merge_(
 @_define("merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()")
 def _merge_(theta, saved, g_h, g_p):
     dispatch.select(theta[0].device).merge_(theta, saved, g_h, g_p)
-    increment_version([*theta, *g_p])
+    _mutated(theta, g_p)
 
 
 for _name in ("perturb_", "sgd_update_", "merge_"):
@@ -315,8 +328,8 @@ def _check_cross_entropy(
         raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}, expected 0 to 1")
-    if batch_size is not None:
-        _check_scalar(op, "batch_size", batch_size, low=1)
+    if batch_size is not None and not 1 <= batch_size < math.inf:
+        raise ValueError(f"{op}: batch_size is {batch_size!r}, expected a finite number >= 1")
 
 
 @_define(

@@ -19,6 +19,9 @@ from . import ops
 from .losses import SplitLoss
 from .two_backwards import backward, compiled_for_two_backwards
 
+# What a group carries besides the base's settings.
+_OWN = ("rho", "adaptive")
+
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
 
@@ -57,7 +60,8 @@ class ImbSAM(torch.optim.Optimizer):
         _check_base(base)
         _check_rho(rho)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
-        self.__setstate__({"base": base, "defaults": {"rho": rho, "adaptive": bool(adaptive)}})
+        defaults = {**base.defaults, "rho": rho, "adaptive": bool(adaptive)}
+        self.__setstate__({"base": base, "defaults": defaults})
         params = self._params()
         self._check_params(params)
         if any(p.dtype == torch.bfloat16 for p in params):
@@ -84,6 +88,9 @@ class ImbSAM(torch.optim.Optimizer):
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure(), _uninterrupted():
             g_t = self._take_gradients()
+            if all(g is None for g in g_t):
+                raise RuntimeError("second_step found no gradient; the tail's backward comes first")
+            self._fill_groups()  # the base may have new ones
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             buckets = list(self._buckets(g_t, keys=[() if g is not None else None for g in g_t]))
@@ -94,10 +101,9 @@ class ImbSAM(torch.optim.Optimizer):
             for bucket in buckets:
                 on_device = [p.to(bucket.params[0].device) for p in partials]
                 sums = on_device[0] if len(on_device) == 1 else torch.cat(on_device)
-                ops.perturb_(
-                    bucket.params, bucket.pick(g_t), sums,
-                    bucket.group["rho"], bucket.group["adaptive"],
-                )  # fmt: skip
+                # Sharpness is the worst loss nearby, which lies downhill for who climbs.
+                rho = -bucket.group["rho"] if bucket.group.get("maximize") else bucket.group["rho"]
+                ops.perturb_(bucket.params, bucket.pick(g_t), sums, rho, bucket.group["adaptive"])
                 for i in bucket.indices:  # their buffers now hold the unperturbed weights
                     saved[i] = g_t[i]
 
@@ -109,9 +115,9 @@ class ImbSAM(torch.optim.Optimizer):
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
             # A gradient missing in one pass is zero; one missing in both leaves the weight be.
-            g_p, g_h = (
-                [p if p is not None else h for p, h in zip(g_p, g_h)],
-                [h if p is not None else None for p, h in zip(g_p, g_h)],
+            g_h, g_p = (
+                [h if g is not None else None for h, g in zip(g_h, g_p)],
+                [g if g is not None else h for h, g in zip(g_h, g_p)],
             )
             if type(self.base) is torch.optim.SGD:
                 self._sgd_update(saved, g_h, g_p)
@@ -126,7 +132,8 @@ class ImbSAM(torch.optim.Optimizer):
 
         Args:
             closure: runs the forward pass and returns its `SplitLoss`, without a backward;
-                called at theta and again at theta + epsilon.
+                called at theta and again at theta + epsilon. BatchNorm statistics are updated
+                by both calls, unless the closure keeps that from happening.
 
         Returns the loss at theta.
         """
@@ -135,6 +142,7 @@ class ImbSAM(torch.optim.Optimizer):
                 "step needs a closure that returns a SplitLoss; "
                 "or call first_step, second_step and third_step after your own backwards"
             )
+        self.require_idle("a step")
         self.zero_grad()
         with self._abandoned_on_failure(), torch.enable_grad():
             with compiled_for_two_backwards():
@@ -159,6 +167,7 @@ class ImbSAM(torch.optim.Optimizer):
             for p, saved in zip(self._params(), self._pending.saved or ()):
                 if saved is not None:
                     p.copy_(saved)
+            torch.clear_autocast_cache()  # which knows nothing of writes in place
             self._pending.held = self._pending.saved = None
             self.zero_grad()
 
@@ -173,23 +182,30 @@ class ImbSAM(torch.optim.Optimizer):
         return self.base.state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._require_idle("add_param_group")
+        self.require_idle("add_param_group")
         _check_rho(param_group.get("rho", self.defaults["rho"]))
-        params = param_group["params"]
-        self._check_params([params] if isinstance(params, Tensor) else params)
         self.base.add_param_group(param_group)
+        try:
+            self._check_params(self.param_groups[-1]["params"])
+        except BaseException:
+            del self.param_groups[-1]
+            raise
         self._fill_groups()
 
     def state_dict(self) -> dict[str, Any]:
-        self._require_idle("state_dict")
+        self.require_idle("state_dict")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._require_idle("load_state_dict")
+        self.require_idle("load_state_dict")
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):  # the base's own checkpoint has no rho
+            own = [{name: group[name] for name in _OWN} for group in self.param_groups]
+            state_dict = {**state_dict, "param_groups": [{**o, **g} for o, g in zip(own, groups)]}
         super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_idle("pickling or copying the optimizer")
+        self.require_idle("pickling or copying the optimizer")
         return {"base": self.base, "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -202,9 +218,8 @@ class ImbSAM(torch.optim.Optimizer):
 
     def _fill_groups(self) -> None:
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                if name in ("rho", "adaptive"):
-                    group.setdefault(name, default)
+            for name in _OWN:
+                group.setdefault(name, self.defaults[name])
 
     # ------------------------------------------------------------ internals
 
@@ -218,8 +233,9 @@ class ImbSAM(torch.optim.Optimizer):
                     f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
                     f"of {', '.join(map(str, ops.DTYPES))}"
                 )
+            ops.check_dense(f"parameter {i}", p)
 
-    def _require_idle(self, action: str) -> None:
+    def require_idle(self, action: str) -> None:
         if self._pending.held is not None or self._pending.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
@@ -259,57 +275,62 @@ class ImbSAM(torch.optim.Optimizer):
                 yield _Bucket(group, indices, [group["params"][i - first] for i in indices])
             first += len(group["params"])
 
-    def _sgd_update(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
-        m, fresh = self._momentum_buffers(g_p)
+    def _update_buckets(
+        self, saved: Slots, g_h: Slots, g_p: Slots, fresh: list[bool]
+    ) -> list[_Bucket]:
+        """The buckets to update; what was perturbed and then got no gradient is restored."""
         keys = [
             None if g is None and s is None else (g is None, h is None, s is None, new)
             for g, h, s, new in zip(g_p, g_h, saved, fresh)
         ]
+        buckets = []
         for bucket in self._buckets(g_p, keys):
-            group, theta = bucket.group, bucket.params
-            if g_p[bucket.indices[0]] is None:  # perturbed, then without any gradient
-                torch._foreach_copy_(theta, bucket.pick(saved))
+            if g_p[bucket.indices[0]] is None:
+                torch._foreach_copy_(bucket.params, bucket.pick(saved))
             else:
-                lr = group["lr"]
-                ops.sgd_update_(
-                    theta, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p), bucket.pick(m),
-                    lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-                    group["momentum"],
-                    # The first step of torch.optim.SGD takes the gradient undampened.
-                    0.0 if fresh[bucket.indices[0]] else group["dampening"],
-                    group["weight_decay"], group["nesterov"], group["maximize"],
-                )  # fmt: skip
-            for i in bucket.indices:
-                saved[i] = None  # updated: a failure further on must not undo this one alone
+                buckets.append(bucket)
+        return buckets
+
+    def _sgd_update(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
+        m, fresh = self._momentum_buffers(g_p)
+        launches = []
+        for bucket in self._update_buckets(saved, g_h, g_p, fresh):
+            group, lr = bucket.group, bucket.group["lr"]
+            launches.append((
+                bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
+                bucket.pick(m),
+                lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
+                group["momentum"],
+                # The first step of torch.optim.SGD takes the gradient undampened.
+                0.0 if fresh[bucket.indices[0]] else group["dampening"],
+                group["weight_decay"], group["nesterov"], group["maximize"],
+            ))  # fmt: skip
+        if len(launches) > 1:  # all checks first: nothing is updated where a group is refused
+            for arguments in launches:
+                ops.check_sgd_update(*arguments)
+        for arguments in launches:
+            ops.sgd_update_(*arguments)
+        self._pending.saved = None  # updated: a failure from here on must not undo it
+        for p, buffer in zip(self._params(), m):
+            if buffer is not None and self.state[p].get("momentum_buffer") is not buffer:
+                self.state[p]["momentum_buffer"] = buffer
 
     def _momentum_buffers(self, g_p: Slots) -> tuple[Slots, list[bool]]:
         """The momentum buffer of every parameter that needs one; which ones are new."""
-        params, state = self._params(), self.state
+        state = self.state
         m: Slots = []
         fresh: list[bool] = []
         for group in self.param_groups:
             for p in group["params"]:
                 needed = group["momentum"] != 0 and g_p[len(m)] is not None
-                buffer = state[p].get("momentum_buffer") if needed else None
+                buffer = state[p].get("momentum_buffer") if needed and p in state else None
                 fresh.append(needed and buffer is None)
                 m.append(torch.zeros_like(p) if fresh[-1] else buffer)
-        aligned = ops.in_layout_of(params, m)
-        if aligned is not m or any(fresh):
-            for p, buffer in zip(params, aligned):
-                if buffer is not None:
-                    state[p]["momentum_buffer"] = buffer
-        return aligned, fresh
+        return ops.in_layout_of(self._params(), m), fresh
 
     def _merge_and_step(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
-        keys = [
-            None if g is None and s is None else (g is None, h is None, s is None)
-            for g, h, s in zip(g_p, g_h, saved)
-        ]
-        for bucket in self._buckets(g_p, keys):
-            if g_p[bucket.indices[0]] is None:
-                torch._foreach_copy_(bucket.params, bucket.pick(saved))
-            else:
-                ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
+        for bucket in self._update_buckets(saved, g_h, g_p, [False] * len(g_p)):
+            ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
         for p, g in zip(self._params(), g_p):
             p.grad = g
         self._pending.saved = None  # restored: what the base does from here is its own
@@ -344,31 +365,33 @@ class _Bucket:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Raise a Ctrl-C that arrives inside the block only at its end.
+    """Let the handlers of signals that arrive inside the block (Ctrl-C) run only at its end.
 
     Between a kernel that writes weights and the note that it ran, an exception would leave
     no way to tell where the weights are.
     """
-    if (
-        torch.compiler.is_compiling()
-        or threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
+    if torch.compiler.is_compiling() or threading.current_thread() is not threading.main_thread():
         yield
         return
-    arrived = False
-
-    def defer(signum: int, frame: object) -> None:
-        nonlocal arrived
-        arrived = True
-
-    signal.signal(signal.SIGINT, defer)
+    handlers = {s: h for s in _SIGNALS if callable(h := signal.getsignal(s))}
+    arrived: list[tuple[int, Any]] = []
+    for number in handlers:
+        signal.signal(number, lambda *signal_: arrived.append(signal_))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if arrived:
-            raise KeyboardInterrupt
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[signal.Signals(number)](number, frame)
+
+
+# Those that programs handle; the ones that a system lacks are left out.
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
 
 
 def _check_base(base: object) -> None:

@@ -4,7 +4,8 @@ It is a backend like the others (same names, same argument order), works on any 
 in float64, and is what the compiled kernels are tested against. List arguments hold one
 tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
 `ops.py` checks that. An empty list stands for an absent input (a zero gradient, weights
-that were not perturbed, no momentum).
+that were not perturbed, no momentum). Whatever allocates comes before the first write, so
+that running out of memory changes nothing.
 
 Arithmetic runs in float32 for float32, bfloat16 and float16 data, in float64 for float64.
 """
@@ -63,13 +64,15 @@ def perturb_(
 
     Adaptive (ASAM): theta <- theta + rho theta^2 g_t / ||theta g_t||.
     """
+    dtype = arithmetic_dtype(theta[0].dtype)
+    scale = perturbation_scale(partials, rho, dtype)
+    perturbed = []
     for t, g in zip(theta, g_t):
-        dtype = arithmetic_dtype(t.dtype)
-        scale = perturbation_scale(partials, rho, t.dtype)
-        saved = t.clone()
-        direction = saved.to(dtype).square() * g.to(dtype) if adaptive else g.to(dtype)
-        t.copy_(saved.to(dtype) + scale * direction)
-        g.copy_(saved)
+        direction = t.to(dtype).square() * g.to(dtype) if adaptive else g.to(dtype)
+        perturbed.append(t.to(dtype) + scale * direction)
+    for t, g, new in zip(theta, g_t, perturbed):
+        g.copy_(t)
+        t.copy_(new)
 
 
 def sgd_update_(
@@ -92,8 +95,9 @@ def sgd_update_(
     d = g_h + g_p + weight_decay theta;  m <- momentum m + (1 - dampening) d;
     theta <- theta - lr m   (nesterov: theta - lr (d + momentum m)).
     """
+    dtype = arithmetic_dtype(theta[0].dtype)
+    updated = []
     for i, t in enumerate(theta):
-        dtype = arithmetic_dtype(t.dtype)
         start = (saved[i] if saved else t).to(dtype)
         d = g_p[i].to(dtype)
         if g_h:
@@ -101,20 +105,18 @@ def sgd_update_(
         if grad_scale is not None:
             d = d * (1 / grad_scale.to(t.device, dtype).squeeze())
         d = (-d if maximize else d) + weight_decay * start
-        update = d
-        if m:
-            velocity = momentum * m[i].to(dtype) + (1 - dampening) * d
-            update = d + momentum * velocity if nesterov else velocity
-        stepped = start - lr.to(t.device, dtype).squeeze() * update
-        if found_inf is None:
-            t.copy_(stepped)
-            if m:
-                m[i].copy_(velocity)
-        else:
+        velocity = momentum * m[i].to(dtype) + (1 - dampening) * d if m else d
+        step = d + momentum * velocity if m and nesterov else velocity
+        stepped = start - lr.to(t.device, dtype).squeeze() * step
+        if found_inf is not None:
             skip = found_inf.to(t.device).squeeze() != 0
-            t.copy_(torch.where(skip, start, stepped))
-            if m:
-                m[i].copy_(torch.where(skip, m[i], velocity.to(m[i].dtype)))
+            stepped = torch.where(skip, start, stepped)
+            velocity = torch.where(skip, m[i].to(dtype), velocity) if m else velocity
+        updated.append((stepped, velocity))
+    for i, (t, (stepped, velocity)) in enumerate(zip(theta, updated)):
+        t.copy_(stepped)
+        if m:
+            m[i].copy_(velocity)
 
 
 def merge_(
@@ -124,12 +126,12 @@ def merge_(
     g_p: Sequence[Tensor],
 ) -> None:
     """Restore theta and g_p <- g_h + g_p, for a base optimizer that does the rest."""
-    for i, t in enumerate(theta):
-        if saved:
-            t.copy_(saved[i])
-        if g_h:
-            dtype = arithmetic_dtype(t.dtype)
-            g_p[i].copy_(g_h[i].to(dtype) + g_p[i].to(dtype))
+    dtype = arithmetic_dtype(theta[0].dtype)
+    sums = [h.to(dtype) + p.to(dtype) for h, p in zip(g_h, g_p)]
+    for t, start in zip(theta, saved):
+        t.copy_(start)
+    for p, total in zip(g_p, sums):
+        p.copy_(total)
 
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -171,8 +173,11 @@ def split_cross_entropy(
     counted = targets != ignore_index
     y = targets.where(counted, 0)
     b = counted.sum().to(logits.dtype) if batch_size is None else logits.new_tensor(batch_size)
-    head = (plain[y] * losses).sum() / b.clamp(min=1)
-    tail = (sharp[y] * losses).sum() / b.clamp(min=1)
+    head, tail = (
+        # A row that carries no weight counts nothing whatever its loss is.
+        torch.where(weights[y] == 0, 0, weights[y] * losses).sum() / b.clamp(min=1)
+        for weights in (plain, sharp)
+    )
     maximum = logits.amax(dim=1, keepdim=True)
     lse = torch.cat([maximum, (logits - maximum).exp().sum(dim=1, keepdim=True).log()], dim=1)
     return head, tail, b, lse

@@ -49,7 +49,8 @@ class ClassSplit(nn.Module):
         self.register_buffer("plain", plain.detach().double().clone())
         self.register_buffer("sharp", sharp.detach().double().clone())
         self.register_buffer("counts", counts)
-        self._cache: dict[tuple[str, torch.device, torch.dtype | None, int], Tensor] = {}
+        # Converted weights, each with what it was made from and the version of that.
+        self._cache: dict[tuple, tuple[Tensor, int, Tensor]] = {}
 
     @classmethod
     def from_counts(cls, counts: Counts, eta: float = 100, inclusive: bool = True) -> ClassSplit:
@@ -167,11 +168,15 @@ class ClassSplit(nn.Module):
     def _cached(self, name, device, dtype, num_classes, convert) -> Tensor:
         """A weight vector converted once per device, dtype and number of classes."""
         key = (name, device, dtype, num_classes)
-        if key not in self._cache:
+        weights = getattr(self, name)
+        if torch.compiler.is_compiling():  # part of the graph, which sees every change
+            return convert(weights.expand(num_classes)).contiguous()
+        made = self._cache.get(key)
+        if made is None or made[0] is not weights or made[1] != weights._version:
             with torch.inference_mode(False):  # what validation caches must serve training too
-                weights = getattr(self, name).expand(num_classes)
-                self._cache[key] = convert(weights).contiguous()
-        return self._cache[key]
+                converted = convert(weights.expand(num_classes)).contiguous()
+            self._cache[key] = made = weights, weights._version, converted
+        return made[2]
 
     def _apply(self, fn, recurse=True):
         # Moves like any module, but a cast of the model (`.half()`) must not round the weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +33,8 @@ class Rows(NamedTuple):
 
     head: Tensor  # bool (N,): rows of the head pass; the ones with no weight at all included
     tail: Tensor  # bool (N,): rows with sharp > 0
-    has_head: bool
-    has_tail: bool
+    head_rows: int
+    tail_rows: int
     counted: int
 
 
@@ -51,14 +51,16 @@ class TrainStep:
         optimizer: an `ImbSAM`.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
             perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
-            rows alone: 1 + f SGD steps, and the same result where rows do not influence each
-            other; under training-mode BatchNorm it is a different algorithm. "auto" takes
-            split unless a BatchNorm layer uses batch statistics, looked up at every step.
+            rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
+            pass), and the same result where rows do not influence each other; under
+            training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
+            of them for the batch, but joint where a BatchNorm layer uses batch statistics.
         batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
             in the perturbed pass too (the authors' released code).
 
     A batch without tail rows costs one SGD step. If anything fails, the weights are at their
-    unperturbed value.
+    unperturbed value. Trainable parameters of the model that `optimizer` does not hold gather
+    the gradients of all passes, and it does not clear them.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class TrainStep:
             raise ValueError(
                 f"batch_norm is {batch_norm!r}, expected one of {', '.join(BATCH_NORM_UPDATES)}"
             )
+        _check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
@@ -90,48 +93,59 @@ class TrainStep:
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         _check_batch(inputs, targets)
+        self.optimizer.require_idle("a training step")
         rows = self._rows(targets)
         self.optimizer.zero_grad()
         try:
-            return self._planned()(self, inputs, targets, rows)
+            return self._planned(rows)(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
             raise
 
     def _rows(self, targets: Tensor) -> Rows:
         """From the labels alone, on their device."""
-        counted = targets != getattr(self.criterion, "ignore_index", -100)
+        ignore_index = getattr(self.criterion, "ignore_index", None)
+        counted = torch.ones_like(targets, dtype=torch.bool)
+        if ignore_index is not None:
+            counted = targets != ignore_index
         split = self.criterion.split  # type: ignore[attr-defined]
         tail = split.tail_mask(targets) & counted
         head = (split.plain_mask(targets) & counted) | ~tail
-        return Rows(head, tail, bool(head.any()), bool(tail.any()), int(counted.sum()))
+        return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
 
-    def _planned(self) -> Callable[[TrainStep, Any, Tensor, Rows], StepResult]:
-        joint = self.plan == "joint" or (self.plan == "auto" and has_batch_statistics(self.model))
-        return joint_plan if joint else split_plan
+    def _planned(self, rows: Rows) -> Callable[[TrainStep, Any, Tensor, Rows], StepResult]:
+        if self.plan != "auto":
+            return joint_plan if self.plan == "joint" else split_plan
+        # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
+        cheaper = 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * len(rows.head)
+        return split_plan if cheaper and not has_batch_statistics(self.model) else joint_plan
 
     def forward(self, inputs: Any) -> Any:
         return self.model(inputs)
 
-    def perturbed_forward(self, inputs: Any) -> Any:
-        if self.batch_norm == "twice":
-            return self.model(inputs)
-        with frozen_batch_norm_statistics(self.model):
-            return self.model(inputs)
+    def perturbed_backward(
+        self, inputs: Any, targets: Tensor, batch_size: float | None = None
+    ) -> None:
+        """The tail loss at theta + epsilon, and its gradient."""
+        # The backward is inside: under activation checkpointing it runs the model again.
+        once = self.batch_norm == "once"
+        with frozen_batch_norm_statistics(self.model) if once else nullcontext():
+            outputs = self.forward(inputs)
+            self.criterion(outputs, targets, batch_size=batch_size).tail.backward()
 
 
 def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
     """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
     with compiled_for_two_backwards():
         outputs = step.forward(inputs)
-    loss = step.criterion(outputs, targets)
-    if rows.has_head:
-        backward(loss.head, retain_graph=rows.has_tail)
+        loss = step.criterion(outputs, targets)
+    if rows.head_rows:
+        backward(loss.head, retain_graph=rows.tail_rows > 0)
         step.optimizer.first_step()
-    if rows.has_tail:
+    if rows.tail_rows:
         backward(loss.tail)
         step.optimizer.second_step()
-        step.criterion(step.perturbed_forward(inputs), targets).tail.backward()
+        step.perturbed_backward(inputs, targets)
     step.optimizer.third_step()
     return _result(loss.head, loss.tail, outputs)
 
@@ -140,24 +154,24 @@ def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
     """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
     head = tail = None
     parts = []
-    if rows.has_head:
+    if rows.head_rows:
         head_inputs, head_targets = _take(rows.head, inputs, targets)
         outputs = step.forward(head_inputs)
         head = step.criterion(outputs, head_targets, batch_size=rows.counted or None).head
         head.backward()
         step.optimizer.first_step()
         parts.append((rows.head, outputs))
-    if rows.has_tail:
+    if rows.tail_rows:
         tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
         outputs = step.forward(tail_inputs)
         tail = step.criterion(outputs, tail_targets, batch_size=rows.counted).tail
         tail.backward()
         step.optimizer.second_step()
         parts.append((rows.tail, outputs))
-        perturbed = step.perturbed_forward(tail_inputs)
-        step.criterion(perturbed, tail_targets, batch_size=rows.counted).tail.backward()
+        step.perturbed_backward(tail_inputs, tail_targets, batch_size=rows.counted)
+    result = _result(head, tail, _assemble(parts))
     step.optimizer.third_step()
-    return _result(head, tail, _assemble(parts))
+    return result
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
@@ -184,6 +198,15 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
             m.track_running_stats = True
 
 
+def _check_batch_norm_is_visible(model: nn.Module) -> None:
+    for m in model.modules():
+        if isinstance(m, torch.jit.ScriptModule) and "BatchNorm" in m.original_name:
+            raise TypeError(
+                f"model has a {m.original_name} inside TorchScript, where its statistics cannot be "
+                "looked after, expected a plain nn.Module"
+            )
+
+
 def _updates_statistics(m: _NormBase) -> bool:
     # In eval mode the flag decides which statistics normalise, so it must be left alone.
     return m.training and m.track_running_stats and m.running_mean is not None
@@ -196,9 +219,13 @@ def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
     rows = mask.nonzero().squeeze(1)
 
     def take(x: Tensor) -> Tensor:
+        index = rows.to(x.device, non_blocking=True)
+        if x.requires_grad:
+            raise ValueError("inputs requires a gradient, expected none; detach it")
+        if x.layout != torch.strided:
+            return x.index_select(0, index)
         # Like x, so that channels_last images stay channels_last.
-        out = torch.empty_like(x[: len(rows)])
-        return torch.index_select(x, 0, rows.to(x.device, non_blocking=True), out=out)
+        return torch.index_select(x, 0, index, out=torch.empty_like(x[: len(rows)]))
 
     return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
 
@@ -209,10 +236,18 @@ def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
         return _detached(parts[0][1])
     (head, head_outputs), (tail, tail_outputs) = parts
 
-    def merge(h: Tensor, t: Tensor) -> Tensor:
+    indices = head.nonzero().squeeze(1), tail.nonzero().squeeze(1)
+
+    def merge(h: Any, t: Any) -> Any:
+        if not isinstance(h, Tensor):
+            return h
+        if h.dim() == 0 or (len(h), len(t)) != (len(indices[0]), len(indices[1])):
+            raise ValueError(
+                f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
+                f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
+            )
         out = h.new_empty(len(head), *h.shape[1:])
-        for mask, part in ((head, h), (tail, t)):  # a row in both parts has the same output
-            rows = mask.nonzero().squeeze(1)
+        for rows, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
             out.index_copy_(0, rows.to(h.device, non_blocking=True), part.detach())
         return out
 

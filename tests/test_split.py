@@ -310,3 +310,17 @@ def test_refusals(make: Any, message: str) -> None:
 def test_weights_that_require_gradients_are_not_kept() -> None:
     plain: Tensor = torch.ones(3, requires_grad=True)
     assert not ClassSplit(plain, ONES).plain.requires_grad
+
+
+def test_changed_weights_are_seen() -> None:
+    """As a schedule that re-weights later in training does."""
+    split = ClassSplit.from_counts([200, 10])
+    cpu = torch.device("cpu")
+    labels = torch.tensor([0, 1])
+    assert split.weights(2, cpu, torch.float32)[1].tolist() == [0, 1]
+    split.sharp.fill_(3.0)
+    assert split.weights(2, cpu, torch.float32)[1].tolist() == [3, 3]
+    assert split.tail_mask(labels).tolist() == [True, True]
+    split.sharp = torch.tensor([0.0, 5.0], dtype=torch.float64)
+    assert split.weights(2, cpu, torch.float32)[1].tolist() == [0, 5]
+    assert split.tail_mask(labels).tolist() == [False, True]

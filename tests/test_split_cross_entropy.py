@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -386,3 +387,12 @@ def bad(name: str) -> dict[str, Any]:
 def test_refusals_name_the_argument(what: str) -> None:
     with pytest.raises(ValueError, match=f"^split_cross_entropy: {what.partition(':')[0]} "):
         ops.split_cross_entropy(**bad(what))
+
+
+def test_an_infinite_loss_stays_in_its_part(backend: Backend) -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -torch.inf]], device=backend.device)
+    weights = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], device=backend.device)
+    targets = torch.tensor([0, 2], device=backend.device)
+    head, tail = ops.split_cross_entropy(logits, targets, *weights)
+    torch.testing.assert_close(head.item(), math.log(3) / 2)
+    assert tail.item() == math.inf

@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import COUNTS, LR, MOMENTUM, RHO, WEIGHT_DECAY, batches, distance, imbsam, network
 from torch import Tensor, nn
 
 import imbsam_fast
-from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, dispatch
+from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep, dispatch, split_loss
 from imbsam_fast.train_step import has_batch_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-COUNTS = [500, 300, 200, 150, 120, 100, 50, 20, 10, 5]  # eta = 100: five head, five tail
-LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.05, 0.9, 5e-3, 0.05
-
-
-def network(norm: str = "batch", dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    norms = {"batch": nn.BatchNorm2d(8), "group": nn.GroupNorm(2, 8), "none": nn.Identity()}
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        norms[norm],
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 10),
-    ).to(dtype)
-
-
-def batches(steps: int, dtype: torch.dtype = torch.float64) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random images; every fifth batch has no tail row, every seventh no head row."""
-    generator = torch.Generator().manual_seed(1)
-    for i in range(steps):
-        images = torch.randn(16, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
-        low, high = (0, 5) if i % 5 == 4 else (5, 10) if i % 7 == 6 else (0, 10)
-        yield images, torch.randint(low, high, (16,), generator=generator)
-
-
-def imbsam(model: nn.Module, **settings) -> ImbSAM:
-    base = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
-    return ImbSAM(base, rho=RHO, **settings)
 
 
 def algorithm_1(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -75,11 +47,6 @@ def algorithm_1(model: nn.Module, data: Iterator[tuple[Tensor, Tensor]]) -> None
                 p -= e
                 v.copy_(MOMENTUM * v + (q + h + WEIGHT_DECAY * p))
                 p -= LR * v
-
-
-def distance(a: nn.Module, b: nn.Module) -> float:
-    pairs = zip(a.state_dict().values(), b.state_dict().values())
-    return max(float((x.double() - y.double()).abs().max()) for x, y in pairs)
 
 
 def trained(norm: str, data: Iterator[tuple[Tensor, Tensor]], dtype=torch.float64, **settings):
@@ -228,31 +195,6 @@ def test_passes_of_each_plan(plan, labels, rows):
     assert model.rows == rows
 
 
-@pytest.mark.parametrize(("policy", "updates"), [("once", 1), ("twice", 2)])
-def test_batch_norm_statistics(policy, updates):
-    model = network("batch")
-    step = TrainStep(
-        model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model), batch_norm=policy
-    )
-    x, y = next(batches(1))
-    step(x, y)
-    assert model[1].num_batches_tracked == updates
-    assert model[1].track_running_stats
-
-
-def test_statistics_are_tracked_again_after_a_failure():
-    model = network("batch")
-    outer_mean = model[1].running_mean.clone()
-    with pytest.raises(KeyError), imbsam_fast.frozen_batch_norm_statistics(model):
-        with imbsam_fast.frozen_batch_norm_statistics(model):
-            model(torch.randn(4, 3, 6, 6, dtype=torch.float64))
-        model(torch.randn(4, 3, 6, 6, dtype=torch.float64))
-        raise KeyError
-    assert torch.equal(model[1].running_mean, outer_mean)
-    model(torch.randn(4, 3, 6, 6, dtype=torch.float64))
-    assert not torch.equal(model[1].running_mean, outer_mean)
-
-
 def test_auto_takes_split_unless_the_batch_is_normalised():
     assert has_batch_statistics(network("batch"))
     assert not has_batch_statistics(network("group"))
@@ -267,85 +209,31 @@ def test_auto_takes_split_unless_the_batch_is_normalised():
         assert model.rows == rows
 
 
-class FailsAtCall(nn.Module):
-    def __init__(self, model: nn.Module, call: int, error: type[BaseException]) -> None:
-        super().__init__()
-        self.model, self.call, self.error, self.calls = model, call, error, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.call:
-            raise self.error("injected")
-        return self.model(x)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize(("plan", "call"), [("joint", 2), ("split", 2), ("split", 3)])
-def test_a_failed_pass_leaves_the_weights_bit_for_bit(plan, call, error):
-    model = FailsAtCall(network("group", torch.float32), call, error)
-    optimizer = imbsam(model)
-    step = TrainStep(model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), optimizer, plan=plan)
-    before = copy.deepcopy(model.state_dict())
-    x, y = next(batches(1, torch.float32))
-    with pytest.raises(error, match="injected"):
-        step(x, y)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert not optimizer.is_perturbed and not optimizer.state
-    assert all(p.grad is None for p in model.parameters())
-    result = step(x, y)  # and the next step works
-    assert result.loss.isfinite()
-    assert not torch.equal(before["model.0.weight"], model.model[0].weight)
-
-
-def test_stale_gradients_do_not_leak_into_the_step():
-    model, expected = network(), network()
+@pytest.mark.parametrize("plan", ["joint", "split"])
+@pytest.mark.parametrize("split", ["from_counts", "all_tail"])
+def test_per_sample_losses_ignore_rows_as_cross_entropy_does(plan, split):
     x, y = next(batches(1))
-    for m in (model, expected):
-        step = TrainStep(m, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(m))
-        if m is model:
-            m(x).sum().backward()
-            m[1].load_state_dict(network()[1].state_dict())
-        step(x, y)
-    assert distance(model, expected) == 0
+    y[::3] = -100
+    split = ClassSplit.all_tail() if split == "all_tail" else ClassSplit.from_counts(COUNTS)
+    per_sample = functools.partial(F.cross_entropy, reduction="none")
+    ends = []
+    for criterion in (split_loss(per_sample, split), SplitCrossEntropy(split)):
+        model = network("group")
+        result = TrainStep(model, criterion, imbsam(model), plan)(x, y)
+        ends.append((model, result))
+    assert distance(ends[0][0], ends[1][0]) < 1e-12
+    for a, b in zip(ends[0][1], ends[1][1]):
+        torch.testing.assert_close(a, b)
 
 
-class TwoInputs(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = network("group")
-        self.bias = nn.Linear(2, 10).double()
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.features(inputs["image"]) + self.bias(inputs["place"])
-
-
-def test_inputs_may_be_a_pytree():
-    results = []
-    for plan in ("joint", "split"):
-        torch.manual_seed(0)
-        model = TwoInputs()
-        step = TrainStep(
-            model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model), plan=plan
-        )
-        for x, y in batches(3):
-            results.append(step({"image": x, "place": x[:, 0, 0, :2]}, y))
-    for a, b in zip(results[:3], results[3:]):
-        torch.testing.assert_close(a.logits, b.logits)
-
-
-def test_the_split_plan_keeps_channels_last():
-    seen = []
-
-    class Watch(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(x.is_contiguous(memory_format=torch.channels_last))
-            return x
-
-    model = nn.Sequential(Watch(), network("group"))
-    step = TrainStep(model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model))
+@pytest.mark.parametrize(("lam", "rows"), [(1.0, [16, 16]), (0.5, [16, 16])])
+def test_auto_takes_the_cheaper_plan(lam, rows):
+    """A row with both weights is in all three passes of the split plan: joint is cheaper."""
+    model = CountRows(network("group"))
+    criterion = SplitCrossEntropy(ClassSplit.focal(COUNTS, 0.0, lam))
     x, y = next(batches(1))
-    step(x.to(memory_format=torch.channels_last), y)
-    assert seen == [True] * 3
+    TrainStep(model, criterion, imbsam(model), "auto")(x, y)
+    assert model.rows == rows
 
 
 def test_any_per_sample_loss_is_a_criterion():
@@ -361,32 +249,3 @@ def test_any_per_sample_loss_is_a_criterion():
         assert losses[-1] < losses[0]
         models.append(model)
     assert distance(*models) < 1e-12
-
-
-def test_unusable_arguments_are_named():
-    model = network()
-    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
-    optimizer = imbsam(model)
-    with pytest.raises(TypeError, match="optimizer is SGD, expected an ImbSAM"):
-        TrainStep(model, criterion, optimizer.base)
-    with pytest.raises(TypeError, match=r"criterion is CrossEntropyLoss, expected .*\.split"):
-        TrainStep(model, nn.CrossEntropyLoss(), optimizer)
-    with pytest.raises(ValueError, match="plan is 'both', expected one of auto, joint, split"):
-        TrainStep(model, criterion, optimizer, plan="both")
-    with pytest.raises(ValueError, match="batch_norm is 'never', expected one of once, twice"):
-        TrainStep(model, criterion, optimizer, batch_norm="never")
-
-    step = TrainStep(model, criterion, optimizer)
-    x, y = next(batches(1))
-    for inputs, targets, message in (
-        (x[:3], y, r"inputs holds a tensor of shape \(3, 3, 6, 6\), expected 16 rows"),
-        (x, y.double(), r"targets is torch.float64 \(16,\), expected int64 labels \(N,\)"),
-        (x, F.one_hot(y, 10), r"targets is torch.int64 \(16, 10\), expected int64 labels"),
-        (x[:0], y[:0], "targets is empty"),
-        ("images", y, "inputs is str, expected a tensor or a pytree"),
-        (x, y.tolist(), "targets is list, expected int64 labels"),
-    ):
-        before = copy.deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match=message):
-            step(inputs, targets)
-        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

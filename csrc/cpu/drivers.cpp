@@ -296,8 +296,10 @@ void split_cross_entropy(DType dtype, const CrossEntropySettings& s, const void*
   for (int64_t i = 0; i < s.rows; ++i) {  // in one order, whatever the number of threads
     if (targets[i] == s.ignore_index) continue;
     counted += 1;
-    head_sum += weights.plain(targets[i]) * losses[i];
-    tail_sum += weights.sharp(targets[i]) * losses[i];
+    // A row that carries no weight counts nothing whatever its loss is.
+    const double plain = weights.plain(targets[i]), sharp = weights.sharp(targets[i]);
+    if (plain != 0) head_sum += plain * losses[i];
+    if (sharp != 0) tail_sum += sharp * losses[i];
   }
   const double divisor = batch_size < 0 ? counted : batch_size;
   write(dtype, head, 0, head_sum / std::max(divisor, 1.0));
