@@ -19,6 +19,8 @@ from . import native, reference
 # In order of preference.
 BACKENDS = ("native", "triton", "reference")
 
+_MODULES: dict[str, ModuleType] = {"native": native, "reference": reference}
+
 _forced: str | None = None
 
 
@@ -49,16 +51,23 @@ def backend_name(device_type: str) -> str:
     """The backend that carries out operations on `device_type` ("cpu", "cuda", ...)."""
     forced = forced_backend()
     if forced is None:
-        return next(b for b in BACKENDS if _reason_unavailable(b, device_type) is None)
+        return _automatic(device_type)
     reason = _reason_unavailable(forced, device_type)
     if reason is not None:
         raise RuntimeError(f"backend {forced!r} was asked for but cannot be used: {reason}")
     return forced
 
 
+def _automatic(device_type: str) -> str:
+    for backend in BACKENDS[:-1]:
+        if _reason_unavailable(backend, device_type) is None:
+            return backend
+    return BACKENDS[-1]
+
+
 def select(device: torch.device) -> ModuleType:
     """The backend module for tensors on `device`."""
-    return {"native": native, "reference": reference}[backend_name(device.type)]
+    return _MODULES[backend_name(device.type)]
 
 
 @contextmanager

@@ -297,9 +297,12 @@ def split_cross_entropy(
     See reference.split_cross_entropy.
     """
     _check_cross_entropy(logits, targets, plain, sharp, class_weight, label_smoothing, batch_size)
-    head, tail, _, _ = _NAMESPACE.split_cross_entropy(
+    arguments = (
         logits, targets, plain, sharp, class_weight, label_smoothing, ignore_index, batch_size
-    )
+    )  # fmt: skip
+    if type(logits) is Tensor and not torch.compiler.is_compiling():
+        return _SplitCrossEntropy.apply(*arguments)
+    head, tail, _, _ = _NAMESPACE.split_cross_entropy(*arguments)
     return head, tail
 
 
@@ -367,17 +370,38 @@ def _save_for_backward(ctx, inputs, output) -> None:
     _, _, b, lse = output
     ctx.save_for_backward(logits, targets, lse, b, plain, sharp, class_weight)
     ctx.settings = (label_smoothing, ignore_index)
-    ctx.mark_non_differentiable(b, lse)
     ctx.set_materialize_grads(False)  # None tells the kernel to skip that part's rows
 
 
-def _backward(ctx, grad_head, grad_tail, grad_b, grad_lse):
+def _setup_context(ctx, inputs, output) -> None:
+    _save_for_backward(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[2:])
+
+
+def _backward(ctx, grad_head, grad_tail, *_, backend=_NAMESPACE):
     grad_logits = None
     if grad_head is not None or grad_tail is not None:
-        grad_logits = _NAMESPACE.split_cross_entropy_backward(
+        grad_logits = backend.split_cross_entropy_backward(
             grad_head, grad_tail, *ctx.saved_tensors, *ctx.settings
         )
     return grad_logits, None, None, None, None, None, None, None
+
+
+class _SplitCrossEntropy(torch.autograd.Function):
+    """The operator without torch's dispatcher, which takes longer than a small batch."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = dispatch.select(inputs[0].device).split_cross_entropy(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, grad_head, grad_tail):
+        if torch.is_grad_enabled():  # create_graph=True: the operator refuses in its own words
+            return _backward(ctx, grad_head, grad_tail)
+        backend = dispatch.select(ctx.saved_tensors[0].device)
+        return _backward(ctx, grad_head, grad_tail, backend=backend)
 
 
 def _refuse_double_backward(ctx, *grads):
@@ -388,7 +412,7 @@ def _refuse_double_backward(ctx, *grads):
 
 
 torch.library.register_autograd(
-    "imbsam_fast::split_cross_entropy", _backward, setup_context=_save_for_backward, lib=_library
+    "imbsam_fast::split_cross_entropy", _backward, setup_context=_setup_context, lib=_library
 )
 torch.library.register_autograd(
     "imbsam_fast::split_cross_entropy_backward", _refuse_double_backward, lib=_library

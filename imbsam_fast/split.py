@@ -137,11 +137,8 @@ class ClassSplit(nn.Module):
             raise ValueError(
                 f"the split has {self.num_classes} classes, expected {num_classes} as in the logits"
             )
-        plain, sharp = (
-            self._cached(name, device, dtype, num_classes, lambda w: w.to(device, dtype))
-            for name in ("plain", "sharp")
-        )
-        return plain, sharp
+        plain = self._cached("plain", device, dtype, num_classes)
+        return plain, self._cached("sharp", device, dtype, num_classes)
 
     def plain_mask(self, targets: Tensor) -> Tensor:
         """bool, shaped like `targets`: the rows whose class has plain > 0."""
@@ -157,24 +154,25 @@ class ClassSplit(nn.Module):
 
     def _mask(self, name: str, targets: Tensor) -> Tensor:
         last = len(self.plain) - 1
-        positive = self._cached(
-            name, targets.device, None, last + 1, lambda w: (w > 0).to(targets.device)
-        )
+        positive = self._cached(name, targets.device, torch.bool, last + 1)
         labels = targets.long()
         if self.num_classes is None:
             return (labels >= 0) & positive[0]
         return positive[labels.clamp(0, last)] & (labels >= 0) & (labels <= last)
 
-    def _cached(self, name, device, dtype, num_classes, convert) -> Tensor:
-        """A weight vector converted once per device, dtype and number of classes."""
+    def _cached(
+        self, name: str, device: torch.device, dtype: torch.dtype, num_classes: int
+    ) -> Tensor:
+        """A weight vector converted once per device, dtype (bool: > 0) and number of classes."""
+        weights: Tensor = self._buffers[name]  # type: ignore[assignment]
         key = (name, device, dtype, num_classes)
-        weights = getattr(self, name)
-        if torch.compiler.is_compiling():  # part of the graph, which sees every change
-            return convert(weights.expand(num_classes)).contiguous()
         made = self._cache.get(key)
+        # The weights may be changed or replaced. A compiled graph sees that by itself.
+        if torch.compiler.is_compiling():
+            return _converted(weights, device, dtype, num_classes)
         if made is None or made[0] is not weights or made[1] != weights._version:
             with torch.inference_mode(False):  # what validation caches must serve training too
-                converted = convert(weights.expand(num_classes)).contiguous()
+                converted = _converted(weights, device, dtype, num_classes)
             self._cache[key] = made = weights, weights._version, converted
         return made[2]
 
@@ -194,6 +192,12 @@ class ClassSplit(nn.Module):
         classes = "any number of" if self.num_classes is None else str(self.num_classes)
         known = "" if self.counts is None else f", tail_fraction={self.tail_fraction:.3f}"
         return f"{classes} classes, {tail} tail{known}"
+
+
+def _converted(
+    weights: Tensor, device: torch.device, dtype: torch.dtype, num_classes: int
+) -> Tensor:
+    return weights.expand(num_classes).to(device, dtype).contiguous()
 
 
 def _positive_total(counts: Tensor) -> int:
