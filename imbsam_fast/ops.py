@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import dispatch, native
 from .reference import CHUNK, arithmetic_dtype
@@ -27,12 +28,25 @@ def _define(schema: str):
     """Register the decorated function as the operator `schema` on every device."""
 
     def register(implementation):
+        implementation = torch.no_grad()(implementation)
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        name = schema.partition("(")[0]
-        _library.impl(name, torch.no_grad()(implementation), "CompositeExplicitAutograd")
+        _library.impl(schema.partition("(")[0], implementation, "CompositeExplicitAutograd")
         return implementation
 
     return register
+
+
+def _unobserved() -> bool:
+    """Whether no compiler, profiler or dispatch mode wants to see the operators.
+
+    Plain tensors then go straight to the backend: torch's dispatcher takes longer than the
+    kernels of a small network.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def _fake(name: str):
@@ -68,7 +82,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 def in_layout_of(params: Sequence[Tensor], tensors: list[Tensor | None]) -> list[Tensor | None]:
     """`tensors`, those that order their elements otherwise than their parameter copied."""
-    if not torch.compiler.is_compiling() and native.pairs_match(params, tensors):
+    if _unobserved() and native.pairs_match(params, tensors):
         return tensors
     return [
         t if t is None or same_layout(t, p) else torch.empty_like(p).copy_(t)
@@ -76,10 +90,13 @@ def in_layout_of(params: Sequence[Tensor], tensors: list[Tensor | None]) -> list
     ]
 
 
-def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
-    """Refuse lists that do not match the first one tensor by tensor; [] is always allowed."""
-    if not torch.compiler.is_compiling() and native.lists_match([*lists.values()]):
-        return  # else what follows finds out what is wrong, or that nothing is
+def check_lists(op: str, **lists: Sequence[Tensor]) -> bool:
+    """Refuse lists that do not match the first one tensor by tensor; [] is always allowed.
+
+    Returns whether the operator need not go through torch's dispatcher.
+    """
+    if _unobserved() and native.lists_match([*lists.values()]):
+        return True  # else what follows finds out what is wrong, or that nothing is
     (first_name, first), *others = lists.items()
     if not first:
         raise ValueError(f"{op}: {first_name} is empty, expected at least one tensor")
@@ -105,6 +122,7 @@ def check_lists(op: str, **lists: Sequence[Tensor]) -> None:
             )
         if tensors and _signatures(tensors) != expected:
             _check_pairs(op, name, tensors, first_name, first)
+    return False
 
 
 def _signatures(tensors: Sequence[Tensor]) -> list[tuple]:
@@ -136,8 +154,8 @@ def _mutated(*lists: Sequence[Tensor]) -> None:
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     """See reference.squared_norm."""
-    check_lists("squared_norm", g_t=g_t, theta=theta)
-    return _NAMESPACE.squared_norm(g_t, theta)
+    direct = check_lists("squared_norm", g_t=g_t, theta=theta)
+    return (_squared_norm if direct else _NAMESPACE.squared_norm)(g_t, theta)
 
 
 @_define("squared_norm(Tensor[] g_t, Tensor[] theta) -> Tensor")
@@ -163,7 +181,7 @@ def perturb_(
     adaptive: bool = False,
 ) -> None:
     """See reference.perturb_."""
-    check_lists("perturb_", theta=theta, g_t=g_t)
+    direct = check_lists("perturb_", theta=theta, g_t=g_t)
     if not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
@@ -174,7 +192,7 @@ def perturb_(
         raise ValueError(
             f"perturb_: partials is on {partials.device}, expected {theta[0].device} as theta"
         )
-    _NAMESPACE.perturb_(theta, g_t, partials, rho, adaptive)
+    (_perturb_ if direct else _NAMESPACE.perturb_)(theta, g_t, partials, rho, adaptive)
 
 
 @_define(
@@ -188,9 +206,9 @@ def _perturb_(theta, g_t, partials, rho, adaptive):
 
 def check_sgd_update(
     theta, saved, g_h, g_p, m, lr, momentum, *_, grad_scale=None, found_inf=None
-) -> None:
-    """Refuse arguments that sgd_update_ would refuse."""
-    check_lists("sgd_update_", theta=theta, g_p=g_p, saved=saved, g_h=g_h, m=m)
+) -> bool:
+    """Refuse arguments that sgd_update_ would refuse; returns what check_lists does."""
+    direct = check_lists("sgd_update_", theta=theta, g_p=g_p, saved=saved, g_h=g_h, m=m)
     if not g_p:
         raise ValueError("sgd_update_: g_p is empty, expected one gradient for every parameter")
     if (momentum != 0) != (len(m) > 0):
@@ -203,6 +221,7 @@ def check_sgd_update(
             raise ValueError(
                 f"sgd_update_: {name} has shape {tuple(scalar.shape)}, expected one element"
             )
+    return direct
 
 
 def sgd_update_(
@@ -221,10 +240,10 @@ def sgd_update_(
     found_inf: Tensor | None = None,
 ) -> None:
     """See reference.sgd_update_."""
-    check_sgd_update(
+    direct = check_sgd_update(
         theta, saved, g_h, g_p, m, lr, momentum, grad_scale=grad_scale, found_inf=found_inf
     )
-    _NAMESPACE.sgd_update_(
+    (_sgd_update_ if direct else _NAMESPACE.sgd_update_)(
         theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
         grad_scale, found_inf,
     )  # fmt: skip
@@ -247,10 +266,10 @@ def merge_(
     g_p: Sequence[Tensor],
 ) -> None:
     """See reference.merge_."""
-    check_lists("merge_", theta=theta, g_p=g_p, saved=saved, g_h=g_h)
+    direct = check_lists("merge_", theta=theta, g_p=g_p, saved=saved, g_h=g_h)
     if not g_p:
         raise ValueError("merge_: g_p is empty, expected one gradient for every parameter")
-    _NAMESPACE.merge_(theta, saved, g_h, g_p)
+    (_merge_ if direct else _NAMESPACE.merge_)(theta, saved, g_h, g_p)
 
 
 @_define("merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()")
@@ -265,8 +284,8 @@ for _name in ("perturb_", "sgd_update_", "merge_"):
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See reference.grad_check."""
-    check_lists("grad_check", g_p=g_p, g_h=g_h)
-    return _NAMESPACE.grad_check(g_h, g_p)
+    direct = check_lists("grad_check", g_p=g_p, g_h=g_h)
+    return (_grad_check if direct else _NAMESPACE.grad_check)(g_h, g_p)
 
 
 @_define("grad_check(Tensor[] g_h, Tensor[] g_p) -> (Tensor, Tensor)")
@@ -300,7 +319,7 @@ def split_cross_entropy(
     arguments = (
         logits, targets, plain, sharp, class_weight, label_smoothing, ignore_index, batch_size
     )  # fmt: skip
-    if type(logits) is Tensor and not torch.compiler.is_compiling():
+    if type(logits) is Tensor and _unobserved():
         return _SplitCrossEntropy.apply(*arguments)
     head, tail, _, _ = _NAMESPACE.split_cross_entropy(*arguments)
     return head, tail
