@@ -5,8 +5,6 @@ It knows no model, no loss and no plan; the equations are those of DESIGN.md sec
 
 from __future__ import annotations
 
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .interrupts import uninterrupted
 from .losses import SplitLoss
 from .two_backwards import backward, compiled_for_two_backwards
 
@@ -78,7 +77,7 @@ class ImbSAM(torch.optim.Optimizer):
         """Hold the gradients in `p.grad` as g_h, without copying them."""
         if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
-        with _uninterrupted():
+        with uninterrupted():
             self._pending.held = self._take_gradients()
 
     @torch.no_grad()
@@ -86,7 +85,7 @@ class ImbSAM(torch.optim.Optimizer):
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
-        with self._abandoned_on_failure(), _uninterrupted():
+        with self._abandoned_on_failure(), uninterrupted():
             g_t = self._take_gradients()
             if all(g is None for g in g_t):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
@@ -98,9 +97,9 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
+            self._pending.partials = partials
             for bucket in buckets:
-                on_device = [p.to(bucket.params[0].device) for p in partials]
-                sums = on_device[0] if len(on_device) == 1 else torch.cat(on_device)
+                sums = _joined(partials, bucket.params[0].device)
                 # Sharpness is the worst loss nearby, which lies downhill for who climbs.
                 rho = -bucket.group["rho"] if bucket.group.get("maximize") else bucket.group["rho"]
                 ops.perturb_(bucket.params, bucket.pick(g_t), sums, rho, bucket.group["adaptive"])
@@ -108,9 +107,24 @@ class ImbSAM(torch.optim.Optimizer):
                     saved[i] = g_t[i]
 
     @torch.no_grad()
-    def third_step(self) -> None:
-        """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`."""
-        with self._abandoned_on_failure(), _uninterrupted():
+    def third_step(
+        self,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        max_norm: float | None = None,
+    ) -> None:
+        """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`.
+
+        Args:
+            grad_scaler: the one whose `scale` every loss of the step went through. The update
+                undoes the scale; where any gradient is infinite or not a number it only
+                restores. Call `grad_scaler.update()` afterwards, and neither its `step` nor
+                its `unscale_`.
+            max_norm: clip g_h + g_p to this norm over all parameters, as
+                torch.nn.utils.clip_grad_norm_ does.
+        """
+        if max_norm is not None and not 0 < max_norm < float("inf"):
+            raise ValueError(f"max_norm is {max_norm!r}, expected a finite number > 0")
+        with self._abandoned_on_failure(), uninterrupted():
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
@@ -119,11 +133,12 @@ class ImbSAM(torch.optim.Optimizer):
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
                 [g if g is not None else h for h, g in zip(g_h, g_p)],
             )
+            scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
             if type(self.base) is torch.optim.SGD:
-                self._sgd_update(saved, g_h, g_p)
+                self._sgd_update(saved, g_h, g_p, *scaling)
             else:
-                self._merge_and_step(saved, g_h, g_p)
-            self._pending.held = self._pending.saved = None
+                self._merge_and_step(saved, g_h, g_p, *scaling)
+            self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
 
@@ -163,12 +178,12 @@ class ImbSAM(torch.optim.Optimizer):
     @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
-        with _uninterrupted():
+        with uninterrupted():
             for p, saved in zip(self._params(), self._pending.saved or ()):
                 if saved is not None:
                     p.copy_(saved)
             torch.clear_autocast_cache()  # which knows nothing of writes in place
-            self._pending.held = self._pending.saved = None
+            self._pending.clear()
             self.zero_grad()
 
     # ------------------------------------------------------------ the base's groups and state
@@ -275,6 +290,37 @@ class ImbSAM(torch.optim.Optimizer):
                 yield _Bucket(group, indices, [group["params"][i - first] for i in indices])
             first += len(group["params"])
 
+    def _scaling(
+        self,
+        g_h: Slots,
+        g_p: Slots,
+        grad_scaler: torch.amp.GradScaler | None,
+        max_norm: float | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """How many times too large the gradients are, clipping included, and found_inf."""
+        if grad_scaler is not None and not grad_scaler.is_enabled():
+            grad_scaler = None
+        keys = [None if p is None else (h is None,) for h, p in zip(g_h, g_p)]
+        buckets = list(self._buckets(g_p, keys))
+        if not buckets or (grad_scaler is None and max_norm is None):
+            return None, None
+        checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in buckets]
+        device = buckets[0].params[0].device
+        scale, found_inf = torch.ones((), device=device), None
+        if grad_scaler is not None:
+            scale = grad_scaler._get_scale_async().to(device)  # type: ignore[union-attr]
+            found_inf = _joined([found for _, found in checks], device).amax()
+            if self._pending.partials:  # of g_t
+                sums = _joined(self._pending.partials, device)
+                found_inf = torch.maximum(found_inf, (~sums.isfinite().all()).float())
+            # What GradScaler.step would have left for GradScaler.update.
+            state = grad_scaler._per_optimizer_states[id(self)]
+            state["found_inf_per_device"] = {device: found_inf}
+        if max_norm is not None:
+            norm = _joined([partials for partials, _ in checks], device).sum().sqrt() / scale
+            scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
+        return scale.float(), found_inf
+
     def _update_buckets(
         self, saved: Slots, g_h: Slots, g_p: Slots, fresh: list[bool]
     ) -> list[_Bucket]:
@@ -291,7 +337,9 @@ class ImbSAM(torch.optim.Optimizer):
                 buckets.append(bucket)
         return buckets
 
-    def _sgd_update(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
+    def _sgd_update(
+        self, saved: Slots, g_h: Slots, g_p: Slots, scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         m, fresh = self._momentum_buffers(g_p)
         launches = []
         for bucket in self._update_buckets(saved, g_h, g_p, fresh):
@@ -303,7 +351,7 @@ class ImbSAM(torch.optim.Optimizer):
                 group["momentum"],
                 # The first step of torch.optim.SGD takes the gradient undampened.
                 0.0 if fresh[bucket.indices[0]] else group["dampening"],
-                group["weight_decay"], group["nesterov"], group["maximize"],
+                group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
             ))  # fmt: skip
         if len(launches) > 1:  # all checks first: nothing is updated where a group is refused
             for arguments in launches:
@@ -328,13 +376,19 @@ class ImbSAM(torch.optim.Optimizer):
                 m.append(torch.zeros_like(p) if fresh[-1] else buffer)
         return ops.in_layout_of(self._params(), m), fresh
 
-    def _merge_and_step(self, saved: Slots, g_h: Slots, g_p: Slots) -> None:
+    def _merge_and_step(
+        self, saved: Slots, g_h: Slots, g_p: Slots, scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         for bucket in self._update_buckets(saved, g_h, g_p, [False] * len(g_p)):
             ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
+        self._pending.saved = None  # restored: what the base does from here is its own
         for p, g in zip(self._params(), g_p):
             p.grad = g
-        self._pending.saved = None  # restored: what the base does from here is its own
-        self.base.step()
+            if g is not None and scale is not None:
+                g.div_(scale.to(g.device))
+        # A base that knows nothing of found_inf needs the answer, as in GradScaler.step.
+        if found_inf is None or not found_inf.item():
+            self.base.step()
         self.zero_grad()
 
 
@@ -346,8 +400,12 @@ class _Pending:
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.held: Slots | None = None  # g_h
         self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
+        self.partials: list[Tensor] = []  # the squared norm of g_t
 
 
 class _Bucket:
@@ -363,35 +421,9 @@ class _Bucket:
         return [slots[i] for i in self.indices]  # type: ignore[misc]  # all alike in a bucket
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Let the handlers of signals that arrive inside the block (Ctrl-C) run only at its end.
-
-    Between a kernel that writes weights and the note that it ran, an exception would leave
-    no way to tell where the weights are.
-    """
-    if torch.compiler.is_compiling() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handlers = {s: h for s in _SIGNALS if callable(h := signal.getsignal(s))}
-    arrived: list[tuple[int, Any]] = []
-    for number in handlers:
-        signal.signal(number, lambda *signal_: arrived.append(signal_))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in arrived:
-            handlers[signal.Signals(number)](number, frame)
-
-
-# Those that programs handle; the ones that a system lacks are left out.
-_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-]
+def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+    on_device = [p.to(device) for p in partials]
+    return on_device[0] if len(on_device) == 1 else torch.cat(on_device)
 
 
 def _check_base(base: object) -> None:

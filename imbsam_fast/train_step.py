@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ class TrainStep:
             of them for the batch, but joint where a BatchNorm layer uses batch statistics.
         batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
             in the perturbed pass too (the authors' released code).
+        autocast: the context in which the model and the criterion run, for example
+            `torch.autocast("cuda", torch.bfloat16)`.
+        grad_scaler: scales every loss, for float16; it is updated here. A step with a
+            gradient that is not finite only restores the weights.
+        max_norm: clip the combined gradient to this global norm.
+        micro_batch_size: run every pass in pieces of at most so many rows and add up their
+            gradients. The perturbation is that of the whole batch, so that the step equals
+            the one without pieces wherever rows do not influence each other.
 
     A batch without tail rows costs one SGD step. If anything fails, the weights are at their
     unperturbed value. Trainable parameters of the model that `optimizer` does not hold gather
@@ -70,6 +79,10 @@ class TrainStep:
         optimizer: ImbSAM,
         plan: str = "auto",
         batch_norm: str = "once",
+        autocast: AbstractContextManager | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        max_norm: float | None = None,
+        micro_batch_size: int | None = None,
     ) -> None:
         if not isinstance(optimizer, ImbSAM):
             raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
@@ -84,12 +97,18 @@ class TrainStep:
             raise ValueError(
                 f"batch_norm is {batch_norm!r}, expected one of {', '.join(BATCH_NORM_UPDATES)}"
             )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size!r}, expected at least 1")
         _check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
         self.plan = plan
         self.batch_norm = batch_norm
+        self.autocast = autocast or nullcontext()
+        self.grad_scaler = grad_scaler
+        self.max_norm = max_norm
+        self.micro_batch_size = micro_batch_size
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         _check_batch(inputs, targets)
@@ -120,58 +139,142 @@ class TrainStep:
         cheaper = 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * len(rows.head)
         return split_plan if cheaper and not has_batch_statistics(self.model) else joint_plan
 
-    def forward(self, inputs: Any) -> Any:
-        return self.model(inputs)
+    # ------------------------------------------------------------ what plans are made of
 
-    def perturbed_backward(
-        self, inputs: Any, targets: Tensor, batch_size: float | None = None
-    ) -> None:
+    def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """The rows of a pass in pieces of at most micro_batch_size."""
+        size = self.micro_batch_size
+        if size is None or size >= len(targets):
+            yield inputs, targets
+            return
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            piece = pytree.tree_map_only(Tensor, operator.itemgetter(rows), inputs)
+            yield piece, targets[rows]
+
+    def forward(self, inputs: Any, targets: Tensor, counted: int) -> tuple[Any, SplitLoss]:
+        """The model's outputs and their loss, as a part of a batch with `counted` rows."""
+        with self.autocast:
+            outputs = self.model(inputs)
+            return outputs, self.criterion(outputs, targets, batch_size=counted or None)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        if self.grad_scaler is not None:
+            loss = self.grad_scaler.scale(loss)
+        backward(loss, retain_graph)
+
+    def perturbed_backward(self, inputs: Any, targets: Tensor, counted: int) -> None:
         """The tail loss at theta + epsilon, and its gradient."""
         # The backward is inside: under activation checkpointing it runs the model again.
         once = self.batch_norm == "once"
         with frozen_batch_norm_statistics(self.model) if once else nullcontext():
-            outputs = self.forward(inputs)
-            self.criterion(outputs, targets, batch_size=batch_size).tail.backward()
+            for x, y in self.micro_batches(inputs, targets):
+                _, loss = self.forward(x, y, counted)
+                self.backward(loss.tail)
+
+    def update(self) -> None:
+        self.optimizer.third_step(self.grad_scaler, self.max_norm)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
 
 
 def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
     """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
-    with compiled_for_two_backwards():
-        outputs = step.forward(inputs)
-        loss = step.criterion(outputs, targets)
+    head, tail = Gradients(step.optimizer), Gradients(step.optimizer)
+    seen = Seen()
+    for x, y in step.micro_batches(inputs, targets):
+        with compiled_for_two_backwards():
+            outputs, loss = step.forward(x, y, rows.counted)
+        seen.add(outputs, loss.head, loss.tail)
+        if rows.head_rows:
+            with head.added_up():
+                step.backward(loss.head, retain_graph=rows.tail_rows > 0)
+        if rows.tail_rows:
+            with tail.added_up():
+                step.backward(loss.tail)
     if rows.head_rows:
-        backward(loss.head, retain_graph=rows.tail_rows > 0)
+        head.hand_over()
         step.optimizer.first_step()
     if rows.tail_rows:
-        backward(loss.tail)
+        tail.hand_over()
         step.optimizer.second_step()
-        step.perturbed_backward(inputs, targets)
-    step.optimizer.third_step()
-    return _result(loss.head, loss.tail, outputs)
+        step.perturbed_backward(inputs, targets, rows.counted)
+    step.update()
+    return _result(seen.head, seen.tail, seen.outputs())
 
 
 def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
     """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
-    head = tail = None
-    parts = []
+    head, tail = Seen(), Seen()
     if rows.head_rows:
-        head_inputs, head_targets = _take(rows.head, inputs, targets)
-        outputs = step.forward(head_inputs)
-        head = step.criterion(outputs, head_targets, batch_size=rows.counted or None).head
-        head.backward()
+        for x, y in step.micro_batches(*_take(rows.head, inputs, targets)):
+            outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.head)
+            head.add(outputs, head=loss.head)
         step.optimizer.first_step()
-        parts.append((rows.head, outputs))
     if rows.tail_rows:
         tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
-        outputs = step.forward(tail_inputs)
-        tail = step.criterion(outputs, tail_targets, batch_size=rows.counted).tail
-        tail.backward()
+        for x, y in step.micro_batches(tail_inputs, tail_targets):
+            outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.tail)
+            tail.add(outputs, tail=loss.tail)
         step.optimizer.second_step()
-        parts.append((rows.tail, outputs))
-        step.perturbed_backward(tail_inputs, tail_targets, batch_size=rows.counted)
-    result = _result(head, tail, _assemble(parts))
-    step.optimizer.third_step()
+        step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
+    parts = [(m, s.outputs()) for m, s in ((rows.head, head), (rows.tail, tail)) if s.pieces]
+    result = _result(head.head, tail.tail, _assemble(parts))
+    step.update()
     return result
+
+
+class Gradients:
+    """The gradients of one part, added up over micro-batches.
+
+    With one micro-batch they go from autograd to the optimizer as they are.
+    """
+
+    def __init__(self, optimizer: ImbSAM) -> None:
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sums: list[Tensor | None] | None = None
+
+    @contextmanager
+    def added_up(self) -> Iterator[None]:
+        """The backward inside the block adds to the sums."""
+        if self.sums is not None:
+            self.hand_over()
+        yield
+        self.sums = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+
+    def hand_over(self) -> None:
+        """Put the sums into `p.grad`, and keep no reference."""
+        for p, total in zip(self.params, self.sums or ()):
+            p.grad = total
+        self.sums = None
+
+
+class Seen:
+    """What the unperturbed passes gave: outputs and losses, piece by piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        self.head: Tensor | None = None
+        self.tail: Tensor | None = None
+
+    def add(self, outputs: Any, head: Tensor | None = None, tail: Tensor | None = None) -> None:
+        self.pieces.append(_detached(outputs))
+        if head is not None:
+            self.head = head.detach() if self.head is None else self.head + head.detach()
+        if tail is not None:
+            self.tail = tail.detach() if self.tail is None else self.tail + tail.detach()
+
+    def outputs(self) -> Any:
+        """The outputs of all pieces as one."""
+        if len(self.pieces) == 1:
+            return self.pieces[0]
+        return pytree.tree_map(
+            lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *self.pieces
+        )
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
@@ -231,9 +334,9 @@ def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
 
 
 def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
-    """The outputs of the parts as one batch in its original order, without gradients."""
+    """The outputs of the parts as one batch in its original order."""
     if len(parts) == 1:
-        return _detached(parts[0][1])
+        return parts[0][1]
     (head, head_outputs), (tail, tail_outputs) = parts
 
     indices = head.nonzero().squeeze(1), tail.nonzero().squeeze(1)
@@ -248,7 +351,7 @@ def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
             )
         out = h.new_empty(len(head), *h.shape[1:])
         for rows, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
-            out.index_copy_(0, rows.to(h.device, non_blocking=True), part.detach())
+            out.index_copy_(0, rows.to(h.device, non_blocking=True), part)
         return out
 
     return pytree.tree_map(merge, head_outputs, tail_outputs)
@@ -259,11 +362,9 @@ def _detached(outputs: Any) -> Any:
 
 
 def _result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
-    parts = [part.detach() for part in (head, tail) if part is not None]
-    head, tail = (
-        torch.zeros_like(parts[0]) if part is None else part.detach() for part in (head, tail)
-    )
-    return StepResult(head + tail, head, tail, _detached(outputs))
+    known = next(part for part in (head, tail) if part is not None)
+    head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
+    return StepResult(head + tail, head, tail, outputs)
 
 
 def _check_batch(inputs: Any, targets: Tensor) -> None:
