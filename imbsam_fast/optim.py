@@ -186,6 +186,25 @@ class ImbSAM(torch.optim.Optimizer):
             self._pending.clear()
             self.zero_grad()
 
+    # ------------------------------------------------------------ gradients of several ranks
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """`p.grad` of every trainable parameter, zeros made where there was none."""
+        trainable = [p for p in self._params() if p.requires_grad]
+        for p in trainable:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in trainable]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def merge_held(self) -> None:
+        """p.grad <- g_h + g_p, holding nothing any more: ranks exchange one gradient."""
+        for p, g_h in zip(self._params(), self._pending.held or ()):
+            if g_h is not None:
+                p.grad = g_h if p.grad is None else p.grad.add_(g_h)
+        self._pending.held = None
+
     # ------------------------------------------------------------ the base's groups and state
 
     @property

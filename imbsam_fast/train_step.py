@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
+from .data_parallel import average_, process_group
 from .losses import SplitLoss
 from .optim import ImbSAM
 from .two_backwards import backward, compiled_for_two_backwards
 
 PLANS = ("auto", "joint", "split")
 BATCH_NORM_UPDATES = ("once", "twice")
+PERTURBATIONS = ("global", "local")
 
 
 class StepResult(NamedTuple):
@@ -63,9 +65,16 @@ class TrainStep:
         grad_scaler: scales every loss, for float16; it is updated here. A step with a
             gradient that is not finite only restores the weights.
         max_norm: clip the combined gradient to this global norm.
+        perturbation: under DistributedDataParallel, "global" perturbs every rank along the
+            mean of the ranks' tail gradients, as one process with all rows would, "local" each
+            along its own, which saves one of the two all-reduces.
         micro_batch_size: run every pass in pieces of at most so many rows and add up their
             gradients. The perturbation is that of the whole batch, so that the step equals
             the one without pieces wherever rows do not influence each other.
+
+    A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
+    rows each has; every trainable parameter must get a gradient on some rank, and ranks count
+    alike, as with DDP itself.
 
     A batch without tail rows costs one SGD step. If anything fails, the weights are at their
     unperturbed value. Trainable parameters of the model that `optimizer` does not hold gather
@@ -82,6 +91,7 @@ class TrainStep:
         autocast: AbstractContextManager | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
+        perturbation: str = "global",
         micro_batch_size: int | None = None,
     ) -> None:
         if not isinstance(optimizer, ImbSAM):
@@ -97,6 +107,10 @@ class TrainStep:
             raise ValueError(
                 f"batch_norm is {batch_norm!r}, expected one of {', '.join(BATCH_NORM_UPDATES)}"
             )
+        if perturbation not in PERTURBATIONS:
+            raise ValueError(
+                f"perturbation is {perturbation!r}, expected one of {', '.join(PERTURBATIONS)}"
+            )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"micro_batch_size is {micro_batch_size!r}, expected at least 1")
         _check_batch_norm_is_visible(model)
@@ -108,15 +122,20 @@ class TrainStep:
         self.autocast = autocast or nullcontext()
         self.grad_scaler = grad_scaler
         self.max_norm = max_norm
+        self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
+        self.group = process_group(model)
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
         rows = self._rows(targets)
         self.optimizer.zero_grad()
+        # The reductions are those of hold, perturb and update, not the ones of DDP's hooks.
+        unsynchronised = nullcontext() if self.group is None else self.model.no_sync()  # type: ignore[operator]
         try:
-            return self._planned(rows)(self, inputs, targets, rows)
+            with unsynchronised:
+                return self._planned(rows)(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
             raise
@@ -172,7 +191,18 @@ class TrainStep:
                 _, loss = self.forward(x, y, counted)
                 self.backward(loss.tail)
 
+    def perturb(self, has_tail: bool) -> None:
+        """Ranks without tail rows follow the others where the perturbation is a common one."""
+        if self.group is not None and self.perturbation == "global":
+            average_(self.optimizer.gradients(), self.group)
+        elif not has_tail:
+            return
+        self.optimizer.second_step()
+
     def update(self) -> None:
+        if self.group is not None:
+            self.optimizer.merge_held()
+            average_(self.optimizer.gradients(), self.group)
         self.optimizer.third_step(self.grad_scaler, self.max_norm)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
@@ -195,9 +225,9 @@ def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
     if rows.head_rows:
         head.hand_over()
         step.optimizer.first_step()
+    tail.hand_over()
+    step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
-        tail.hand_over()
-        step.optimizer.second_step()
         step.perturbed_backward(inputs, targets, rows.counted)
     step.update()
     return _result(seen.head, seen.tail, seen.outputs())
@@ -218,7 +248,8 @@ def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
             outputs, loss = step.forward(x, y, rows.counted)
             step.backward(loss.tail)
             tail.add(outputs, tail=loss.tail)
-        step.optimizer.second_step()
+    step.perturb(rows.tail_rows > 0)
+    if rows.tail_rows:
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
     parts = [(m, s.outputs()) for m, s in ((rows.head, head), (rows.tail, tail)) if s.pieces]
     result = _result(head.head, tail.tail, _assemble(parts))
