@@ -27,6 +27,7 @@ ELEMENTS = "elements"
 TENSORS = "tensors"
 TENSORS_OF_ELEMENTS = 100
 ELEMENTS_OF_TENSORS = 1_000
+UNITS = {ELEMENTS: ("ns", 1e6), TENSORS: ("us", 1e3)}  # for one of them; how many in a ms
 SIZES = {
     ELEMENTS: (100_000, 1_000_000, 10_000_000, 100_000_000, 400_000_000),
     TENSORS: (1, 10, 100, 1_000, 10_000),
@@ -109,9 +110,10 @@ def summary(report: bench.Report) -> list[str]:
     for axis in SIZES:
         for (operation, who), points in curves(report.timings, axis).items():
             line = fit(list(points), list(points.values()))
+            unit, per_ms = UNITS[axis]
             lines.append(
-                f"{operation}, {who}: {1e3 * line.fixed_ms:.1f} us and "
-                f"{1e6 * line.ms_each:.3g} ns for each of the {axis}"
+                f"{operation}, {who}: {1e3 * line.fixed_ms:.0f} us and "
+                f"{per_ms * line.ms_each:.3g} {unit} for each of the {axis}"
             )
     return lines
 

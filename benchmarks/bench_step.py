@@ -41,6 +41,8 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
     "LayerNorm ViT": (networks.LayerNormViT, True),
 }
 
+IMBSAM_CALLS = ("first_step", "second_step", "third_step")
+
 Step = Callable[[Tensor, Tensor], object]
 
 
@@ -64,9 +66,6 @@ class TimedStep:
                 call()
 
         return timed
-
-
-IMBSAM_CALLS = ("first_step", "second_step", "third_step")
 
 
 # ---------------------------------------------------------------- the passes of a plan
@@ -159,7 +158,7 @@ def sgd(model: nn.Module) -> torch.optim.SGD:
 
 
 def groups(quick: bool) -> Iterator[Group]:
-    rows = 16 if quick else 128
+    rows = 4 if quick else 128
     for name, (network, split_is_exact) in NETWORKS.items():
         for tail_fraction in TAIL_FRACTIONS[-1:] if quick else TAIL_FRACTIONS:
             yield [operation(name, network(CLASSES), rows, tail_fraction, split_is_exact)]

@@ -7,6 +7,7 @@ What is compared is in `bench_cases.py`, `bench_optimizers.py` and `peers.py`, h
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -84,6 +85,12 @@ def save(report: Report, path: Path) -> None:
     path.write_text(json.dumps(asdict(report), indent=1) + "\n")
 
 
+def load(path: Path) -> Report:
+    """What `save` wrote."""
+    found = json.loads(path.read_text())
+    return Report(**{**found, "timings": [Timing(**t) for t in found["timings"]]})
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -115,12 +122,14 @@ def run(
     args.freed_memory_kept = not args.return_memory and keep_freed_memory()
     report = Report(title, [], settings=settings(args))
     others = OtherLoad()
-    for number, group in enumerate(groups(args.quick)):
+    numbers = itertools.count()
+    for group in groups(args.quick):  # not enumerate, which would hold on to the last one
         warm_up(group)
         with others:
             timings = measure(group, args.rounds)
         del group
         return_freed_memory()
+        number = next(numbers)
         for t in timings:
             t.group = number
         report.timings += timings

@@ -179,7 +179,7 @@ class StepData:
         )
 
     def _contestant(self, calls: Sequence[str], contender: Contender) -> Contestant:
-        bases = [self._base(work, contender) for work in self.work]
+        bases = [base_on(work, contender) for work in self.work]
         steppers = [contender.make(base, work) for base, work in zip(bases, self.work)]
         params = [base.param_groups[0]["params"] for base in bases]
         backend = contender.backend or backend_name("cpu")
@@ -195,12 +195,14 @@ class StepData:
 
         return contestant
 
-    def _base(self, work: Workspace, contender: Contender) -> torch.optim.SGD:
-        params = [t.detach().requires_grad_() for t in work.theta]
-        base = sgd(params, fused=contender.fused or None, foreach=contender.foreach or None)
-        for p, m in zip(params, work.m):
-            base.state[p]["momentum_buffer"] = m
-        return base
+
+def base_on(work: Workspace, contender: Contender) -> torch.optim.SGD:
+    """The contender's SGD on parameters of its own, in the memory of the workspace."""
+    params = [t.detach().requires_grad_() for t in work.theta]
+    base = sgd(params, fused=contender.fused or None, foreach=contender.foreach or None)
+    for p, m in zip(params, work.m):
+        base.state[p]["momentum_buffer"] = m
+    return base
 
 
 def sgd(

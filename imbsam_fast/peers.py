@@ -112,8 +112,8 @@ def plain_training_step(
     """One SGD step, the unit in which the others are counted."""
 
     def step(inputs: Tensor, targets: Tensor) -> None:
-        optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
