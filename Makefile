@@ -40,7 +40,7 @@ wheel-test: wheel
 		"imbsam-fast[recipes] @ file://$$(ls $(CURDIR)/dist/*.whl)"
 	$(WHEEL_VENV)/bin/python -P -m pytest tests
 
-# Everything at full size, hours on a quiet machine; `imbsam-fast bench` is the short form. Recorded
+# Everything at full size, for a quiet machine; `imbsam-fast bench` is the short form. Recorded
 # results are replaced at the end, all from one commit.
 BENCHMARKS := bench_optimizer bench_split_cross_entropy bench_step bench_growth
 bench: $(VENV)/.installed

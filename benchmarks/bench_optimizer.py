@@ -45,7 +45,7 @@ QUICK_SHAPES: dict[str, list[Shape]] = {"quick": [(8, 3, 3, 3), (8,), (5, 8), (5
 def groups(quick: bool) -> Iterator[Group]:
     """Two groups a shape, phases and steps, each with the machine's limits.
 
-    At the largest shape the steps share lists of 8 GB in all and need about twice that.
+    At the largest shape the steps share lists of 6.4 GB in all and need up to three times that.
     """
     limit_bytes, rotated = (1_000_000, 1) if quick else (160_000_000, ROTATED_BYTES)
     for name, shapes in (QUICK_SHAPES if quick else SHAPES).items():

@@ -7,6 +7,7 @@ What is compared is in `bench_cases.py`, `bench_optimizers.py` and `peers.py`, h
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import sys
@@ -128,6 +129,7 @@ def run(
         with others:
             timings = measure(group, args.rounds)
         del group
+        gc.collect()
         return_freed_memory()
         number = next(numbers)
         for t in timings:

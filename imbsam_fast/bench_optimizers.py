@@ -144,7 +144,7 @@ def default_contenders() -> dict[str, Contender]:
 
 
 class StepData:
-    """Workspaces and gradients for one group of optimizer comparisons.
+    """The workspaces for one group of optimizer comparisons.
 
     Every contestant has parameters of its own that share the memory of one theta (unless it
     gives them another, as some do), and its own gradients; momentum and scratch are shared.
@@ -153,7 +153,6 @@ class StepData:
 
     def __init__(self, shapes: Sequence[Shape], sets: int = 1) -> None:
         self.shapes = shapes
-        self.gradients = random_tensors(shapes, 1e-3)
         self.work = [
             Workspace(*(random_tensors(shapes, x) for x in (0.02, 1e-3, 0.0, 0.0)))
             for _ in range(sets)
@@ -187,8 +186,8 @@ class StepData:
         def contestant(watch: Stopwatch) -> None:
             for call in calls:
                 for theta in params:
-                    for p, g in zip(reversed(theta), reversed(self.gradients)):
-                        p.grad = g.clone()
+                    for p in reversed(theta):
+                        p.grad = torch.full_like(p, 1e-3)
                 with use_backend(backend), watch.lap(call):
                     for stepper in steppers:
                         getattr(stepper, call)()

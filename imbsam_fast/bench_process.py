@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import re
 import time
@@ -31,7 +30,6 @@ def keep_freed_memory() -> bool:
 
 def return_freed_memory() -> None:
     """Give the system back what is free now, whatever `keep_freed_memory` asked for."""
-    gc.collect()
     with suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
 
