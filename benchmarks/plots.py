@@ -36,7 +36,7 @@ def _growth(report: Report, axis: str, directory: Path) -> Path:
         name = who if operation == IMBSAM.name else f"{operation}: {who}"
         axes.loglog(list(points), list(points.values()), marker="o", label=name)
     axes.set(xlabel=axis, ylabel="ms", title=f"One optimizer step against {axis}")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return _save(figure, directory / f"growth_{axis}.png")
 
 
@@ -46,7 +46,7 @@ def _ratios(report: Report, operation: str, label: str, path: Path) -> Path:
     rows = by_size(report, operation)
     names = contestants(rows)
     figure, axes = pyplot.subplots(
-        figsize=(9, 1 + 0.2 * len(rows) * len(names)), layout="constrained"
+        figsize=(9, 2 + 0.2 * len(rows) * len(names)), layout="constrained"
     )
     thickness = 0.8 / len(names)
     for i, who in enumerate(names):
@@ -57,7 +57,7 @@ def _ratios(report: Report, operation: str, label: str, path: Path) -> Path:
     axes.set_yticks([y + 0.4 for y in range(len(rows))], list(rows))
     axes.invert_yaxis()
     axes.set(xlabel=label)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     return _save(figure, path)
 
 

@@ -16,7 +16,7 @@ Lines = list[str]
 Rows = dict[str, dict[str, Timing]]  # size -> contestant -> timing, in the order of the run
 
 NO_VALUE = "-"
-PHASES = ("squared_norm", "perturb_", "sgd_update_")
+PHASES = ("squared_norm", "perturb_", "sgd_update_", "merge_", "grad_check")
 STEPS = (IMBSAM, peers.SAM, peers.SGD)
 LOSS = "loss forward, head and tail backward"
 

@@ -22,10 +22,10 @@ from .bench_optimizers import (
     default_contenders,
     ours,
     phase_operations,
+    running_on,
     step_summary,
 )
 from .bench_shapes import resnet32_shapes, resnet50_shapes
-from .dispatch import use_backend
 from .losses import SplitCrossEntropy, SplitLoss
 from .split import ClassSplit
 
@@ -124,7 +124,7 @@ def loss_operations(
 
     def taking(call: Callable, criterion: Criterion, backend: str) -> Contestant:
         def contestant(watch: Stopwatch) -> None:
-            with use_backend(backend), watch.lap("call"):
+            with running_on(backend), watch.lap("call"):
                 for logits in batches:
                     call(criterion, logits)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +40,11 @@ def backends() -> dict[str, str]:
     return {f"imbsam-fast, {b}": b for b in (backend_name("cpu"), "reference")}
 
 
+def running_on(backend: str) -> AbstractContextManager[None]:
+    """`use_backend` for another than the chosen one, which users do not force either."""
+    return nullcontext() if backend == backend_name("cpu") else use_backend(backend)
+
+
 def rotated_sets(shapes: Sequence[Shape], total_bytes: int = ROTATED_BYTES) -> int:
     """How many sets of five lists it takes until none is still cached at its next turn.
 
@@ -53,11 +59,12 @@ def phase_operations(
     sets: int = 1,
     contestants: dict[str, str] | None = None,
 ) -> list[Operation]:
-    """The operators of one step on their own, gradients kept: the kernels and their checks.
+    """Every operator on lists of tensors, on its own, gradients kept: kernels and checks.
 
     `contestants` maps names to backends. A call a set of tensors.
 
-    bytes: squared_norm 1n read; perturb_ 2n read, 2n written; sgd_update_ 4n read, 2n written
+    bytes: squared_norm 1n read; perturb_ 2n read, 2n written; sgd_update_ 4n read, 2n written;
+    merge_ 3n read, 2n written; grad_check 2n read
     """
     n = 4 * elements(shapes)
     rotated = [[random_tensors(shapes, x) for x in (0.02, 0.02, *[1e-3] * 4)] for _ in range(sets)]
@@ -73,9 +80,17 @@ def phase_operations(
     def sgd_update_(theta, saved, g_t, g_h, g_p, m) -> None:
         ops.sgd_update_(theta, saved, g_h, g_p, m, lr, MOMENTUM, 0.0, WEIGHT_DECAY, False, False)
 
+    def merge_(theta, saved, g_t, g_h, g_p, m) -> None:
+        ops.merge_(theta, saved, g_h, g_p)
+
+    def grad_check(theta, saved, g_t, g_h, g_p, m) -> None:
+        ops.grad_check(g_h, g_p)
+
+    counts = {squared_norm: 1, perturb_: 4, sgd_update_: 6, merge_: 5, grad_check: 2}
+
     def on_backend(call: Callable[..., None], backend: str) -> Contestant:
         def contestant(watch: Stopwatch) -> None:
-            with use_backend(backend), watch.lap("call"):
+            with running_on(backend), watch.lap("call"):
                 for lists in rotated:
                     call(*lists)
 
@@ -89,7 +104,7 @@ def phase_operations(
             bytes=count * n,
             calls=sets,
         )
-        for call, count in ((squared_norm, 1), (perturb_, 4), (sgd_update_, 6))
+        for call, count in counts.items()
     ]
 
 
@@ -188,7 +203,7 @@ class StepData:
                 for theta in params:
                     for p in reversed(theta):
                         p.grad = torch.full_like(p, 1e-3)
-                with use_backend(backend), watch.lap(call):
+                with running_on(backend), watch.lap(call):
                     for stepper in steppers:
                         getattr(stepper, call)()
 

@@ -174,6 +174,8 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
         "squared_norm",
         "perturb_",
         "sgd_update_",
+        "merge_",
+        "grad_check",
         bench_optimizers.STEP,
         "loss forward",
         "loss forward, head and tail backward",
