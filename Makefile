@@ -40,8 +40,16 @@ wheel-test: wheel
 		"imbsam-fast[recipes] @ file://$$(ls $(CURDIR)/dist/*.whl)"
 	$(WHEEL_VENV)/bin/python -P -m pytest tests
 
+# Everything at full size, for a quiet machine; `imbsam-fast bench` is the short form. Recorded
+# results are replaced at the end, all from one commit.
+BENCHMARKS := bench_optimizer bench_split_cross_entropy bench_step bench_growth
 bench: $(VENV)/.installed
-	$(BIN)/imbsam-fast bench
+	rm -rf build/results
+	set -e; for name in $(BENCHMARKS); do \
+		$(BIN)/python -m benchmarks.$$name --json build/results/$$name.json; done
+	mkdir -p benchmarks/results
+	cp build/results/*.json benchmarks/results
+	$(BIN)/python -m benchmarks.report
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

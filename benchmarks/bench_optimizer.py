@@ -1,4 +1,4 @@
-"""The optimizer phases and the whole step, from a CIFAR network to ResNet-50 with 8,142 classes.
+"""The optimizer's phases and whole steps of everybody, at the memory's speed and below it.
 
 python -m benchmarks.bench_optimizer [--rounds N] [--json FILE] [--quick]
 """
@@ -6,21 +6,66 @@ python -m benchmarks.bench_optimizer [--rounds N] [--json FILE] [--quick]
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
-from imbsam_fast import bench, bench_cases
-from imbsam_fast.bench_measure import Operation
+import torch
+
+from benchmarks import peers
+from imbsam_fast import bench
+from imbsam_fast.bench_cases import limit_operations
+from imbsam_fast.bench_measure import Group, Operation
+from imbsam_fast.bench_optimizers import (
+    IMBSAM,
+    ROTATED_BYTES,
+    StepData,
+    ours,
+    phase_operations,
+    rotated_sets,
+    step_summary,
+)
+from imbsam_fast.bench_shapes import (
+    Shape,
+    describe,
+    resnet32_shapes,
+    resnet50_shapes,
+    vit_b16_shapes,
+)
+from imbsam_fast.dispatch import backend_name
+
+SHAPES: dict[str, list[Shape]] = {
+    "CIFAR ResNet-32": resnet32_shapes(),
+    "ResNet-50, 8142 classes": resnet50_shapes(),
+    "ViT-B/16": vit_b16_shapes(),
+    "matrices of 2000 x 2000": [(2000, 2000)] * 100,
+    "vectors of 1000": [(1000,)] * 10_000,
+}
+QUICK_SHAPES: dict[str, list[Shape]] = {"quick": [(8, 3, 3, 3), (8,), (5, 8), (5,)]}
 
 
-def operations(quick: bool) -> list[Operation]:
-    sizes = [(bench_cases.resnet32_shapes(), 10)]  # parameter shapes, calls a round
-    if not quick:
-        sizes += [(bench_cases.resnet50_shapes(1000), 1), (bench_cases.resnet50_shapes(8142), 1)]
-    found = bench_cases.copy_operations(1_000_000 if quick else 160_000_000)
-    for shapes, calls in sizes:
-        found += bench_cases.phase_operations(shapes, calls)
-        found.append(bench_cases.step_operation(shapes, calls))
-    return found
+def groups(quick: bool) -> Iterator[Group]:
+    """Two groups a shape, phases and steps, each with the machine's limits.
+
+    At the largest shape the steps share lists of 6.4 GB in all and need up to three times that.
+    """
+    limit_bytes, rotated = (1_000_000, 1) if quick else (160_000_000, ROTATED_BYTES)
+    for name, shapes in (QUICK_SHAPES if quick else SHAPES).items():
+        size, sets = f"{name}: {describe(shapes)}", rotated_sets(shapes, rotated)
+        yield limit_operations(limit_bytes) + phase_operations(
+            shapes, size, sets, {ours(): backend_name("cpu")}
+        )
+        yield limit_operations(limit_bytes) + step_operations(shapes, size, sets)
+
+
+def step_operations(shapes: list[Shape], size: str, sets: int) -> list[Operation]:
+    """A step of ImbSAM, of SAM and of SGD, on shared data."""
+    torch._dynamo.reset()  # what was compiled for other shapes counts against torch's limit
+    data = StepData(shapes, sets)
+    return [
+        data.step_operation(IMBSAM, peers.imbsam_contenders(len(shapes)), size),
+        data.step_operation(peers.SAM, peers.sam_contenders(), size),
+        data.step_operation(peers.SGD, peers.sgd_contenders(), size),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, operations, bench_cases.step_summary))
+    sys.exit(bench.run_script(__file__, groups, step_summary))

@@ -1,4 +1,4 @@
-"""The head and the tail loss with their gradients, against two formulations in plain PyTorch.
+"""The head and the tail loss with their gradients, against formulations in PyTorch.
 
 python -m benchmarks.bench_split_cross_entropy [--rounds N] [--json FILE] [--quick]
 """
@@ -6,21 +6,27 @@ python -m benchmarks.bench_split_cross_entropy [--rounds N] [--json FILE] [--qui
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
-from imbsam_fast import bench, bench_cases
-from imbsam_fast.bench_measure import Operation
+import torch
+
+from benchmarks.peers import COMPILED_ROW_WEIGHTS, compiled_row_weights
+from imbsam_fast import bench
+from imbsam_fast.bench_cases import limit_operations, loss_operations, loss_summary
+from imbsam_fast.bench_measure import Group
+from imbsam_fast.bench_optimizers import ROTATED_BYTES
 
 SIZES = ((64, 100), (128, 1000), (512, 8142))  # rows, classes
 
 
-def operations(quick: bool) -> list[Operation]:
-    if quick:
-        return bench_cases.copy_operations(1_000_000) + bench_cases.loss_operations(8, 32, 4096)
-    found = bench_cases.copy_operations()
-    for rows, classes in SIZES:
-        found += bench_cases.loss_operations(rows, classes)
-    return found
+def groups(quick: bool) -> Iterator[Group]:
+    """One group a size, with the machine's limits."""
+    limit_bytes, rotated = (1_000_000, 4096) if quick else (160_000_000, ROTATED_BYTES)
+    more = {COMPILED_ROW_WEIGHTS: compiled_row_weights}
+    for rows, classes in ((8, 32),) if quick else SIZES:
+        torch._dynamo.reset()
+        yield limit_operations(limit_bytes) + loss_operations(rows, classes, rotated, more)
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, operations, bench_cases.loss_summary))
+    sys.exit(bench.run_script(__file__, groups, loss_summary))

@@ -1,121 +1,170 @@
-"""Whole training steps, counted in steps of SGD, on batches with 44 % tail rows.
+"""Whole training steps, counted in steps of SGD, on batches with more and more tail rows.
 
     python -m benchmarks.bench_step [--rounds N] [--json FILE] [--quick]
 
 With f the share of tail rows, DESIGN.md section 6 expects 2 for SAM, 2.67 for the authors' loop
-and the joint plan, and 1 + f for the split plan, which is left out under BatchNorm.
+and the joint plan, and 1 + f for the split plan, which is left out under BatchNorm. The same
+passes "by hand", without TrainStep, show what TrainStep adds. The optimizer's calls are a lap of
+their own.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks import networks
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, bench, peers
 from imbsam_fast.bench_cases import long_tail_batch
-from imbsam_fast.bench_measure import Contestant, Operation, Stopwatch
+from imbsam_fast.bench_measure import Group, Operation, Stopwatch
 
-TAIL_FRACTION = 0.44
+TAIL_FRACTIONS = (0.1, 0.25, 0.44)
 CLASSES = 100
 STEP = "training step"
+PASSES, OPTIMIZER = "passes", "optimizer"  # the laps of a step
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 
+SGD = "SGD"
+SAM = "SAM, TrainStep joint"
+AUTHORS = "authors' loop"
+JOINT, SPLIT = "ImbSAM, TrainStep joint", "ImbSAM, TrainStep split"
+JOINT_BY_HAND, SPLIT_BY_HAND = "joint passes by hand", "split passes by hand"
 
-# ---------------------------------------------------------------- networks
+# Whether rows do not influence each other, so that the split plan is exact.
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], bool]] = {
+    "BatchNorm ResNet": (networks.batch_norm_resnet, False),
+    "GroupNorm ResNet": (networks.group_norm_resnet, True),
+    "LayerNorm ViT": (networks.LayerNormViT, True),
+}
+
+IMBSAM_CALLS = ("first_step", "second_step", "third_step")
+
+Step = Callable[[Tensor, Tensor], object]
 
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions with a normalisation each, and the input added."""
+class TimedStep:
+    """A contestant: one step on one batch, with the calls of its optimizer timed apart."""
 
-    def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()),
-            *(nn.Conv2d(width, width, 3, padding=1, bias=False), norm(width)),
-        )
+    def __init__(self, step: Step, optimizer: object, batch: tuple[Tensor, Tensor]) -> None:
+        self.step, self.batch = step, batch
+        calls = ("step",) if isinstance(optimizer, torch.optim.SGD) else IMBSAM_CALLS
+        for call in calls:
+            setattr(optimizer, call, self._timed(getattr(optimizer, call)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.body(x))
+    def __call__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+        with watch.lap(PASSES):
+            self.step(*self.batch)
+
+    def _timed(self, call: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            with self.watch.lap(OPTIMIZER):
+                call()
+
+        return timed
 
 
-def conv_net(norm: Callable[[int], nn.Module]) -> nn.Module:
-    """A ResNet for (N, 3, 32, 32) images with widths 16, 32 and 64."""
-    return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), norm(16), nn.ReLU(), Residual(16, norm)),
-        *(nn.Conv2d(16, 32, 3, 2, padding=1, bias=False), norm(32), nn.ReLU(), Residual(32, norm)),
-        *(nn.Conv2d(32, 64, 3, 2, padding=1, bias=False), norm(64), nn.ReLU(), Residual(64, norm)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)),
+# ---------------------------------------------------------------- the passes of a plan
+
+
+def joint_by_hand(model: nn.Module, criterion: SplitCrossEntropy, optimizer: ImbSAM) -> Step:
+    def step(images: Tensor, targets: Tensor) -> None:
+        loss = criterion(model(images), targets)
+        loss.head.backward(retain_graph=True)
+        optimizer.first_step()
+        loss.tail.backward()
+        optimizer.second_step()
+        criterion(model(images), targets).tail.backward()
+        optimizer.third_step()
+
+    return step
+
+
+def split_by_hand(
+    model: nn.Module,
+    criterion: SplitCrossEntropy,
+    optimizer: ImbSAM,
+    batch: tuple[Tensor, Tensor],
+) -> Step:
+    """On rows that were selected before the step."""
+    tail = criterion.split.tail_mask(batch[1])
+    (head_images, tail_images), (head_targets, tail_targets) = (
+        (x[~tail].contiguous(), x[tail].contiguous()) for x in batch
     )
 
+    def step(images: Tensor, targets: Tensor) -> None:
+        b = len(targets)
+        criterion(model(head_images), head_targets, batch_size=b).head.backward()
+        optimizer.first_step()
+        criterion(model(tail_images), tail_targets, batch_size=b).tail.backward()
+        optimizer.second_step()
+        criterion(model(tail_images), tail_targets, batch_size=b).tail.backward()
+        optimizer.third_step()
 
-class Transformer(nn.Module):
-    """A small ViT for (N, 3, 32, 32) images: 64 patches of 4x4 pixels, LayerNorm."""
-
-    def __init__(self, width: int = 96, depth: int = 2) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, stride=4)
-        self.positions = nn.Parameter(0.02 * torch.randn(64, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.classifier = nn.Linear(width, CLASSES)
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens = self.patches(images).flatten(2).transpose(1, 2) + self.positions
-        return self.classifier(self.layers(tokens).mean(dim=1))
+    return step
 
 
 # ---------------------------------------------------------------- contestants
 
 
-def operation(name: str, model: nn.Module, rows: int, split_plan: bool) -> Operation:
-    """The steps on one network, each contestant with its own copy of it and one batch."""
-    images = torch.randn(rows, 3, 32, 32)
-    split, targets = long_tail_batch(rows, CLASSES, TAIL_FRACTION)
+def operation(
+    name: str, model: nn.Module, rows: int, tail_fraction: float, split_is_exact: bool
+) -> Operation:
+    """The steps on one network, each contestant with its own copy of it, and one batch."""
+    split, targets = long_tail_batch(rows, CLASSES, tail_fraction)
+    batch = (torch.randn(rows, 3, 32, 32), targets)
+    criterion = SplitCrossEntropy(split)
+    contestants = {}
 
-    def train_step(split: ClassSplit, plan: str) -> Callable:
+    def add(who: str, make: Callable[[nn.Module, torch.optim.SGD], tuple[Step, object]]) -> None:
         copy = deepcopy(model)
-        return TrainStep(copy, SplitCrossEntropy(split), ImbSAM(sgd(copy)), plan)
+        contestants[who] = TimedStep(*make(copy, sgd(copy)), batch)
 
-    plain, authors = deepcopy(model), deepcopy(model)
-    steps: dict[str, Callable] = {
-        "SGD": peers.plain_training_step(plain, sgd(plain)),
-        "SAM, TrainStep joint": train_step(ClassSplit.all_tail(), "joint"),
-        "authors' loop": peers.authors_training_step(
-            authors, peers.BooleanMasking(split), peers.AuthorsSequence(sgd(authors))
-        ),
-        "ImbSAM, TrainStep joint": train_step(split, "joint"),
-    }
-    if split_plan:
-        steps["ImbSAM, TrainStep split"] = train_step(split, "split")
+    def planned(split: ClassSplit, plan: str) -> Callable:
+        def make(model: nn.Module, base: torch.optim.SGD) -> tuple[Step, object]:
+            optimizer = ImbSAM(base)
+            return TrainStep(model, SplitCrossEntropy(split), optimizer, plan), optimizer
 
-    def taking(step: Callable) -> Contestant:
-        def contestant(watch: Stopwatch) -> None:
-            with watch.lap("step"):
-                step(images, targets)
+        return make
 
-        return contestant
+    def by_hand(passes: Callable[..., Step], *args: object) -> Callable:
+        def make(model: nn.Module, base: torch.optim.SGD) -> tuple[Step, object]:
+            optimizer = ImbSAM(base)
+            return passes(model, criterion, optimizer, *args), optimizer
 
-    contestants = {name: taking(step) for name, step in steps.items()}
-    return Operation(STEP, f"{name}, {rows} rows", contestants)
+        return make
+
+    def authors(model: nn.Module, base: torch.optim.SGD) -> tuple[Step, object]:
+        sequence = peers.AuthorsSequence(base)
+        return peers.authors_training_step(model, peers.BooleanMasking(split), sequence), sequence
+
+    add(SGD, lambda model, base: (peers.plain_training_step(model, base), base))
+    add(SAM, planned(ClassSplit.all_tail(), "joint"))
+    add(AUTHORS, authors)
+    add(JOINT, planned(split, "joint"))
+    add(JOINT_BY_HAND, by_hand(joint_by_hand))
+    if split_is_exact:
+        add(SPLIT, planned(split, "split"))
+        add(SPLIT_BY_HAND, by_hand(split_by_hand, batch))
+    return Operation(STEP, f"{name}, {rows} rows, f = {tail_fraction}", contestants, memory=True)
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
-def operations(quick: bool) -> list[Operation]:
-    rows = 16 if quick else 128
-    return [
-        operation("GroupNorm ResNet", conv_net(lambda width: nn.GroupNorm(8, width)), rows, True),
-        operation("LayerNorm ViT", Transformer(), rows, True),
-        operation("BatchNorm ResNet", conv_net(nn.BatchNorm2d), rows, False),
-    ]
+def groups(quick: bool) -> Iterator[Group]:
+    rows = 4 if quick else 128
+    for name, (network, split_is_exact) in NETWORKS.items():
+        for tail_fraction in TAIL_FRACTIONS[-1:] if quick else TAIL_FRACTIONS:
+            yield [operation(name, network(CLASSES), rows, tail_fraction, split_is_exact)]
+
+
+# ---------------------------------------------------------------- what the numbers say
 
 
 def summary(report: bench.Report) -> list[str]:
@@ -125,11 +174,11 @@ def summary(report: bench.Report) -> list[str]:
         + ", ".join(
             f"{t.contestant} {t.ratio:.2f}"
             for t in report.timings
-            if t.size == size and t.contestant != "SGD"
+            if t.size == size and t.contestant != SGD
         )
         for size in sizes
     ]
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, operations, summary))
+    sys.exit(bench.run_script(__file__, groups, summary))

@@ -254,11 +254,23 @@ void split_cross_entropy_backward(int dtype, int64_t rows, int64_t classes, int6
                                     pointer(grad_logits), threads);
 }
 
-void stream_copy(uintptr_t destination, uintptr_t source, int64_t bytes, int threads) {
-  IMBSAM_CHECK(bytes >= 0 && bytes % 4 == 0 && destination % 4 == 0,
-               "stream_copy: bytes is " << bytes << ", expected whole 4-byte words");
-  IMBSAM_CHECK((destination && source) || bytes == 0, "stream_copy: a null pointer");
-  cpu::stream_copy(pointer(destination), pointer(source), bytes, threads);
+double bandwidth(const std::string& kind, bool stream, uintptr_t a, uintptr_t b, uintptr_t c,
+                 int64_t numel, int threads) {
+  const std::vector<std::string> kinds = {"read", "copy", "triad"};  // cpu::Traffic
+  const auto traffic = std::find(kinds.begin(), kinds.end(), kind) - kinds.begin();
+  IMBSAM_CHECK(traffic < 3,
+               "bandwidth: kind is '" << kind << "', expected read, copy or triad");
+  IMBSAM_CHECK(!stream || traffic > 0, "bandwidth: stream is true, expected false for read");
+  IMBSAM_CHECK(numel >= 0, "bandwidth: numel is " << numel << ", expected >= 0");
+  const std::pair<const char*, uintptr_t> arrays[] = {{"b", b}, {"a", a}, {"c", c}};
+  for (int i = 0; i <= traffic; ++i) {
+    const auto& [name, address] = arrays[i];
+    IMBSAM_CHECK(address || numel == 0, "bandwidth: " << name << " is a null pointer");
+    IMBSAM_CHECK(address % 4 == 0,
+                 "bandwidth: " << name << " is " << address << ", expected a multiple of 4");
+  }
+  return cpu::bandwidth((cpu::Traffic)traffic, stream, (float*)pointer(a), (float*)pointer(b),
+                        (float*)pointer(c), numel, threads);
 }
 
 std::vector<std::string> isas() {
@@ -279,7 +291,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("grad_check", &grad_check, release);
   module.def("split_cross_entropy", &split_cross_entropy, release);
   module.def("split_cross_entropy_backward", &split_cross_entropy_backward, release);
-  module.def("stream_copy", &stream_copy, release);
+  module.def("bandwidth", &bandwidth, release);
   module.def("isas", &isas, "The instruction sets of this build that run here, best last.");
   module.def("isa_in_use", &cpu::isa_in_use);
   module.def("use_isa", [](const std::string& name) { cpu::use_isa(name.c_str()); });

@@ -83,8 +83,15 @@ void split_cross_entropy_backward(DType, const CrossEntropySettings&, double gra
                                   const void* lse, double b, const ClassWeights&,
                                   void* grad_logits, int threads);
 
-// The machine's streaming-copy limit, for benchmarks. bytes: 1n read, 1n written
-void stream_copy(void* destination, const void* source, int64_t bytes, int threads);
+// The machine's memory limit, for benchmarks, on arrays of numel floats. stream: write a past the
+// caches. bytes: read 1n; copy 1n read, 1n written; triad 2n read, 1n written
+enum class Traffic : int {
+  read,   // returns the sum of b in double, of float sums
+  copy,   // a = b
+  triad,  // a = b + 3 c
+};
+double bandwidth(Traffic, bool stream, float* a, const float* b, const float* c, int64_t numel,
+                 int threads);
 
 // The instruction sets this build has and this machine runs, best last; the one in use; and
 // a test-only override (throws std::invalid_argument for a name that is not in the list).

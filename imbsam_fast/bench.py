@@ -1,21 +1,25 @@
 """imbsam-fast bench: each operation beside its peers, in milliseconds and memory bandwidth.
 
-What is compared is in `bench_cases.py` and `peers.py`, how it is timed in `bench_measure.py`.
+What is compared is in `bench_cases.py`, `bench_optimizers.py` and `peers.py`, how it is timed in
+`bench_measure.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .bench_measure import Operation, OtherLoad, Timing, keep_freed_memory, measure
+from .bench_measure import Group, Timing, measure, warm_up
+from .bench_process import OtherLoad, keep_freed_memory, return_freed_memory
 
 
 @dataclass
@@ -56,18 +60,18 @@ def show(report: Report) -> None:
     table = Table(title=report.title)
     for column in ("operation", "size", "contestant"):
         table.add_column(column)
-    for column in ("ms", "GB/s", "% of copy", "ratio"):
+    for column in ("ms", "GB/s", "% of limit", "ratio"):
         table.add_column(column, justify="right")
     previous = None
     for t in report.timings:
-        key = (t.operation, t.size)
+        key = (t.operation, t.size, t.group)
         if previous not in (None, key):
             table.add_section()
         table.add_row(
-            *(key if previous != key else ("", "")),
+            *(key[:2] if previous != key else ("", "")),
             t.contestant,
             f"{t.ms:.3f}",
-            *("" if x is None else f"{x:.1f}" for x in (t.gb_per_s, t.percent_of_copy)),
+            *("" if x is None else f"{x:.1f}" for x in (t.gb_per_s, t.percent_of_limit)),
             f"{t.ratio:.2f}",
         )
         previous = key
@@ -80,6 +84,12 @@ def show(report: Report) -> None:
 def save(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(report), indent=1) + "\n")
+
+
+def load(path: Path) -> Report:
+    """What `save` wrote."""
+    found = json.loads(path.read_text())
+    return Report(**{**found, "timings": [Timing(**t) for t in found["timings"]]})
 
 
 # ---------------------------------------------------------------- the command
@@ -99,19 +109,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(
     args: argparse.Namespace,
     title: str,
-    operations: Callable[[bool], list[Operation]],  # called with args.quick
+    groups: Callable[[bool], Iterator[Group]],  # called with args.quick
     summary: Callable[[Report], list[str]],
 ) -> int:
-    """Measure, print the table and write the JSON: what all benchmarks share."""
+    """Measure, print the table and write the JSON: what all benchmarks share.
+
+    Groups are made one after the other, each freed before the next is made.
+    """
     if args.rounds < 1:
         raise SystemExit(f"--rounds is {args.rounds}, expected at least 1")
     if args.quick:
         args.rounds = min(args.rounds, 2)
     args.freed_memory_kept = not args.return_memory and keep_freed_memory()
     report = Report(title, [], settings=settings(args))
-    contestants = operations(args.quick)
-    with OtherLoad() as others:
-        report.timings = measure(contestants, args.rounds)
+    others = OtherLoad()
+    numbers = itertools.count()
+    for group in groups(args.quick):  # not enumerate, which would hold on to the last one
+        warm_up(group)
+        with others:
+            timings = measure(group, args.rounds)
+        del group
+        gc.collect()
+        return_freed_memory()
+        number = next(numbers)
+        for t in timings:
+            t.group = number
+        report.timings += timings
     report.settings["cores_used_by_others"] = others.cores
     report.summary = summary(report) + _warnings(others)
     show(report)
@@ -131,7 +154,7 @@ def _warnings(others: OtherLoad) -> list[str]:
 
 def run_script(
     script: str,
-    operations: Callable[[bool], list[Operation]],
+    groups: Callable[[bool], Iterator[Group]],
     summary: Callable[[Report], list[str]],
 ) -> int:
     """`run` for one of benchmarks/: full-size results go to results/<script>.json beside it."""
@@ -141,7 +164,7 @@ def run_script(
     path = Path(script)
     if args.json is None and not args.quick:
         args.json = path.parent / "results" / f"{path.stem}.json"
-    return run(args, path.stem, operations, summary)
+    return run(args, path.stem, groups, summary)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -151,6 +174,6 @@ def main(args: argparse.Namespace) -> int:
     return run(
         args,
         f"imbsam-fast bench, {torch.get_num_threads()} threads",
-        bench_cases.default_operations,
+        bench_cases.default_groups,
         bench_cases.default_summary,
     )

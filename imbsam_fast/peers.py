@@ -6,7 +6,7 @@ same weights and losses as ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,20 @@ class AuthorsSequence:
     and theta + epsilon (3); 6n to restore and to add; 11n or 5n for SGD itself.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, rho: float = 0.05) -> None:
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        rho: float = 0.05,
+        held: Sequence[Tensor] | None = None,  # memory for the copies
+        epsilon: Sequence[Tensor] | None = None,
+    ) -> None:
         self.base = base
         self.rho = rho
         self.params: list[Tensor] = [p for group in base.param_groups for p in group["params"]]
-        self.held = [torch.empty_like(p) for p in self.params]
-        self.epsilon = [torch.empty_like(p) for p in self.params]
+        self.held, self.epsilon = (
+            [torch.empty_like(p) for p in self.params] if memory is None else memory
+            for memory in (held, epsilon)
+        )
 
     @torch.no_grad()
     def first_step(self) -> None:
@@ -104,8 +112,8 @@ def plain_training_step(
     """One SGD step, the unit in which the others are counted."""
 
     def step(inputs: Tensor, targets: Tensor) -> None:
-        optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from imbsam_fast import dispatch, native
+
+# For benchmarks/, which is not installed; last, so that the installed imbsam_fast is tested.
+sys.path.append(str(Path(__file__).parent.parent))
 
 
 @dataclass(frozen=True)

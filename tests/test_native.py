@@ -22,6 +22,7 @@ from torch import Tensor
 
 from imbsam_fast import native, ops
 from imbsam_fast.dispatch import use_backend
+from imbsam_fast.reference import CHUNK
 
 pytestmark = pytest.mark.skipif(
     native.reason_unavailable("cpu") is not None, reason=str(native.reason_unavailable("cpu"))
@@ -177,19 +178,36 @@ def test_streaming_writes_what_plain_stores_write(dtype: torch.dtype) -> None:
             assert all(map(torch.equal, x.theta, x.saved))
 
 
-def test_stream_copy(cpu_kernels: Backend) -> None:
-    source = tensors("beyond a chunk", torch.float32, 0)[0][1:]
-    memory = torch.full((len(source) + 8,), 7.0)
-    destination = memory[3 : 3 + len(source)]
-    native._C.stream_copy(destination.data_ptr(), source.data_ptr(), 4 * len(source), 2)
-    assert_same_bits([destination], [source])
-    assert memory[:3].eq(7).all() and memory[3 + len(source) :].eq(7).all()
-    for bytes_, offset in ((-4, 0), (6, 0), (8, 1)):
-        with pytest.raises(ValueError, match=f"^stream_copy: bytes is {bytes_}, expected"):
-            native._C.stream_copy(destination.data_ptr() + offset, source.data_ptr(), bytes_, 1)
-    for to, from_ in ((0, source.data_ptr()), (destination.data_ptr(), 0)):
-        with pytest.raises(ValueError, match=r"^stream_copy: a null pointer"):
-            native._C.stream_copy(to, from_, 4, 1)
+@pytest.mark.parametrize("numel", [0, 3, 100, 2 * CHUNK + 5])
+@pytest.mark.parametrize("kind, stream", [("copy", False), ("copy", True), ("triad", False),
+                                          ("triad", True), ("read", False)])  # fmt: skip
+def test_bandwidth(cpu_kernels: Backend, kind: str, stream: bool, numel: int) -> None:
+    # Small integers, whose sums are exact; each array at another distance from alignment.
+    generator = torch.Generator().manual_seed(0)
+    memory = [torch.randint(-9, 9, (numel + 8,), generator=generator).float() for _ in range(3)]
+    a, b, c = (x[i : i + numel] for i, x in enumerate(memory, 1))
+    before = memory[0].clone()
+    sum_ = native._C.bandwidth(kind, stream, *(x.data_ptr() for x in (a, b, c)), numel, 2)
+    assert sum_ == (b.sum().item() if kind == "read" else 0)
+    before[1 : 1 + numel] = {"read": a, "copy": b, "triad": b + 3 * c}[kind]
+    assert_same_bits([memory[0]], [before])
+
+
+@pytest.mark.parametrize(
+    "kind, stream, a, b, c, numel, expected",
+    [
+        ("write", False, 4, 4, 4, 1, "kind is 'write', expected read, copy or triad"),
+        ("read", True, 4, 4, 4, 1, "stream is true, expected false for read"),
+        ("copy", True, 4, 4, 0, -1, "numel is -1, expected >= 0"),
+        ("read", False, 0, 0, 0, 1, "b is a null pointer"),
+        ("copy", False, 0, 4, 0, 1, "a is a null pointer"),
+        ("triad", False, 4, 4, 0, 1, "c is a null pointer"),
+        ("triad", True, 6, 4, 4, 1, "a is 6, expected a multiple of 4"),
+    ],
+)
+def test_bandwidth_refuses(kind, stream, a, b, c, numel, expected) -> None:
+    with pytest.raises(ValueError, match=f"^bandwidth: {expected}$"):
+        native._C.bandwidth(kind, stream, a, b, c, numel, 1)
 
 
 # ---------------------------------------------------------------- what _C reads of a tensor

@@ -336,13 +336,18 @@ void split_cross_entropy_backward(DType dtype, const CrossEntropySettings& s, do
 
 // ---------------------------------------------------------------- the machine
 
-void stream_copy(void* destination, const void* source, int64_t bytes, int threads) {
-  const int64_t elements = bytes / 4;
-  parallel(threads, elements, [&](int thread, int count) {
-    const Share share(elements, thread, count);
-    isa()->stream_copy((float*)destination + share.begin, (const float*)source + share.begin,
-                       (share.end - share.begin) * 4);
+double bandwidth(Traffic traffic, bool stream, float* a, const float* b, const float* c,
+                 int64_t numel, int threads) {
+  std::vector<double> sums(std::max(threads, 1), 0.0);
+  parallel(threads, numel, [&](int thread, int count) {
+    const Share share(numel, thread, count);
+    const int64_t at = share.begin;
+    sums[thread] = isa()->bandwidth(traffic, stream, a ? a + at : a, b + at, c ? c + at : c,
+                                    share.end - at);
   });
+  double sum = 0;
+  for (double s : sums) sum += s;
+  return sum;
 }
 
 int64_t last_level_cache_bytes() {

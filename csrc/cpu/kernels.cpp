@@ -314,11 +314,52 @@ void softmax_gradient(const void* z_, void* dz_, int64_t classes, double max_, d
   dz[y] = at_y[0];
 }
 
-// ---------------------------------------------------------------- the table
+// ---------------------------------------------------------------- the machine's limit
 
-void stream_copy(void* destination, const void* source, int64_t bytes) {
-  restore_lines<float, true>((float*)destination, (const float*)source, bytes / 4);
+// Several sums side by side, so that memory and not the latency of an addition is the limit.
+double read_lines(const float* b, int64_t n) {
+  constexpr int lanes = Lanes<float>::kLanes, sums = 8;
+  VecF sum[sums] = {};
+  int64_t i = 0;
+  for (; i + sums * lanes <= n; i += sums * lanes)
+    for (int s = 0; s < sums; ++s) sum[s] += load(b + i + s * lanes);
+  double total = 0;
+  for (int s = 0; s < sums; ++s)
+    for (int j = 0; j < lanes; ++j) total += sum[s][j];
+  for (; i < n; ++i) total += b[i];
+  return total;
 }
+
+template <bool kStream>
+void triad_lines(float* a, const float* b, const float* c, int64_t n) {
+  for_each_line(
+      a, n, kStream,
+      [&](int64_t i) {
+        const VecF sum = load(b + i) + load(c + i) * 3.0f;
+        if (kStream)
+          stream(a + i, sum);
+        else
+          store(a + i, sum);
+      },
+      [&](int64_t i, int64_t count) {
+        for (int64_t end = i + count; i < end; ++i) a[i] = b[i] + c[i] * 3.0f;
+      });
+  if (kStream) stream_fence();
+}
+
+double bandwidth(Traffic traffic, bool stream, float* a, const float* b, const float* c,
+                 int64_t n) {
+  if (traffic == Traffic::read) return read_lines(b, n);
+  with_bool(stream, [&](auto streams) {
+    if (traffic == Traffic::copy)
+      restore_lines<float, decltype(streams)::value>(a, b, n);
+    else
+      triad_lines<decltype(streams)::value>(a, b, c, n);
+  });
+  return 0;
+}
+
+// ---------------------------------------------------------------- the table
 
 bool supported() {
 #if defined(__AVX512F__)
@@ -351,7 +392,7 @@ const Isa IMBSAM_JOIN(isa_, IMBSAM_ISA) = {
     IMBSAM_ISA::supported,
     {IMBSAM_ISA::spans<float>(), IMBSAM_ISA::spans<double>(),
      IMBSAM_ISA::spans<IMBSAM_ISA::BFloat16>(), IMBSAM_ISA::spans<IMBSAM_ISA::Float16>()},
-    IMBSAM_ISA::stream_copy,
+    IMBSAM_ISA::bandwidth,
 };
 
 }  // namespace cpu

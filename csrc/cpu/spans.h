@@ -40,7 +40,7 @@ struct Isa {
   const char* name;
   bool (*supported)();
   Spans spans[4];  // by DType
-  void (*stream_copy)(void* destination, const void* source, int64_t bytes);
+  double (*bandwidth)(Traffic, bool stream, float* a, const float* b, const float* c, int64_t n);
 };
 
 extern const Isa isa_baseline;
