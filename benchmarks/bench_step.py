@@ -60,10 +60,10 @@ class TimedStep:
         with watch.lap(PASSES):
             self.step(*self.batch)
 
-    def _timed(self, call: Callable[[], None]) -> Callable[[], None]:
-        def timed() -> None:
+    def _timed(self, call: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: object) -> None:
             with self.watch.lap(OPTIMIZER):
-                call()
+                call(*args)
 
         return timed
 
