@@ -4,12 +4,20 @@
 // additions are kept apart (no fused multiply-add), so that every instruction set agrees.
 #pragma once
 
+#include <math.h>
+
 #if defined(__CUDACC__)
 #define IMBSAM_INLINE static __host__ __device__ __forceinline__
 #else
 // Internal linkage: each instruction set must keep its own copy.
 #define IMBSAM_INLINE static inline __attribute__((always_inline))
 #endif
+
+// rho / (norm + guard), rounded as torch rounds a number divided by a tensor
+template <class S>
+IMBSAM_INLINE S perturbation_scale(double squared_norm, double rho) {
+  return S(1) / ((S)sqrt(squared_norm) + S(1e-16)) * (S)rho;
+}
 
 // theta + epsilon
 template <class V, class S>

@@ -73,8 +73,9 @@ bool lists_match(const std::vector<py::sequence>& lists) {
 // Whether each tensor of a has the dtype, device, shape and memory order of its namesake in b;
 // None matches all. False where that cannot be told here.
 bool pairs_match(const py::sequence& a, const py::sequence& b) {
-  if (a.size() != b.size()) return false;
-  for (size_t i = 0; i < a.size(); ++i) {
+  const size_t count = a.size();
+  if (count != b.size()) return false;
+  for (size_t i = 0; i < count; ++i) {
     const py::object first = a[i], second = b[i];
     dlpack::Tensor x, y;
     if (first.is_none() || second.is_none()) continue;
@@ -82,6 +83,19 @@ bool pairs_match(const py::sequence& a, const py::sequence& b) {
       return false;
   }
   return true;
+}
+
+// Whether one launch can take all these tensors. False where that cannot be told here.
+bool one_kind(const py::sequence& tensors) {
+  dlpack::Tensor first, tensor;
+  bool is_first = true;
+  for (py::handle item : tensors) {
+    if (!reader.read(item.ptr(), &tensor)) return false;
+    if (is_first) first = tensor;
+    if (!same_kind(tensor, first)) return false;
+    is_first = false;
+  }
+  return !is_first;
 }
 
 void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -163,12 +177,15 @@ void squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& 
 }
 
 void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-              const Pointers& g_t, double scale, bool adaptive, int threads) {
+              const Pointers& g_t, uintptr_t partials, int64_t partial_count, double rho,
+              bool adaptive, int threads) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
   lists.disjoint();
-  cpu::perturb_(lists.table(), out(theta), out(g_t), scale, adaptive, threads);
+  IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
+  cpu::perturb_(lists.table(), out(theta), out(g_t), (const double*)pointer(partials),
+                partial_count, rho, adaptive, threads);
 }
 
 void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
@@ -302,5 +319,6 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("lists_match", &lists_match);
   module.def("pairs_match", &pairs_match);
+  module.def("one_kind", &one_kind);
   module.attr("has_cuda") = false;
 }

@@ -51,9 +51,9 @@ namespace cpu {
 void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
                   double* partials, int threads);
 
-// bytes: 2n read, 2n written. scale = rho / (norm + guard), in the arithmetic dtype.
-void perturb_(const Table&, void* const* theta, void* const* g_t, double scale, bool adaptive,
-              int threads);
+// bytes: 2n read, 2n written. partials: those of squared_norm over all parameters.
+void perturb_(const Table&, void* const* theta, void* const* g_t, const double* partials,
+              int64_t partial_count, double rho, bool adaptive, int threads);
 
 // bytes: 4n read, 2n written with all lists present
 void sgd_update_(const Table&, void* const* theta, const void* const* saved,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,12 +11,8 @@ from typing import Any
 
 import torch
 
-# Those that programs handle; the ones that a system lacks are left out.
-_SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
-    if hasattr(signal, name)
-]
+# Those whose handlers end programs; looking at more of them would cost every step.
+_SIGNALS = (int(signal.SIGINT), int(signal.SIGTERM))
 
 
 @contextmanager
@@ -25,17 +22,18 @@ def uninterrupted() -> Iterator[None]:
     Between a kernel that writes weights and the note that it ran, an exception would leave
     no way to tell where the weights are.
     """
+    # _signal: the functions of `signal` without enums, which take longer than a small network.
     if torch.compiler.is_compiling() or threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {s: h for s in _SIGNALS if callable(h := signal.getsignal(s))}
+    handlers = {s: h for s in _SIGNALS if callable(h := _signal.getsignal(s))}
     arrived: list[tuple[int, Any]] = []
     for number in handlers:
-        signal.signal(number, lambda *signal_: arrived.append(signal_))
+        _signal.signal(number, lambda *signal_: arrived.append(signal_))
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in arrived:
-            handlers[signal.Signals(number)](number, frame)
+            _signal.signal(number, handler)
+        for signum, frame in arrived:
+            handlers[signum](signum, frame)

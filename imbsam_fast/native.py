@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch  # first, so that _C shares torch's OpenMP runtime
 from torch import Tensor
 
-from .reference import CHUNK, arithmetic_dtype, perturbation_scale
+from .reference import CHUNK, arithmetic_dtype
 
 try:
     from . import _C
@@ -68,6 +68,11 @@ def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
     return _C is not None and _C.pairs_match(a, b)
 
 
+def one_kind(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors share their dtype and device; False if unsure."""
+    return _C is not None and _C.one_kind(tensors)
+
+
 def _value(scalar: Tensor | None, default: float = 0.0) -> float:
     return default if scalar is None else scalar.item()
 
@@ -97,8 +102,11 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
 ) -> None:
-    scale = perturbation_scale(partials, rho, theta[0].dtype).item()
-    _C.perturb_(*_table(theta), theta, g_t, scale, adaptive, torch.get_num_threads())
+    partials = partials.contiguous()
+    _C.perturb_(
+        *_table(theta), theta, g_t, partials.data_ptr(), len(partials), rho, adaptive,
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def sgd_update_(

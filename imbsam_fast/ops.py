@@ -80,14 +80,29 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return strides[0] == strides[1] or all(n <= 1 or s == t for n, s, t in zip(a.shape, *strides))
 
 
-def in_layout_of(params: Sequence[Tensor], tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """`tensors`, those that order their elements otherwise than their parameter copied."""
+def in_layout_of(
+    params: Sequence[Tensor], tensors: list[Tensor | None], name: str
+) -> list[Tensor | None]:
+    """`tensors`, those that order their elements otherwise than their parameter copied.
+
+    Raises TypeError for one that is not strided, calling it `name`.
+    """
     if _unobserved() and native.pairs_match(params, tensors):
         return tensors
+    for i, t in enumerate(tensors):
+        if t is not None and t.layout != torch.strided:
+            raise TypeError(f"{name} of parameter {i} is {t.layout}, expected strided")
     return [
         t if t is None or same_layout(t, p) else torch.empty_like(p).copy_(t)
         for p, t in zip(params, tensors)
     ]
+
+
+def one_kind(tensors: Sequence[Tensor]) -> bool:
+    """Whether one launch can take all of them."""
+    if _unobserved() and native.one_kind(tensors):
+        return True
+    return all((t.device, t.dtype) == (tensors[0].device, tensors[0].dtype) for t in tensors)
 
 
 def check_lists(op: str, **lists: Sequence[Tensor]) -> bool:

@@ -77,8 +77,7 @@ class ImbSAM(torch.optim.Optimizer):
         """Hold the gradients in `p.grad` as g_h, without copying them."""
         if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
-        with uninterrupted():
-            self._pending.held = self._take_gradients()
+        self._pending.held = self._take_gradients()
 
     @torch.no_grad()
     def second_step(self) -> None:
@@ -92,7 +91,7 @@ class ImbSAM(torch.optim.Optimizer):
             self._fill_groups()  # the base may have new ones
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
-            buckets = list(self._buckets(g_t, keys=[() if g is not None else None for g in g_t]))
+            buckets = self._buckets(g_t)
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
@@ -133,6 +132,9 @@ class ImbSAM(torch.optim.Optimizer):
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
                 [g if g is not None else h for h, g in zip(g_h, g_p)],
             )
+            for p, start, g in zip(self._params(), saved, g_p):
+                if start is not None and g is None:  # perturbed, and then without any gradient
+                    p.copy_(start)
             scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
             if type(self.base) is torch.optim.SGD:
                 self._sgd_update(saved, g_h, g_p, *scaling)
@@ -288,26 +290,32 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
-        gradients: Slots = [p.grad for p in params]
-        for i, g in enumerate(gradients):
-            if g is not None and g.layout != torch.strided:
-                raise TypeError(f"the gradient of parameter {i} is {g.layout}, expected strided")
-        gradients = ops.in_layout_of(params, gradients)
+        gradients = ops.in_layout_of(params, [p.grad for p in params], "the gradient")
         for p in params:
             p.grad = None
         return gradients
 
-    def _buckets(self, slots: Slots, keys: Sequence[Hashable | None]) -> Iterator[_Bucket]:
-        """The parameters with a key, by group, device, dtype and key: what one launch takes."""
+    def _buckets(self, *lists: Slots) -> list[_Bucket]:
+        """The parameters with a tensor in the last list, as launches take them.
+
+        That is by group, device and dtype, and by which of the lists have a tensor.
+        """
+        needed = lists[-1]
+        params = self._params()
+        alike = len(self.param_groups) == 1 and all(map(_all_or_none, lists))
+        if alike and needed[0] is not None and ops.one_kind(params):
+            return [_Bucket(self.param_groups[0], range(len(params)), params)]
+        found: list[_Bucket] = []
         first = 0
         for group in self.param_groups:
             members: dict[Hashable, list[int]] = {}
             for i, p in enumerate(group["params"], first):
-                if keys[i] is not None:
-                    members.setdefault((p.device, p.dtype, keys[i]), []).append(i)
-            for indices in members.values():
-                yield _Bucket(group, indices, [group["params"][i - first] for i in indices])
+                if needed[i] is not None:
+                    present = tuple(slots[i] is not None for slots in lists)
+                    members.setdefault((p.device, p.dtype, present), []).append(i)
+            found += [_Bucket(group, m, [params[i] for i in m]) for m in members.values()]
             first += len(group["params"])
+        return found
 
     def _scaling(
         self,
@@ -319,9 +327,10 @@ class ImbSAM(torch.optim.Optimizer):
         """How many times too large the gradients are, clipping included, and found_inf."""
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
-        keys = [None if p is None else (h is None,) for h, p in zip(g_h, g_p)]
-        buckets = list(self._buckets(g_p, keys))
-        if not buckets or (grad_scaler is None and max_norm is None):
+        if grad_scaler is None and max_norm is None:
+            return None, None
+        buckets = self._buckets(g_h, g_p)
+        if not buckets:
             return None, None
         checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in buckets]
         device = buckets[0].params[0].device
@@ -340,36 +349,24 @@ class ImbSAM(torch.optim.Optimizer):
             scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
         return scale.float(), found_inf
 
-    def _update_buckets(
-        self, saved: Slots, g_h: Slots, g_p: Slots, fresh: list[bool]
-    ) -> list[_Bucket]:
-        """The buckets to update; what was perturbed and then got no gradient is restored."""
-        keys = [
-            None if g is None and s is None else (g is None, h is None, s is None, new)
-            for g, h, s, new in zip(g_p, g_h, saved, fresh)
-        ]
-        buckets = []
-        for bucket in self._buckets(g_p, keys):
-            if g_p[bucket.indices[0]] is None:
-                torch._foreach_copy_(bucket.params, bucket.pick(saved))
-            else:
-                buckets.append(bucket)
-        return buckets
-
     def _sgd_update(
         self, saved: Slots, g_h: Slots, g_p: Slots, scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        m, fresh = self._momentum_buffers(g_p)
+        params = self._params()
+        found = self._momentum_buffers(g_p)
+        known = ops.in_layout_of(params, found, "momentum_buffer")
+        m = self._made_where_missing(known, g_p)
         launches = []
-        for bucket in self._update_buckets(saved, g_h, g_p, fresh):
+        for bucket in self._buckets(saved, g_h, known, g_p):
             group, lr = bucket.group, bucket.group["lr"]
+            is_first = known[bucket.indices[0]] is None
             launches.append((
                 bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
                 bucket.pick(m),
                 lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
                 group["momentum"],
                 # The first step of torch.optim.SGD takes the gradient undampened.
-                0.0 if fresh[bucket.indices[0]] else group["dampening"],
+                0.0 if is_first else group["dampening"],
                 group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
             ))  # fmt: skip
         if len(launches) > 1:  # all checks first: nothing is updated where a group is refused
@@ -378,27 +375,37 @@ class ImbSAM(torch.optim.Optimizer):
         for arguments in launches:
             ops.sgd_update_(*arguments)
         self._pending.saved = None  # updated: a failure from here on must not undo it
-        for p, buffer in zip(self._params(), m):
-            if buffer is not None and self.state[p].get("momentum_buffer") is not buffer:
+        for p, buffer, before in zip(params, m, found):
+            if buffer is not before:
                 self.state[p]["momentum_buffer"] = buffer
 
-    def _momentum_buffers(self, g_p: Slots) -> tuple[Slots, list[bool]]:
-        """The momentum buffer of every parameter that needs one; which ones are new."""
+    def _momentum_buffers(self, g_p: Slots) -> Slots:
+        """The momentum buffers that there are, for parameters with a gradient."""
         state = self.state
-        m: Slots = []
-        fresh: list[bool] = []
+        found: Slots = []
+        for group in self.param_groups:
+            if group["momentum"] == 0:
+                found += [None] * len(group["params"])
+                continue
+            for p in group["params"]:
+                of_p = state.get(p) if g_p[len(found)] is not None else None
+                found.append(of_p.get("momentum_buffer") if of_p else None)
+        return found
+
+    def _made_where_missing(self, m: Slots, g_p: Slots) -> Slots:
+        """The momentum buffers with zeros for those that a first step needs."""
+        made: Slots = []
         for group in self.param_groups:
             for p in group["params"]:
-                needed = group["momentum"] != 0 and g_p[len(m)] is not None
-                buffer = state[p].get("momentum_buffer") if needed and p in state else None
-                fresh.append(needed and buffer is None)
-                m.append(torch.zeros_like(p) if fresh[-1] else buffer)
-        return ops.in_layout_of(self._params(), m), fresh
+                i = len(made)
+                missing = m[i] is None and g_p[i] is not None and group["momentum"] != 0
+                made.append(torch.zeros_like(p) if missing else m[i])
+        return made
 
     def _merge_and_step(
         self, saved: Slots, g_h: Slots, g_p: Slots, scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        for bucket in self._update_buckets(saved, g_h, g_p, [False] * len(g_p)):
+        for bucket in self._buckets(saved, g_h, g_p):
             ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
         self._pending.saved = None  # restored: what the base does from here is its own
         for p, g in zip(self._params(), g_p):
@@ -430,7 +437,7 @@ class _Pending:
 class _Bucket:
     """The parameters that one launch takes: one group, device and dtype, the same inputs."""
 
-    def __init__(self, group: dict[str, Any], indices: list[int], params: list[Tensor]) -> None:
+    def __init__(self, group: dict[str, Any], indices: Sequence[int], params: list[Tensor]) -> None:
         self.group, self.indices, self.params = group, indices, params
 
     def pick(self, slots: Slots) -> list[Tensor]:
@@ -438,6 +445,10 @@ class _Bucket:
         if slots[self.indices[0]] is None:
             return []
         return [slots[i] for i in self.indices]  # type: ignore[misc]  # all alike in a bucket
+
+
+def _all_or_none(slots: Slots) -> bool:
+    return len({t is None for t in slots}) == 1
 
 
 def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -244,10 +244,11 @@ needs_module = pytest.mark.skipif(
 NUMEL = [4, 2]
 OK = [0, 0]  # replaced by real pointers
 
-# Operation, arguments after the dtype and numel; "x" stands for a list of good pointers.
+# Operation, arguments after the dtype and numel; "x" stands for a list of good pointers, "&x"
+# for one of them and "#x" for how many elements are there.
 POINTER_CALLS: dict[str, tuple[Any, ...]] = {
     "squared_norm": ("g_t", "theta", "&partials", 1),
-    "perturb_": ("theta", "g_t", 0.1, False, 1),
+    "perturb_": ("theta", "g_t", "&partials", "#partials", 0.1, False, 1),
     "sgd_update_": (
         "theta", "saved", "g_h", "g_p", "m", 0.1, 0.9, 0.0, 0.0, False, False, 1.0, False, 1,
     ),
@@ -261,7 +262,7 @@ class PointerCall:
 
     def __init__(self, op: str) -> None:
         self.op = op
-        self.names = [a for a in POINTER_CALLS[op] if isinstance(a, str)]
+        self.names = [a for a in POINTER_CALLS[op] if isinstance(a, str) and a[0] != "#"]
         self.memory = {n: [torch.full((k,), 3.0) for k in NUMEL] for n in self.names}
         self.memory["&partials"] = [torch.full((2,), 3.0, dtype=torch.float64)]
 
@@ -270,6 +271,9 @@ class PointerCall:
         for argument in POINTER_CALLS[self.op]:
             if not isinstance(argument, str):
                 arguments.append(argument)
+                continue
+            if argument.startswith("#"):
+                arguments.append(changes.get(argument, 2))
                 continue
             pointers = [t.data_ptr() for t in self.memory[argument]]
             good = pointers[0] if argument.startswith("&") else pointers
@@ -313,7 +317,7 @@ def test_raw_pointers(op: str) -> None:
 def test_nothing_to_do_needs_no_memory(op: str, count: int) -> None:
     call = PointerCall(op)
     nothing: dict[str, Any] = {name: [0] * count for name in call.names}
-    call({**nothing, "numel": [0] * count, "&partials": 0})
+    call({**nothing, "numel": [0] * count, "&partials": 0, "#partials": 0})
     assert call.untouched()
 
 

@@ -10,6 +10,7 @@
 #include <omp.h>
 #endif
 
+#include "../arithmetic.h"
 #include "../check.h"
 #include "spans.h"
 
@@ -162,8 +163,13 @@ void squared_norm(const Table& table, const void* const* g_t, const void* const*
   });
 }
 
-void perturb_(const Table& table, void* const* theta, void* const* g_t, double scale,
-              bool adaptive, int threads) {
+void perturb_(const Table& table, void* const* theta, void* const* g_t, const double* partials,
+              int64_t partial_count, double rho, bool adaptive, int threads) {
+  double squared_norm = 0;
+  for (int64_t i = 0; i < partial_count; ++i) squared_norm += partials[i];
+  const double scale = table.dtype == DType::float64
+                           ? perturbation_scale<double>(squared_norm, rho)
+                           : perturbation_scale<float>(squared_norm, rho);
   const Flattened all(table);
   const int64_t size = size_of(table.dtype);
   const Spans& spans = spans_for(table.dtype);
