@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # The build environment that pip makes for the extension is pinned too.
 PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
-NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
 .PHONY: demo test lint wheel wheel-test bench clean
 .DELETE_ON_ERROR:

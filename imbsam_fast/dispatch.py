@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import native, native_cuda, reference
 
 # In order of preference.
 BACKENDS = ("native", "triton", "reference")
@@ -58,7 +58,8 @@ def backend_name(device_type: str) -> str:
 
 def select(device: torch.device) -> ModuleType:
     """The backend module for tensors on `device`."""
-    return {"native": native, "reference": reference}[backend_name(device.type)]
+    compiled = native_cuda if device.type == "cuda" else native
+    return {"native": compiled, "reference": reference}[backend_name(device.type)]
 
 
 @contextmanager
