@@ -46,8 +46,8 @@ template <class... Arguments>
 void launch(const char* op, void (*kernel)(Arguments...), int blocks, int threads,
             const Stream& stream, const typename Exactly<Arguments>::type&... arguments) {
   void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  check(op, cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
-                             addresses, 0, static_cast<cudaStream_t>(stream.handle)));
+  check(op, cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), addresses, 0,
+                             static_cast<cudaStream_t>(stream.handle)));
 }
 
 // As many blocks as the device runs at once, for kernels whose blocks take turns over the tiles.
