@@ -18,15 +18,19 @@ namespace {
 
 constexpr size_t kStack = 192 << 10;  // holds a kernel's argument of 32 KB, by value
 
+// Threads wait until as many as are expected have arrived.
+struct Barrier {
+  unsigned expected, arrived, generation;
+};
+
 struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done;
-};
+  const Barrier* barrier;  // that it waits at, while its generation lasts
+  unsigned generation;
 
-// Threads wait until as many as are expected have arrived.
-struct Barrier {
-  unsigned expected, arrived, generation;
+  bool ready() const { return !done && !(barrier && barrier->generation == generation); }
 };
 
 Fiber fibers[1024];
@@ -34,18 +38,17 @@ ucontext_t scheduler;
 Barrier of_block, of_warp[32];
 const std::function<void()>* running;
 
-void back_to_scheduler() {
-  const unsigned self = thread.x;
-  swapcontext(&fibers[self].context, &scheduler);
-}
+void back_to_scheduler() { swapcontext(&fibers[thread.x].context, &scheduler); }
 
 void wait(Barrier& barrier) {
-  const unsigned generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
+    return;
   }
-  while (barrier.generation == generation) back_to_scheduler();
+  fibers[thread.x].barrier = &barrier;
+  fibers[thread.x].generation = barrier.generation;
+  back_to_scheduler();
 }
 
 void run_fiber() {
@@ -57,6 +60,23 @@ void run_fiber() {
 void fail(const char* message) {
   fprintf(stderr, "%s\n", message);
   abort();
+}
+
+// Runs the threads of a warp as far as they come; how many ended, or -1 where none could run.
+int run_warp(int warp) {
+  int ended = 0;
+  bool ran = false;
+  for (bool ready = true; ready; ran = ran || ready) {
+    ready = false;
+    for (int t = warp * 32; t < warp * 32 + 32; ++t) {
+      if (!fibers[t].ready()) continue;
+      ready = true;
+      thread.x = t;
+      swapcontext(&scheduler, &fibers[t].context);
+      ended += fibers[t].done;
+    }
+  }
+  return ran ? ended : -1;
 }
 
 }  // namespace
@@ -74,21 +94,22 @@ void run_block(int threads, const std::function<void()>& kernel) {
     Fiber& fiber = fibers[t];
     fiber.stack.resize(kStack);
     fiber.done = false;
+    fiber.barrier = nullptr;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     makecontext(&fiber.context, run_fiber, 0);
   }
-  // In rising and falling order by turns: what a barrier is missing for, goes wrong in one of them.
-  for (int left = threads, turn = 0; left > 0; ++turn) {
-    if (turn > 1000) fail("the threads of a block wait for each other");
-    for (int i = 0; i < threads; ++i) {
-      thread.x = turn % 2 ? threads - 1 - i : i;
-      if (fibers[thread.x].done) continue;
-      const unsigned self = thread.x;
-      swapcontext(&scheduler, &fibers[self].context);
-      left -= fibers[self].done;
+  // One warp runs as far ahead of the others as barriers let it, the first and the last by turns.
+  const int warps = threads / 32;
+  for (int left = threads, turn = block.x; left > 0; ++turn) {
+    bool stuck = true;
+    for (int i = 0; i < warps; ++i) {
+      const int ended = run_warp(turn % 2 ? warps - 1 - i : i);
+      stuck = stuck && ended < 0;
+      left -= ended > 0 ? ended : 0;
     }
+    if (stuck) fail("the threads of a block wait for each other");
   }
   if (of_block.arrived) fail("a thread ended while others wait for it");
 }
