@@ -60,6 +60,11 @@ function(imbsam_add_cuda target)
     csrc/cuda/squared_norm.cu)
   # Without fused multiply-add the updates of weights have the bits of the CPU kernels.
   set_source_files_properties(${bit_exact} PROPERTIES COMPILE_OPTIONS -fmad=false)
+  string(REGEX MATCH "[0-9]+" lowest "${architectures}")
+  if(NOT lowest)
+    set(lowest 0)  # all, native: nothing to check against
+  endif()
+  target_compile_definitions(imbsam_cuda PRIVATE IMBSAM_CUDA_LOWEST=${lowest})
   target_compile_options(imbsam_cuda PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xfatbin -compress-all>" -Xcompiler=-Wall)
   set_target_properties(imbsam_cuda PROPERTIES

@@ -116,7 +116,7 @@ struct DeviceScalars {
   const void *lr, *grad_scale, *found_inf;
 };
 
-// Null where these operations run on the current device, else why they do not.
+// Null where these operations run on every device of this machine, else why they do not.
 const char* reason_unavailable();
 
 // bytes: 1n read (2n with theta)

@@ -63,10 +63,11 @@ def includes() -> list[Path]:
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The module _C with the CUDA kernels on the CPU; the CPU kernels for the baseline alone."""
     build = tmp_path_factory.mktemp("cuda_on_host")
-    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w", "-DIMBSAM_CUDA"]
+    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
     # A misaligned access or an overflow stops the process.
     undefined = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-DIMBSAM_ISA=baseline", *(f"-I{path}" for path in includes())]
+    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
+    flags += [*(f"-I{path}" for path in includes())]
     sources = {path: ["-O1", *undefined] for path in (CSRC / "cuda").glob("*.cu")}
     sources |= {STAND_IN / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}
     intrinsics = ["-include", "immintrin.h"] if platform.machine() == "x86_64" else []
