@@ -60,7 +60,9 @@ function(imbsam_add_cuda target)
     csrc/cuda/squared_norm.cu)
   # Without fused multiply-add the updates of weights have the bits of the CPU kernels.
   set_source_files_properties(${bit_exact} PROPERTIES COMPILE_OPTIONS -fmad=false)
-  string(REGEX MATCH "[0-9]+" lowest "${architectures}")
+  set(ascending ${architectures})
+  list(SORT ascending COMPARE NATURAL)
+  string(REGEX MATCH "[0-9]+" lowest "${ascending}")
   if(NOT lowest)
     set(lowest 0)  # all, native: nothing to check against
   endif()
