@@ -1,10 +1,10 @@
 """The compiled backend on NVIDIA GPUs: the operations of `reference.py`, handed to csrc/cuda/.
 
 Everything is put on the current stream of the tensors' device and nothing waits for it, so that
-operations can be captured in a CUDA graph. What is allocated here is used on that stream alone:
-the caching allocator needs no `record_stream`. A number that lies in a CPU tensor (a learning
-rate) is read when the operation is called, and so becomes a constant of a captured graph; one on
-the device is read when the kernel runs.
+operations can be captured in a CUDA graph, after one run that loads the kernels. What is allocated
+here is used on that stream alone: the caching allocator needs no `record_stream`. A number that
+lies in a CPU tensor (a learning rate) is read when the operation is called, and so becomes a
+constant of a captured graph; one on the device is read when the kernel runs.
 """
 
 from __future__ import annotations
