@@ -1,4 +1,5 @@
 # make demo | test | lint | wheel | bench | clean; everything happens inside $(VENV).
+# make gpu uses the environment of $(PYTHON) as it is.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= 2.14.1
@@ -6,9 +7,9 @@ BIN    := $(VENV)/bin
 # The build environment that pip makes for the extension is pinned too.
 PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
-NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo test lint wheel wheel-test bench clean
+.PHONY: demo test lint wheel wheel-test bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -50,6 +51,19 @@ bench: $(VENV)/.installed
 	mkdir -p benchmarks/results
 	cp build/results/*.json benchmarks/results
 	$(BIN)/python -m benchmarks.report
+
+# For a machine with an NVIDIA GPU, also without a network: builds with the torch, setuptools,
+# cmake, ninja, pybind11 and nvcc that $(PYTHON) has, tests, looks for races and bad addresses,
+# and measures.
+GPU_JSON ?= benchmarks/results/bench_gpu.json
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+gpu:
+	IMBSAM_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m tests.gpu_small_run
+	$(PYTHON) -m pytest
+	$(SANITIZE) --tool memcheck $(PYTHON) -m tests.gpu_small_run
+	$(SANITIZE) --tool racecheck $(PYTHON) -m tests.gpu_small_run
+	$(PYTHON) -m benchmarks.bench_gpu --json $(GPU_JSON)
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

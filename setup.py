@@ -25,6 +25,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DIMBSAM_CUDA={os.environ.get('IMBSAM_CUDA', 'AUTO')}",
+            f"-DIMBSAM_CUDA_ARCHITECTURES={os.environ.get('IMBSAM_CUDA_ARCHITECTURES', '')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
         ]
         subprocess.run(configure, check=True)

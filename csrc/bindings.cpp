@@ -5,12 +5,15 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "check.h"
+#include "cuda/tiles.h"
 #include "imbsam.h"
 #include "tensors.h"
 
@@ -296,6 +299,155 @@ std::vector<std::string> isas() {
   return names;
 }
 
+// ---------------------------------------------------------------- CUDA
+
+// For tests: (launch, tensor, first element, elements) of every tile, as sgd_update_ finds them.
+std::vector<std::tuple<int, int, int64_t, int>> cuda_tiles(const std::vector<int64_t>& numel,
+                                                           int tile_elements) {
+  const Table tensors = {DType::float32, (int64_t)numel.size(), numel.data()};
+  std::vector<const void*> indices;  // in place of addresses, to tell the tensors apart
+  for (size_t i = 0; i < numel.size(); ++i) indices.push_back(reinterpret_cast<void*>(i + 1));
+  const auto table = std::make_unique<cuda::TensorTable<5>>();
+  std::vector<std::tuple<int, int, int64_t, int>> found;
+  int launch = 0;
+  for (const auto& batch : cuda::batches(tensors, table->kCapacity, tile_elements)) {
+    fill(*table, batch, tensors, {indices.data(), nullptr, nullptr, nullptr, nullptr},
+         tile_elements);
+    for (int tile = 0; tile < batch.tiles; ++tile) {
+      const cuda::Tile at = cuda::locate(*table, tile, tile_elements);
+      const int tensor = (int)reinterpret_cast<uintptr_t>(table->data[0][at.tensor]) - 1;
+      found.emplace_back(launch, tensor, at.begin, at.elements);
+    }
+    ++launch;
+  }
+  return found;
+}
+
+#if defined(IMBSAM_CUDA)
+
+std::optional<std::string> cuda_reason_unavailable() {
+  const char* reason = cuda::reason_unavailable();
+  return reason ? std::optional<std::string>(reason) : std::nullopt;
+}
+
+cuda::Stream on(int device, uintptr_t stream) { return {device, pointer(stream)}; }
+
+void cuda_squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& g_t,
+                       const Pointers& theta, uintptr_t partials, int device, uintptr_t stream) {
+  Lists lists("squared_norm", dtype, numel);
+  lists.required("g_t", g_t);
+  lists.optional("theta", theta);
+  IMBSAM_CHECK(partials || lists.chunks() == 0, "squared_norm: partials is a null pointer");
+  cuda::squared_norm(lists.table(), in(g_t), in(theta), (double*)pointer(partials),
+                     on(device, stream));
+}
+
+void cuda_perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                   const Pointers& g_t, uintptr_t partials, int64_t partial_count, double rho,
+                   bool adaptive, int device, uintptr_t stream) {
+  Lists lists("perturb_", dtype, numel);
+  lists.required("theta", theta);
+  lists.required("g_t", g_t);
+  lists.disjoint();
+  IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
+  cuda::perturb_(lists.table(), out(theta), out(g_t), (const double*)pointer(partials),
+                 partial_count, rho, adaptive, on(device, stream));
+}
+
+void cuda_sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                      const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
+                      const Pointers& m, double lr, double momentum, double dampening,
+                      double weight_decay, bool nesterov, bool maximize, double grad_scale,
+                      bool skip, uintptr_t lr_at, uintptr_t grad_scale_at, uintptr_t found_inf_at,
+                      int device, uintptr_t stream) {
+  Lists lists("sgd_update_", dtype, numel);
+  lists.required("theta", theta);
+  lists.optional("saved", saved);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  lists.optional("m", m);
+  lists.disjoint();
+  cuda::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m),
+                    {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
+                    {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
+                    on(device, stream));
+}
+
+void cuda_merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                 const Pointers& saved, const Pointers& g_h, const Pointers& g_p, int device,
+                 uintptr_t stream) {
+  Lists lists("merge_", dtype, numel);
+  lists.required("theta", theta);
+  lists.optional("saved", saved);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  lists.disjoint();
+  cuda::merge_(lists.table(), out(theta), in(saved), in(g_h), out(g_p), on(device, stream));
+}
+
+void cuda_grad_check(int dtype, const std::vector<int64_t>& numel, const Pointers& g_h,
+                     const Pointers& g_p, uintptr_t partials, uintptr_t found_inf, int device,
+                     uintptr_t stream) {
+  Lists lists("grad_check", dtype, numel);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  IMBSAM_CHECK(partials || lists.chunks() == 0, "grad_check: partials is a null pointer");
+  IMBSAM_CHECK(found_inf, "grad_check: found_inf is a null pointer");
+  cuda::grad_check(lists.table(), in(g_h), in(g_p), (double*)pointer(partials),
+                   (float*)pointer(found_inf), on(device, stream));
+}
+
+void cuda_split_cross_entropy(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+                              uintptr_t logits, uintptr_t targets, uintptr_t plain,
+                              uintptr_t sharp, uintptr_t class_weight, double label_smoothing,
+                              int64_t ignore_index, std::optional<double> batch_size,
+                              uintptr_t losses, uintptr_t head, uintptr_t tail, uintptr_t b,
+                              uintptr_t lse, int device, uintptr_t stream) {
+  const auto settings =
+      checked("split_cross_entropy", dtype, rows, classes, row_stride, label_smoothing,
+              ignore_index,
+              {{"logits", logits}, {"targets", targets}, {"plain", plain}, {"sharp", sharp},
+               {"losses", losses}, {"lse", lse}});
+  IMBSAM_CHECK(head && tail && b, "split_cross_entropy: head, tail or b is a null pointer");
+  cuda::split_cross_entropy((DType)dtype, settings, pointer(logits),
+                            (const int64_t*)pointer(targets),
+                            {pointer(plain), pointer(sharp), pointer(class_weight)},
+                            batch_size.value_or(-1), (double*)pointer(losses), pointer(head),
+                            pointer(tail), pointer(b), pointer(lse), on(device, stream));
+}
+
+void cuda_split_cross_entropy_backward(
+    int dtype, int64_t rows, int64_t classes, int64_t row_stride, uintptr_t grad_head,
+    uintptr_t grad_tail, uintptr_t logits, uintptr_t targets, uintptr_t lse, uintptr_t b,
+    uintptr_t plain, uintptr_t sharp, uintptr_t class_weight, uintptr_t weight_sum,
+    double label_smoothing, int64_t ignore_index, uintptr_t grad_logits, int device,
+    uintptr_t stream) {
+  const auto settings =
+      checked("split_cross_entropy_backward", dtype, rows, classes, row_stride, label_smoothing,
+              ignore_index,
+              {{"logits", logits}, {"targets", targets}, {"lse", lse}, {"b", b},
+               {"plain", plain}, {"sharp", sharp}, {"grad_logits", grad_logits}});
+  cuda::split_cross_entropy_backward(
+      (DType)dtype, settings, pointer(grad_head), pointer(grad_tail), pointer(logits),
+      (const int64_t*)pointer(targets), pointer(lse), pointer(b),
+      {pointer(plain), pointer(sharp), pointer(class_weight)}, (const double*)pointer(weight_sum),
+      pointer(grad_logits), on(device, stream));
+}
+
+void define_cuda(py::module_& module) {
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  module.def("cuda_reason_unavailable", &cuda_reason_unavailable, release);
+  module.def("cuda_squared_norm", &cuda_squared_norm, release);
+  module.def("cuda_perturb_", &cuda_perturb_, release);
+  module.def("cuda_sgd_update_", &cuda_sgd_update_, release);
+  module.def("cuda_merge_", &cuda_merge_, release);
+  module.def("cuda_grad_check", &cuda_grad_check, release);
+  module.def("cuda_split_cross_entropy", &cuda_split_cross_entropy, release);
+  module.def("cuda_split_cross_entropy_backward", &cuda_split_cross_entropy_backward, release);
+}
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -320,5 +472,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("lists_match", &lists_match);
   module.def("pairs_match", &pairs_match);
   module.def("one_kind", &one_kind);
+  module.def("cuda_tiles", &cuda_tiles);
+#if defined(IMBSAM_CUDA)
+  define_cuda(module);
+  module.attr("has_cuda") = true;
+#else
   module.attr("has_cuda") = false;
+#endif
 }

@@ -106,4 +106,63 @@ bool has_openmp();
 int64_t last_level_cache_bytes();
 
 }  // namespace cpu
+
+// The same operations on a CUDA device. Pointers to data are addresses on that device. Nothing is
+// allocated, nothing waits for the device, and errors of a launch throw std::runtime_error.
+namespace cuda {
+
+// A cudaStream_t and the device that it belongs to.
+struct Stream {
+  int device;
+  void* handle;
+};
+
+// One element each on the device, in the arithmetic dtype, that replaces its namesake in
+// SgdSettings (found_inf: skip, where it is not 0). Null: the setting counts.
+struct DeviceScalars {
+  const void *lr, *grad_scale, *found_inf;
+};
+
+// Null where these operations run on every device of this machine, else why they do not.
+const char* reason_unavailable();
+
+// bytes: 1n read (2n with theta)
+void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
+                  double* partials, const Stream&);
+
+// bytes: 2n read, 2n written. Every block sums the partials.
+void perturb_(const Table&, void* const* theta, void* const* g_t, const double* partials,
+              int64_t partial_count, double rho, bool adaptive, const Stream&);
+
+// bytes: 4n read, 2n written with all lists present
+void sgd_update_(const Table&, void* const* theta, const void* const* saved,
+                 const void* const* g_h, const void* const* g_p, void* const* m,
+                 const SgdSettings&, const DeviceScalars&, const Stream&);
+
+// bytes: 3n read, 2n written with all lists present
+void merge_(const Table&, void* const* theta, const void* const* saved,
+            const void* const* g_h, void* const* g_p, const Stream&);
+
+// bytes: 2n read. *found_inf, 0 before, becomes 1 where an element of g_h + g_p is not finite.
+void grad_check(const Table&, const void* const* g_h, const void* const* g_p,
+                double* partials, float* found_inf, const Stream&);
+
+// losses: scratch, one a row. A target outside 0 .. classes-1 stops the kernel with a device-side
+// assertion, as in torch: telling the caller would take a synchronisation.
+// bytes: N·K read
+void split_cross_entropy(DType, const CrossEntropySettings&, const void* logits,
+                         const int64_t* targets, const ClassWeights&, double batch_size,
+                         double* losses, void* head, void* tail, void* b, void* lse,
+                         const Stream&);
+
+// grad_head, grad_tail: null for zero. weight_sum: the sum of class_weight; null where that is
+// null or nothing is smoothed. Rows without weight are not read.
+// bytes: N·K read, N·K written
+void split_cross_entropy_backward(DType, const CrossEntropySettings&, const void* grad_head,
+                                  const void* grad_tail, const void* logits,
+                                  const int64_t* targets, const void* lse, const void* b,
+                                  const ClassWeights&, const double* weight_sum,
+                                  void* grad_logits, const Stream&);
+
+}  // namespace cuda
 }  // namespace imbsam

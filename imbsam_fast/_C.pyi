@@ -106,3 +106,112 @@ def split_cross_entropy_backward(
 def bandwidth(
     kind: str, stream: bool, a: int, b: int, c: int, numel: int, threads: int
 ) -> float: ...
+def cuda_tiles(numel: list[int], tile_elements: int) -> list[tuple[int, int, int, int]]: ...
+
+# Only where has_cuda. The addresses are on `device`, and `stream` is one of its streams.
+def cuda_reason_unavailable() -> str | None: ...
+def cuda_squared_norm(
+    dtype: int,
+    numel: list[int],
+    g_t: Pointers,
+    theta: Pointers,
+    partials: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_perturb_(
+    dtype: int,
+    numel: list[int],
+    theta: Pointers,
+    g_t: Pointers,
+    partials: int,
+    partial_count: int,
+    rho: float,
+    adaptive: bool,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_sgd_update_(
+    dtype: int,
+    numel: list[int],
+    theta: Pointers,
+    saved: Pointers,
+    g_h: Pointers,
+    g_p: Pointers,
+    m: Pointers,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: float,
+    skip: bool,
+    lr_at: int,
+    grad_scale_at: int,
+    found_inf_at: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_merge_(
+    dtype: int,
+    numel: list[int],
+    theta: Pointers,
+    saved: Pointers,
+    g_h: Pointers,
+    g_p: Pointers,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_grad_check(
+    dtype: int,
+    numel: list[int],
+    g_h: Pointers,
+    g_p: Pointers,
+    partials: int,
+    found_inf: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_split_cross_entropy(
+    dtype: int,
+    rows: int,
+    classes: int,
+    row_stride: int,
+    logits: int,
+    targets: int,
+    plain: int,
+    sharp: int,
+    class_weight: int,
+    label_smoothing: float,
+    ignore_index: int,
+    batch_size: float | None,
+    losses: int,
+    head: int,
+    tail: int,
+    b: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_split_cross_entropy_backward(
+    dtype: int,
+    rows: int,
+    classes: int,
+    row_stride: int,
+    grad_head: int,
+    grad_tail: int,
+    logits: int,
+    targets: int,
+    lse: int,
+    b: int,
+    plain: int,
+    sharp: int,
+    class_weight: int,
+    weight_sum: int,
+    label_smoothing: float,
+    ignore_index: int,
+    grad_logits: int,
+    device: int,
+    stream: int,
+) -> None: ...

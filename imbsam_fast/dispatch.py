@@ -14,12 +14,10 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import native, native_cuda, reference
 
 # In order of preference.
 BACKENDS = ("native", "triton", "reference")
-
-_MODULES: dict[str, ModuleType] = {"native": native, "reference": reference}
 
 _forced: str | None = None
 
@@ -67,7 +65,10 @@ def _automatic(device_type: str) -> str:
 
 def select(device: torch.device) -> ModuleType:
     """The backend module for tensors on `device`."""
-    return _MODULES[backend_name(device.type)]
+    backend = backend_name(device.type)
+    if backend == "native":
+        return native_cuda if device.type == "cuda" else native
+    return reference
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The compiled backend: the operations of `reference.py`, handed to csrc/ as raw pointers."""
+"""The compiled backend: the operations of `reference.py`, handed to csrc/ as raw pointers.
+
+Here for tensors on the CPU, and what native_cuda.py shares.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,19 @@ def reason_unavailable(device_type: str) -> str | None:
     """None where the compiled operations run on `device_type`, else why they do not."""
     if _C is None:
         return f"the compiled module imbsam_fast._C did not load: {_load_error}"
+    if device_type == "cuda":
+        return _reason_no_cuda()
     if device_type != "cpu":
         return f"this build has no kernels for {device_type} devices"
     return None
+
+
+def _reason_no_cuda() -> str | None:
+    if not _C.has_cuda:
+        return "imbsam_fast._C was built without CUDA (no nvcc there, or IMBSAM_CUDA=OFF)"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return _C.cuda_reason_unavailable()
 
 
 def isas() -> list[str]:
@@ -81,13 +94,14 @@ def _table(tensors: Sequence[Tensor]) -> tuple[int, list[int]]:
     return _DTYPE_CODES[tensors[0].dtype], [t.numel() for t in tensors]
 
 
-def _empty_partials(numel: list[int]) -> Tensor:
-    return torch.empty(sum((n + CHUNK - 1) // CHUNK for n in numel), dtype=torch.float64)
+def _chunks(numel: list[int]) -> int:
+    """The partial sums over tensors of these sizes."""
+    return sum((n + CHUNK - 1) // CHUNK for n in numel)
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     dtype, numel = _table(g_t)
-    partials = _empty_partials(numel)
+    partials = torch.empty(_chunks(numel), dtype=torch.float64)
     _C.squared_norm(
         dtype, numel, g_t, theta, partials.data_ptr(),
         torch.get_num_threads(),
@@ -146,7 +160,7 @@ def merge_(
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     dtype, numel = _table(g_p)
-    partials = _empty_partials(numel)
+    partials = torch.empty(_chunks(numel), dtype=torch.float64)
     finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
     return partials, torch.tensor([0.0 if finite else 1.0])
 

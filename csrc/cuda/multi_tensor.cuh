@@ -1,0 +1,143 @@
+// What the kernels over many tensors share: elements of every dtype, 16-byte access, tiles.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "tiles.h"
+
+namespace imbsam {
+namespace cuda {
+
+constexpr int kThreads = 256;  // a block of the elementwise kernels
+// Their tiles: short, so that the last ones end together on all multiprocessors. A multiple of
+// a pack in every dtype, so that tiles of an aligned tensor are aligned.
+constexpr int kTile = 4096;
+
+// ---------------------------------------------------------------- elements
+
+// S is the arithmetic dtype of data T.
+template <class T>
+struct Arithmetic {
+  typedef float S;
+};
+template <>
+struct Arithmetic<double> {
+  typedef double S;
+};
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ double widened(double x) { return x; }
+__device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(__half x) { return __half2float(x); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ __forceinline__ T narrowed(typename Arithmetic<T>::S x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrowed<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half narrowed<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// ---------------------------------------------------------------- 16-byte access
+
+template <class T>
+struct Pack {
+  static constexpr int kLanes = 16 / sizeof(T);
+  T lanes[kLanes];
+};
+
+// The access to a pack that is whole and aligned to 16 bytes.
+struct Whole {
+  template <class T>
+  __device__ __forceinline__ Pack<T> load(const T* p) const {
+    const uint4 bits = *reinterpret_cast<const uint4*>(p);
+    Pack<T> pack;
+    memcpy(&pack, &bits, sizeof(pack));
+    return pack;
+  }
+  template <class T>
+  __device__ __forceinline__ void store(T* p, const Pack<T>& pack) const {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(bits));
+    *reinterpret_cast<uint4*>(p) = bits;
+  }
+};
+
+// The access to the first `count` lanes, one by one; the others read as 0.
+struct Part {
+  int count;
+  template <class T>
+  __device__ __forceinline__ Pack<T> load(const T* p) const {
+    Pack<T> pack;
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kLanes; ++j) pack.lanes[j] = j < count ? p[j] : T(0.0f);
+    return pack;
+  }
+  template <class T>
+  __device__ __forceinline__ void store(T* p, const Pack<T>& pack) const {
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kLanes; ++j)
+      if (j < count) p[j] = pack.lanes[j];
+  }
+};
+
+// Calls f(first element, access) for this thread's packs of a span. Which packs those are does
+// not depend on the alignment, so that sums do not either.
+template <class T, int kBlock, int kUnroll, class F>
+__device__ __forceinline__ void for_each_pack(int elements, bool aligned, F f) {
+  constexpr int lanes = Pack<T>::kLanes;
+  const int whole = aligned ? elements / lanes : 0;
+  int v = threadIdx.x;
+#pragma unroll kUnroll
+  for (; v < whole; v += kBlock) f(v * lanes, Whole());
+#pragma unroll 1
+  for (; v * lanes < elements; v += kBlock) {
+    const int left = elements - v * lanes;
+    f(v * lanes, Part{left < lanes ? left : lanes});
+  }
+}
+
+// ---------------------------------------------------------------- tiles
+
+// One tile with the addresses of its first elements in every list, null in an absent one.
+template <class T, int kLists>
+struct Span {
+  T* data[kLists];
+  int elements;
+  bool aligned;  // all addresses, to 16 bytes
+
+  __device__ __forceinline__ Span(const TensorTable<kLists>& table, int tile, int tile_elements) {
+    const Tile at = locate(table, tile, tile_elements);
+    uintptr_t bits = 0;
+#pragma unroll
+    for (int l = 0; l < kLists; ++l) {
+      T* start = static_cast<T*>(table.data[l][at.tensor]);
+      bits |= reinterpret_cast<uintptr_t>(start);
+      data[l] = start ? start + at.begin : nullptr;
+    }
+    elements = at.elements;
+    aligned = bits % 16 == 0;
+  }
+};
+
+// Calls f(span) for this block's tiles: every gridDim.x-th one, in rising or falling order.
+template <class T, bool kReverse, int kLists, class F>
+__device__ __forceinline__ void for_each_tile(const TensorTable<kLists>& table, F f) {
+  const int tiles = table.first_tile[table.count];
+  for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
+    const int tile = (int)(kReverse ? tiles - 1 - i : i);
+    f(Span<T, kLists>(table, tile, kTile));
+  }
+}
+
+}  // namespace cuda
+}  // namespace imbsam

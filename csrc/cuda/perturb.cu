@@ -1,0 +1,47 @@
+// perturb_: compiled without fused multiply-add, for the bits of the CPU kernels.
+
+#include "launch.h"
+#include "multi_tensor.cuh"
+#include "reduce.cuh"
+
+namespace imbsam {
+namespace cuda {
+namespace {
+
+// bytes: 2n read, 2n written. Lists: theta, g_t. Every block adds the partial sums, in one order.
+// Backwards: what squared_norm read last is still in the L2 cache.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    perturb_kernel(const __grid_constant__ TensorTable<2> table, const double* partials,
+                   int64_t count, double rho, bool adaptive) {
+  typedef typename Arithmetic<T>::S S;
+  double squared_norm = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) squared_norm += partials[i];
+  const S scale = perturbation_scale<S>(block_sum(squared_norm), rho);
+  for_each_tile<T, true>(table, [&](const Span<T, 2>& tile) {
+    T *theta = tile.data[0], *g_t = tile.data[1];
+    for_each_pack<T, kThreads, 1>(tile.elements, tile.aligned, [&](int e, auto access) {
+      const Pack<T> start = access.load(theta + e), g = access.load(g_t + e);
+      Pack<T> moved;
+#pragma unroll
+      for (int j = 0; j < Pack<T>::kLanes; ++j)
+        moved.lanes[j] = narrowed<T>(
+            perturbed(widened(start.lanes[j]), widened(g.lanes[j]), scale, adaptive));
+      access.store(g_t + e, start);
+      access.store(theta + e, moved);
+    });
+  });
+}
+
+}  // namespace
+
+void perturb_(const Table& tensors, void* const* theta, void* const* g_t, const double* partials,
+              int64_t partial_count, double rho, bool adaptive, const Stream& stream) {
+  with_type(tensors.dtype, [&](auto type) {
+    launch_over_tiles("perturb_", perturb_kernel<typename decltype(type)::T>, kThreads, kTile,
+                      true, tensors, {theta, g_t}, stream, partials, partial_count, rho, adaptive);
+  });
+}
+
+}  // namespace cuda
+}  // namespace imbsam
