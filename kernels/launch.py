@@ -61,7 +61,7 @@ class Table(NamedTuple):
 
     spans: Tensor  # (count, 3) int64: tensor, its first element in the span, elements
     addresses: Tensor  # (tensors, 1 + lists) int64: whether all are aligned, the addresses
-    count: int  # of spans
+    programs: int  # of the launch, one for each span
 
 
 def table(span: int, lists: Sequence[Sequence[Tensor]]) -> Table:

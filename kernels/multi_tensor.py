@@ -113,7 +113,7 @@ def squared_norm_kernel(
     g_t = at(record, 0, first, DTYPE)
     theta = at(record, 1, first, DTYPE)
     total = tl.zeros((BLOCK,), tl.float64)
-    for block in range(0, whole):
+    for block in range(whole):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         total += squares(g_t, theta, offsets, n, ADAPTIVE, True)
     for block in range(whole, tl.cdiv(n, BLOCK)):
@@ -125,11 +125,11 @@ def squared_norm_kernel(
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     """See reference.squared_norm."""
     span, block, threads = CONFIGURATIONS["squared_norm"]
-    spans, addresses, count = table(span, (g_t, theta))
-    partials = torch.empty(count, dtype=torch.float64, device=g_t[0].device)
-    if count:
+    spans, addresses, programs = table(span, (g_t, theta))
+    partials = torch.empty(programs, dtype=torch.float64, device=g_t[0].device)
+    if programs:
         with on(partials.device):
-            squared_norm_kernel[(count,)](
+            squared_norm_kernel[(programs,)](
                 spans, addresses, partials,
                 ADAPTIVE=len(theta) > 0, DTYPE=DTYPES[g_t[0].dtype], BLOCK=block,
                 **launch_options(threads),
@@ -185,7 +185,7 @@ def perturb_kernel(
     for block in range(whole, tl.cdiv(n, BLOCK)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         perturb_block(theta, g_t, offsets, n, scale, ADAPTIVE, DTYPE, ARITHMETIC, False)
-    for back in range(0, whole):
+    for back in range(whole):
         offsets = (whole - 1 - back) * BLOCK + tl.arange(0, BLOCK)
         perturb_block(theta, g_t, offsets, n, scale, ADAPTIVE, DTYPE, ARITHMETIC, True)
 
@@ -199,12 +199,12 @@ def perturb_(
 ) -> None:
     """See reference.perturb_."""
     span, block, threads = CONFIGURATIONS["perturb_"]
-    spans, addresses, count = table(span, (theta, g_t))
-    if not count:
+    spans, addresses, programs = table(span, (theta, g_t))
+    if not programs:
         return
     dtype = theta[0].dtype
     with on(partials.device):
-        perturb_kernel[(count,)](
+        perturb_kernel[(programs,)](
             spans, addresses, partials.contiguous(), len(partials), rho,
             ADAPTIVE=adaptive, DTYPE=DTYPES[dtype], ARITHMETIC=DTYPES[arithmetic_dtype(dtype)],
             BLOCK=block, PARTIALS_BLOCK=PARTIALS_BLOCK, **launch_options(threads),
@@ -268,7 +268,7 @@ def sgd_update_kernel(
     if found_inf is not None:
         skip = tl.load(found_inf) != 0
 
-    for block in range(0, whole):
+    for block in range(whole):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         sgd_update_block(
             theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening,
@@ -304,13 +304,13 @@ def sgd_update_(
 ) -> None:
     """See reference.sgd_update_. An lr on the CPU travels as a number, without a copy."""
     span, block, threads = CONFIGURATIONS["sgd_update_"]
-    spans, addresses, count = table(span, (theta, saved, g_h, g_p, m))
-    if not count:
+    spans, addresses, programs = table(span, (theta, saved, g_h, g_p, m))
+    if not programs:
         return
     device, dtype = theta[0].device, theta[0].dtype
     lr_is_here = lr.device.type == "cpu"
     with on(device):
-        sgd_update_kernel[(count,)](
+        sgd_update_kernel[(programs,)](
             spans, addresses, lr.item() if lr_is_here else 0.0, None if lr_is_here else lr,
             momentum, 1 - dampening, weight_decay, on_device(grad_scale, device),
             on_device(found_inf, device), NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
@@ -347,7 +347,7 @@ def merge_kernel(
     saved = at(record, 1, first, DTYPE)
     g_h = at(record, 2, first, DTYPE)
     g_p = at(record, 3, first, DTYPE)
-    for block in range(0, whole):
+    for block in range(whole):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         merge_block(theta, saved, g_h, g_p, offsets, n, SAVED, HEAD, DTYPE, ARITHMETIC, True)
     for block in range(whole, tl.cdiv(n, BLOCK)):
@@ -363,12 +363,12 @@ def merge_(
 ) -> None:
     """See reference.merge_."""
     span, block, threads = CONFIGURATIONS["merge_"]
-    spans, addresses, count = table(span, (theta, saved, g_h, g_p))
-    if not count or not (saved or g_h):
+    spans, addresses, programs = table(span, (theta, saved, g_h, g_p))
+    if not programs or not (saved or g_h):
         return
     dtype = theta[0].dtype
     with on(theta[0].device):
-        merge_kernel[(count,)](
+        merge_kernel[(programs,)](
             spans, addresses, SAVED=len(saved) > 0, HEAD=len(g_h) > 0, DTYPE=DTYPES[dtype],
             ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, **launch_options(threads),
         )  # fmt: skip
@@ -399,7 +399,7 @@ def grad_check_kernel(
     g_p = at(record, 1, first, DTYPE)
     total = tl.zeros((BLOCK,), tl.float64)
     residue = tl.zeros((BLOCK,), ARITHMETIC)  # x - x is 0 where x is finite, else not a number
-    for block in range(0, whole):
+    for block in range(whole):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         x = gradient_sum(g_h, g_p, offsets, n, HEAD, ARITHMETIC, True)
         total += x.to(tl.float64) * x.to(tl.float64)
@@ -417,13 +417,13 @@ def grad_check_kernel(
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See reference.grad_check."""
     span, block, threads = CONFIGURATIONS["grad_check"]
-    spans, addresses, count = table(span, (g_h, g_p))
+    spans, addresses, programs = table(span, (g_h, g_p))
     device, dtype = g_p[0].device, g_p[0].dtype
-    partials = torch.empty(count, dtype=torch.float64, device=device)
+    partials = torch.empty(programs, dtype=torch.float64, device=device)
     found_inf = torch.zeros(1, dtype=torch.float32, device=device)
-    if count:
+    if programs:
         with on(device):
-            grad_check_kernel[(count,)](
+            grad_check_kernel[(programs,)](
                 spans, addresses, partials, found_inf, HEAD=len(g_h) > 0, DTYPE=DTYPES[dtype],
                 ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block,
                 **launch_options(threads),

@@ -23,7 +23,7 @@ from .launch import DTYPES, launch_options, on
 
 
 class Configuration(NamedTuple):
-    """How the kernels are launched for up to `classes` classes."""
+    """How a kernel is launched for up to `classes` classes."""
 
     classes: float
     block: int  # classes of one step of a program
@@ -31,19 +31,23 @@ class Configuration(NamedTuple):
 
 
 # Chosen from the sizes alone, not tuned on a GPU: small blocks leave few classes to the edges of
-# a row, large ones keep more reads in flight.
-CONFIGURATIONS = (
+# a row, and a thread has one 16-byte access to a half dtype at a step.
+FORWARD = (
     Configuration(256, block=256, threads=32),
     Configuration(16384, block=1024, threads=128),
-    Configuration(float("inf"), block=4096, threads=256),
+    Configuration(float("inf"), block=2048, threads=256),
+)
+BACKWARD = (
+    Configuration(256, block=256, threads=32),
+    Configuration(float("inf"), block=1024, threads=128),
 )
 
 BACKWARD_SPAN = 16384  # classes of one program
 TOTALS_BLOCK, TOTALS_THREADS = 1024, 256  # rows that are added up at a time
 
 
-def configuration(classes: int) -> Configuration:
-    return next(c for c in CONFIGURATIONS if classes <= c.classes)
+def configuration(table: tuple[Configuration, ...], classes: int) -> Configuration:
+    return next(row for row in table if classes <= row.classes)
 
 
 # ---------------------------------------------------------------- blocks of a row
@@ -217,7 +221,7 @@ def split_cross_entropy(
     head, tail, b = (torch.empty((), dtype=dtype, device=device) for _ in range(3))
     lse = torch.empty(rows, 2, dtype=dtype, device=device)
     losses = torch.empty(2, rows, dtype=torch.float64, device=device)
-    _, block, threads = configuration(classes)
+    _, block, threads = configuration(FORWARD, classes)
     with on(device):
         if rows:
             row_losses_kernel[(rows,)](
@@ -228,7 +232,8 @@ def split_cross_entropy(
             )  # fmt: skip
         totals_kernel[(1,)](
             losses, targets, head, tail, b, rows, ignore_index,
-            -1.0 if batch_size is None else batch_size, BLOCK=TOTALS_BLOCK, **launch_options(TOTALS_THREADS),
+            -1.0 if batch_size is None else batch_size, BLOCK=TOTALS_BLOCK,
+            **launch_options(TOTALS_THREADS),
         )  # fmt: skip
     return head, tail, b, lse
 
@@ -293,6 +298,7 @@ def backward_kernel(
     shift = misalignment(row, DTYPE)
     first, last = whole_blocks(shift, classes, BLOCK)
     last = tl.where(misalignment(grad_row, DTYPE) == shift, last, first)
+    y = tl.where(valid, y, -1).to(tl.int32)  # half the registers in comparisons
     live = tl.full((BLOCK,), tl.where(r == 0, 0, 1), tl.int32) != 0
     begin = tl.program_id(1) * (SPAN // BLOCK)
     end = tl.minimum(begin + SPAN // BLOCK, tl.cdiv(shift + classes, BLOCK))
@@ -337,9 +343,10 @@ def split_cross_entropy_backward(
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=device)
     if not rows:
         return grad_logits
-    weighted = label_smoothing > 0 and class_weight is not None
-    weight_sum = class_weight.sum(dtype=torch.float64) if weighted else None
-    _, block, threads = configuration(classes)
+    weight_sum = None
+    if label_smoothing > 0 and class_weight is not None:
+        weight_sum = class_weight.sum(dtype=torch.float64)
+    _, block, threads = configuration(BACKWARD, classes)
     # Blocks are counted from a boundary up to 15 bytes before the row.
     spans = triton.cdiv(classes + 15 // logits.element_size(), BACKWARD_SPAN)
     with on(device):

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from interpreter import use_the_interpreter
 
 from imbsam_fast import dispatch, native
+
+if not torch.cuda.is_available():
+    use_the_interpreter()
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,20 @@ def backends(name: str | None = None) -> list[Backend]:
     return found
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter takes about a second for 300 tensors or 64 rows: in float32 only."""
+    slow = [item for item in items if _is_slow(getattr(item, "callspec", None))]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+def _is_slow(callspec: Any) -> bool:
+    values = callspec.params if callspec else {}
+    large = values.get("case") == "many" or values.get("rows") == 64
+    interpreted = values.get("backend") == Backend("triton", "cpu")
+    return interpreted and large and values.get("dtype") != torch.float32
+
+
 @pytest.fixture(params=backends(), ids=str)
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every backend in turn, in use during the test."""
@@ -62,6 +81,13 @@ def backend_once(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture(params=[b for b in backends("native") if b.device == "cpu"], ids=str)
 def cpu_kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The compiled CPU kernels of every instruction set in turn, in use during the test."""
+    with request.param.in_use():
+        yield request.param
+
+
+@pytest.fixture(params=backends("triton"), ids=str)
+def triton_kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The Triton kernels, on the GPU or in the interpreter, in use during the test."""
     with request.param.in_use():
         yield request.param
 

@@ -11,10 +11,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -33,6 +34,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TABLE = {"spans": "*i64", "addresses": "*i64"}
 LISTS = {"SAVED": True, "HEAD": True}
 
+
+CROSS_ENTROPY = {
+    "row_losses": split_cross_entropy.FORWARD,
+    "backward": split_cross_entropy.BACKWARD,
+}
 
 Arguments = dict[str, Any]  # name -> a type, or a compile-time value
 
@@ -80,25 +86,25 @@ def cross_entropy_kernels(data: str, weights: str) -> dict[str, tuple[Any, Argum
     }  # fmt: skip
 
 
-def cases() -> Iterator[tuple[str, str, Any, Arguments, int]]:
+def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, Arguments, int]]:
     """Operation, dtype, kernel, arguments and threads, for all that the package launches."""
-    for torch_dtype, dtype in launch.DTYPES.items():
+    for torch_dtype in dtypes:
+        dtype = launch.DTYPES[torch_dtype]
         arithmetic = launch.DTYPES[arithmetic_dtype(torch_dtype)]
         types = {"DTYPE": dtype, "ARITHMETIC": arithmetic}
         for op, (kernel, arguments) in multi_tensor_kernels().items():
             _, block, threads = multi_tensor.CONFIGURATIONS[op]
-            yield op, dtype.name, kernel, {**types, **arguments, "BLOCK": block}, threads
+            yield op, dtype, kernel, {**types, **arguments, "BLOCK": block}, threads
         pointers = f"*{dtype.name}", f"*{arithmetic.name}"
         for op, (kernel, arguments) in cross_entropy_kernels(*pointers).items():
-            for _, block, threads in split_cross_entropy.CONFIGURATIONS:
-                sized = {**types, **arguments, "BLOCK": block}
-                yield f"{op} {block}", dtype.name, kernel, sized, threads
+            for _, block, threads in CROSS_ENTROPY[op]:
+                yield op, dtype, kernel, {**types, **arguments, "BLOCK": block}, threads
     for arithmetic in (tl.float32, tl.float64):
         arguments = dict.fromkeys(("head", "tail", "b"), f"*{arithmetic.name}")
         arguments |= {"losses": "*fp64", "targets": "*i64", "rows": "i32", "ignore_index": "i32"}
         arguments |= {"batch_size": "fp64", "BLOCK": split_cross_entropy.TOTALS_BLOCK}
         kernel = split_cross_entropy.totals_kernel
-        yield "totals", arithmetic.name, kernel, arguments, split_cross_entropy.TOTALS_THREADS
+        yield "totals", arithmetic, kernel, arguments, split_cross_entropy.TOTALS_THREADS
 
 
 def compiled(kernel: Any, arguments: Arguments, threads: int, target: GPUTarget) -> Any:
@@ -132,7 +138,7 @@ def ptx_facts(binary: Any) -> dict[str, Any]:
     return {
         "wide_loads": len(re.findall(rf"ld\.global{wide}", ptx)),
         "wide_stores": len(re.findall(rf"st\.global{wide}", ptx)),
-        "fused": len(re.findall(r"\bfma\.", ptx)),
+        "fused": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
     }
@@ -155,12 +161,16 @@ def amdgcn_facts(binary: Any) -> dict[str, Any]:
 
 
 def main() -> None:
+    target = TARGETS[sys.argv[1]]
+    # sm_80 differs from sm_90 in nothing that these kernels use: two dtypes show that.
+    dtypes = (torch.float32, torch.bfloat16) if sys.argv[1] == "sm_80" else launch.DTYPES
     found = []
-    for op, dtype, kernel, arguments, threads in cases():
-        target = TARGETS[sys.argv[1]]
+    for op, dtype, kernel, arguments, threads in cases(dtypes):
         binary = compiled(kernel, arguments, threads, target)
         facts = ptx_facts(binary) if target.backend == "cuda" else amdgcn_facts(binary)
-        found.append({"op": op, "dtype": dtype, **facts})
+        block = arguments["BLOCK"]
+        facts["bytes_per_thread"] = block * dtype.primitive_bitwidth // 8 // threads
+        found.append({"op": op, "block": block, "dtype": dtype.name, **facts})
     json.dump(found, sys.stdout)
 
 
