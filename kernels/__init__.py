@@ -21,7 +21,11 @@ _NOT_INTERPRETED = (
 )
 _INTERPRETED = "TRITON_INTERPRET is set, which makes the Triton kernels run on the CPU"
 
-# Triton's oldest NVIDIA targets that every dtype here compiles for.
+# The oldest triton that passes float64 arguments of a kernel as such (that of torch 2.8), which
+# is the oldest that the kernels were compiled and interpreted with.
+_OLDEST_TRITON = (3, 4)
+
+# The oldest NVIDIA GPUs for which the kernels were compiled.
 _OLDEST_CAPABILITY = (8, 0)
 
 
@@ -42,7 +46,7 @@ def reason_unavailable(device_type: str) -> str | None:
         return error
     if load().INTERPRETED:
         return None if device_type == "cpu" else _INTERPRETED
-    return _NOT_INTERPRETED if device_type == "cpu" else _old_gpu()
+    return _NOT_INTERPRETED if device_type == "cpu" else _no_gpu()
 
 
 @functools.cache
@@ -53,18 +57,20 @@ def _installed() -> bool:
 @functools.cache
 def _import_error() -> str | None:
     try:
+        version = importlib.import_module("triton").__version__
+        if tuple(map(int, version.split(".")[:2])) < _OLDEST_TRITON:
+            return f"triton is {version}, expected {'.'.join(map(str, _OLDEST_TRITON))} or newer"
         load()
     except ImportError as error:
         return f"the Triton kernels could not be imported: {error}"
     return None
 
 
-@functools.cache
-def _old_gpu() -> str | None:
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return None
+def _no_gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
     capability = torch.cuda.get_device_capability()
-    if capability >= _OLDEST_CAPABILITY:
+    if torch.version.hip or capability >= _OLDEST_CAPABILITY:
         return None
     return "the Triton kernels need compute capability {}.{}, this GPU has {}.{}".format(
         *_OLDEST_CAPABILITY, *capability

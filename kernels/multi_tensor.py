@@ -38,7 +38,7 @@ class Configuration(NamedTuple):
 CONFIGURATIONS = {
     "squared_norm": Configuration(span=CHUNK, block=4096, threads=256),
     "grad_check": Configuration(span=CHUNK, block=4096, threads=256),
-    "perturb_": Configuration(span=CHUNK, block=4096, threads=256),
+    "perturb_": Configuration(span=CHUNK, block=2048, threads=256),
     "sgd_update_": Configuration(span=8192, block=2048, threads=128),
     "merge_": Configuration(span=8192, block=2048, threads=128),
 }
@@ -287,6 +287,13 @@ def on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     return scalar if scalar is None else scalar.to(device, non_blocking=True)
 
 
+def lr_arguments(lr: Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """lr as a number where the host has it, which costs no copy, else as a tensor."""
+    if lr.device.type == "cpu":
+        return lr.item(), None
+    return 0.0, on_device(lr, device)
+
+
 def sgd_update_(
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
@@ -302,18 +309,17 @@ def sgd_update_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """See reference.sgd_update_. An lr on the CPU travels as a number, without a copy."""
+    """See reference.sgd_update_."""
     span, block, threads = CONFIGURATIONS["sgd_update_"]
     spans, addresses, programs = table(span, (theta, saved, g_h, g_p, m))
     if not programs:
         return
     device, dtype = theta[0].device, theta[0].dtype
-    lr_is_here = lr.device.type == "cpu"
     with on(device):
         sgd_update_kernel[(programs,)](
-            spans, addresses, lr.item() if lr_is_here else 0.0, None if lr_is_here else lr,
-            momentum, 1 - dampening, weight_decay, on_device(grad_scale, device),
-            on_device(found_inf, device), NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
+            spans, addresses, *lr_arguments(lr, device), momentum, 1 - dampening, weight_decay,
+            on_device(grad_scale, device), on_device(found_inf, device),
+            NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
             SAVED=len(saved) > 0, HEAD=len(g_h) > 0, MOMENTUM=len(m) > 0, DTYPE=DTYPES[dtype],
             ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, **launch_options(threads),
         )  # fmt: skip

@@ -136,7 +136,7 @@ def weighted_sums(
 
 
 # bytes: N·K read; with label smoothing each row once more, from the cache
-@triton.jit(do_not_specialize=["classes", "row_stride", "ignore_index"])
+@triton.jit(do_not_specialize=["rows", "classes", "row_stride", "ignore_index"])
 def row_losses_kernel(
     logits, targets, plain, sharp, class_weight, lse, losses, rows, classes, row_stride,
     label_smoothing: tl.float64, ignore_index, SMOOTHED: tl.constexpr, DTYPE: tl.constexpr,

@@ -9,12 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import use_the_interpreter
+from interpreter import interpreter_error, use_the_interpreter
 
 from imbsam_fast import dispatch, native
 
+INTERPRETER_ERROR = None
 if not torch.cuda.is_available():
     use_the_interpreter()
+    if dispatch.available("cpu")["triton"] is None:
+        INTERPRETER_ERROR = interpreter_error()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what is not tested here for a reason that lies outside this package."""
+    if not backends("triton"):
+        reason = INTERPRETER_ERROR or dispatch.available("cpu")["triton"]
+        terminalreporter.write_line(f"the Triton kernels are not tested: {reason}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,8 @@ def backends(name: str | None = None) -> list[Backend]:
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for backend, reason in dispatch.available(device).items():
             if reason is not None or name not in (None, backend):
+                continue
+            if (backend, device) == ("triton", "cpu") and INTERPRETER_ERROR:
                 continue
             compiled_cpu = backend == "native" and device == "cpu"
             isas = native.isas() if compiled_cpu else [None]

@@ -7,16 +7,29 @@ from typing import Any
 
 import torch
 
+from imbsam_fast import ops
+from imbsam_fast.dispatch import use_backend
+
 
 def use_the_interpreter() -> None:
     """Make Triton run kernels on the CPU; to be called before anything imports triton."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
     try:
         from triton.runtime import interpreter
-    except ImportError:  # no triton, or no numpy: the backend says so and is not tested
+    except ImportError:  # no triton or no numpy: the backend is not available then
         return
     _round_to_bfloat16(interpreter)
     _patch_once(interpreter)
+
+
+def interpreter_error() -> str | None:
+    """What keeps the interpreter from running a kernel: older tritons break on newer NumPys."""
+    try:
+        with use_backend("triton"):
+            ops.squared_norm([torch.ones(3)])
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _round_to_bfloat16(interpreter: Any) -> None:

@@ -138,13 +138,19 @@ def test_one_misaligned_tensor(triton_kernels: Backend, name: str, dtype: torch.
 # ---------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("where", ["cpu", "device"])
-def test_where_lr_is(triton_kernels: Backend, where: str) -> None:
-    device = triton_kernels.device if where == "device" else "cpu"
+@pytest.mark.parametrize("lr_as", ["number", "tensor"])
+def test_lr_as_number_and_tensor(
+    triton_kernels: Backend, lr_as: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lr on the CPU is a number, on a GPU a tensor; without one, the tensor by force."""
+    lr = torch.tensor([1 / 3], dtype=torch.float64)
+    if lr_as == "tensor":
+        lr = lr.to(triton_kernels.device)
+        arguments = "imbsam_fast.kernels.multi_tensor.lr_arguments"
+        monkeypatch.setattr(arguments, lambda lr, device: (0.0, lr))
 
     def stepped(backend: str) -> list[torch.Tensor]:
         x = lists("odd", torch.float64, triton_kernels.device)
-        lr = torch.tensor([1 / 3], dtype=torch.float64, device=device)
         with use_backend(backend):
             ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, 0.9, 0.0, 0.0, False, False)
         return x.theta

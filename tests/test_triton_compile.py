@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import pytest
 
 import imbsam_fast
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+# Before 3.8 it allocates registers otherwise, and needs AMD's linker.
+pytest.importorskip("triton", minversion="3.8")
 
 
 @functools.cache
