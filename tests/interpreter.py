@@ -18,6 +18,7 @@ def use_the_interpreter() -> None:
         from triton.runtime import interpreter
     except ImportError:  # no triton or no numpy: the backend is not available then
         return
+    _check_alignment(interpreter)
     _round_to_bfloat16(interpreter)
     _patch_once(interpreter)
 
@@ -30,6 +31,18 @@ def interpreter_error() -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _check_alignment(interpreter: Any) -> None:
+    """Fail where a GPU would: at 16-byte accesses that are promised to be aligned and are not."""
+    set_attr = interpreter.TensorHandle.set_attr
+
+    def checked(self: Any, name: str, values: list[int]) -> None:
+        if name == "tt.divisibility" and self.data.flat[0] % values[0]:
+            raise RuntimeError(f"address {self.data.flat[0]} is not a multiple of {values[0]}")
+        set_attr(self, name, values)
+
+    interpreter.TensorHandle.set_attr = checked
 
 
 def _round_to_bfloat16(interpreter: Any) -> None:
