@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from . import native, native_cuda, reference
+from . import kernels, native, native_cuda, reference  # type: ignore[attr-defined]  # ../kernels
 
 # In order of preference.
 BACKENDS = ("native", "triton", "reference")
@@ -28,7 +28,7 @@ def _reason_unavailable(backend: str, device_type: str) -> str | None:
         return None
     if backend == "native":
         return native.reason_unavailable(device_type)
-    return "this version of imbsam-fast has no Triton kernels"
+    return kernels.reason_unavailable(device_type)
 
 
 def available(device: torch.device | str = "cpu") -> dict[str, str | None]:
@@ -57,10 +57,12 @@ def backend_name(device_type: str) -> str:
 
 
 def _automatic(device_type: str) -> str:
-    for backend in BACKENDS[:-1]:
-        if _reason_unavailable(backend, device_type) is None:
-            return backend
-    return BACKENDS[-1]
+    if _reason_unavailable("native", device_type) is None:
+        return "native"
+    # On the CPU Triton only interprets: for tests, by force.
+    if device_type != "cpu" and _reason_unavailable("triton", device_type) is None:
+        return "triton"
+    return "reference"
 
 
 def select(device: torch.device) -> ModuleType:
@@ -68,7 +70,7 @@ def select(device: torch.device) -> ModuleType:
     backend = backend_name(device.type)
     if backend == "native":
         return native_cuda if device.type == "cuda" else native
-    return reference
+    return kernels.load() if backend == "triton" else reference
 
 
 @contextmanager

@@ -335,6 +335,8 @@ def test_second_derivatives_are_refused(backend: Backend) -> None:
 
 @pytest.mark.parametrize("target", [10, 11, -1, 2**40])
 def test_target_out_of_range(backend: Backend, target: int) -> None:
+    if backend.name == "triton":
+        pytest.skip("test_triton.py says what its kernels do")
     if backend.device != "cpu":
         pytest.skip("reading a target back would synchronise the device")
     logits, targets = logits_and_targets(6, 10, torch.float32)

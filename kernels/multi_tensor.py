@@ -1,0 +1,437 @@
+"""The optimizer phases: one launch each over any number of tensors.
+
+Arguments and formulas are those of reference.py and csrc/arithmetic.h. A launch has one program
+per span of elements of one tensor. A program walks its span in blocks: whole blocks of tensors
+that are aligned in 16-byte accesses, the others element by element. Sums are taken in float64,
+each program's in one fixed order, so results do not depend on how programs are scheduled.
+
+`addresses` holds one record per tensor: whether all its addresses are aligned, then the address
+of the tensor in every list, in the order of the LISTS of each kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import CHUNK, arithmetic_dtype
+from .launch import DTYPES, launch_options, on, table
+
+
+class Configuration(NamedTuple):
+    """How one kernel is launched."""
+
+    span: int  # elements of a program
+    block: int  # elements of one step of a program
+    threads: int
+
+
+# Chosen from the sizes alone, not tuned on a GPU: a thread reads 8 or 16 elements of a list at a
+# step, which is one or two 16-byte accesses in a half dtype, two or four in float32. Sums need one
+# program per CHUNK, and in perturb_ each program adds up the partials: long spans. The others have
+# short ones, so that small models keep a whole GPU busy.
+CONFIGURATIONS = {
+    "squared_norm": Configuration(span=CHUNK, block=4096, threads=256),
+    "grad_check": Configuration(span=CHUNK, block=4096, threads=256),
+    "perturb_": Configuration(span=CHUNK, block=2048, threads=256),
+    "sgd_update_": Configuration(span=8192, block=2048, threads=128),
+    "merge_": Configuration(span=8192, block=2048, threads=128),
+}
+
+PARTIALS_BLOCK = 1024  # partial sums that perturb_ adds at a time
+
+
+# ---------------------------------------------------------------- a program's span
+
+
+@triton.jit
+def span_of(program, spans, addresses, LISTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The tensor's record; the span's first element, elements and number of whole blocks."""
+    tensor = tl.load(spans + 3 * program)
+    first = tl.load(spans + 3 * program + 1)
+    n = tl.load(spans + 3 * program + 2).to(tl.int32)
+    record = addresses + tensor * (LISTS + 1)
+    whole = tl.where(tl.load(record) != 0, n // BLOCK, 0)
+    return record, first, n, whole
+
+
+@triton.jit
+def at(record, LIST: tl.constexpr, first, DTYPE: tl.constexpr):
+    """The pointer to element `first` of the tensor in one list."""
+    return tl.load(record + 1 + LIST).to(tl.pointer_type(DTYPE)) + first
+
+
+@triton.jit
+def read(x, offsets, n, WHOLE: tl.constexpr):
+    if WHOLE:
+        return tl.load(tl.multiple_of(x + offsets, 16))
+    return tl.load(x + offsets, mask=offsets < n, other=0.0)
+
+
+@triton.jit
+def write(x, offsets, n, value, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(tl.multiple_of(x + offsets, 16), value)
+    else:
+        tl.store(x + offsets, value, mask=offsets < n)
+
+
+@triton.jit
+def all_read(WHOLE: tl.constexpr):
+    """Between reads and writes of memory that is updated in place.
+
+    Triton may spread element-wise reads and writes differently over the threads.
+    """
+    if not WHOLE:
+        tl.debug_barrier()
+
+
+# ---------------------------------------------------------------- squared_norm
+
+
+@triton.jit
+def squares(g_t, theta, offsets, n, ADAPTIVE: tl.constexpr, WHOLE: tl.constexpr):
+    x = read(g_t, offsets, n, WHOLE).to(tl.float64)
+    if ADAPTIVE:
+        x = read(theta, offsets, n, WHOLE).to(tl.float64) * x
+    return x * x
+
+
+# LISTS: g_t, theta. bytes: 1n read (2n with theta)
+@triton.jit
+def squared_norm_kernel(
+    spans, addresses, partials,
+    ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    record, first, n, whole = span_of(program, spans, addresses, 2, BLOCK)
+    g_t = at(record, 0, first, DTYPE)
+    theta = at(record, 1, first, DTYPE)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        total += squares(g_t, theta, offsets, n, ADAPTIVE, True)
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        total += squares(g_t, theta, offsets, n, ADAPTIVE, False)
+    tl.store(partials + program, tl.sum(total, axis=0))
+
+
+def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    """See reference.squared_norm."""
+    span, block, threads = CONFIGURATIONS["squared_norm"]
+    spans, addresses, programs = table(span, (g_t, theta))
+    partials = torch.empty(programs, dtype=torch.float64, device=g_t[0].device)
+    if programs:
+        with on(partials.device):
+            squared_norm_kernel[(programs,)](
+                spans, addresses, partials,
+                ADAPTIVE=len(theta) > 0, DTYPE=DTYPES[g_t[0].dtype], BLOCK=block,
+                **launch_options(threads),
+            )  # fmt: skip
+    return partials
+
+
+# ---------------------------------------------------------------- perturb_
+
+
+@triton.jit
+def perturbation_scale(partials, count, rho, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
+    """rho / (norm + guard), rounded as reference.perturbation_scale rounds."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, count, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        total += tl.load(partials + offsets, mask=offsets < count, other=0.0)
+    norm = tl.sqrt(tl.sum(total, axis=0)).to(ARITHMETIC)
+    guarded = norm + 1e-16  # reference.NORM_GUARD
+    # In float64, where Triton divides exactly; the quotient of float32 numbers rounds the same.
+    return (1.0 / guarded.to(tl.float64)).to(ARITHMETIC) * tl.full((), rho, ARITHMETIC)
+
+
+@triton.jit
+def perturb_block(
+    theta, g_t, offsets, n, scale,
+    ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    saved = read(theta, offsets, n, WHOLE)
+    direction = read(g_t, offsets, n, WHOLE).to(ARITHMETIC)
+    start = saved.to(ARITHMETIC)
+    if ADAPTIVE:
+        direction = start * start * direction
+    moved = start + scale * direction
+    all_read(WHOLE)
+    write(g_t, offsets, n, saved, WHOLE)
+    write(theta, offsets, n, moved.to(DTYPE), WHOLE)
+
+
+# LISTS: theta, g_t. bytes: 2n read, 2n written
+@triton.jit(do_not_specialize=["partials_count"])
+def perturb_kernel(
+    spans, addresses, partials, partials_count, rho: tl.float64,
+    ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS_BLOCK: tl.constexpr,
+):  # fmt: skip
+    # Backwards: what squared_norm read last is still in the L2 cache.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    scale = perturbation_scale(partials, partials_count, rho, ARITHMETIC, PARTIALS_BLOCK)
+    record, first, n, whole = span_of(program, spans, addresses, 2, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    g_t = at(record, 1, first, DTYPE)
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        perturb_block(theta, g_t, offsets, n, scale, ADAPTIVE, DTYPE, ARITHMETIC, False)
+    for back in range(whole):
+        offsets = (whole - 1 - back) * BLOCK + tl.arange(0, BLOCK)
+        perturb_block(theta, g_t, offsets, n, scale, ADAPTIVE, DTYPE, ARITHMETIC, True)
+
+
+def perturb_(
+    theta: Sequence[Tensor],
+    g_t: Sequence[Tensor],
+    partials: Tensor,
+    rho: float,
+    adaptive: bool = False,
+) -> None:
+    """See reference.perturb_."""
+    span, block, threads = CONFIGURATIONS["perturb_"]
+    spans, addresses, programs = table(span, (theta, g_t))
+    if not programs:
+        return
+    dtype = theta[0].dtype
+    with on(partials.device):
+        perturb_kernel[(programs,)](
+            spans, addresses, partials.contiguous(), len(partials), rho,
+            ADAPTIVE=adaptive, DTYPE=DTYPES[dtype], ARITHMETIC=DTYPES[arithmetic_dtype(dtype)],
+            BLOCK=block, PARTIALS_BLOCK=PARTIALS_BLOCK, **launch_options(threads),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- sgd_update_
+
+
+@triton.jit
+def sgd_update_block(
+    theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay, factor,
+    skip, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = read(saved if SAVED else theta, offsets, n, WHOLE)
+    d = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+    if HEAD:
+        d = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + d
+    d = d * factor + weight_decay * start.to(ARITHMETIC)
+    update = d
+    if MOMENTUM:
+        before = read(m, offsets, n, WHOLE)
+        velocity = momentum * before.to(ARITHMETIC) + one_minus_dampening * d
+        update = d + momentum * velocity if NESTEROV else velocity
+    stepped = (start.to(ARITHMETIC) - lr * update).to(DTYPE)
+    all_read(WHOLE)
+    write(theta, offsets, n, tl.where(skip, start, stepped), WHOLE)
+    if MOMENTUM:
+        write(m, offsets, n, tl.where(skip, before, velocity.to(DTYPE)), WHOLE)
+
+
+# LISTS: theta, saved, g_h, g_p, m. bytes: 4n read, 2n written with all lists present
+@triton.jit
+def sgd_update_kernel(
+    spans, addresses, lr: tl.float64, lr_tensor, momentum: tl.float64,
+    one_minus_dampening: tl.float64, weight_decay: tl.float64, grad_scale, found_inf,
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, SAVED: tl.constexpr, HEAD: tl.constexpr,
+    MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    record, first, n, whole = span_of(tl.program_id(0), spans, addresses, 5, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    saved = at(record, 1, first, DTYPE)
+    g_h = at(record, 2, first, DTYPE)
+    g_p = at(record, 3, first, DTYPE)
+    m = at(record, 4, first, DTYPE)
+
+    lr = tl.full((), lr, ARITHMETIC)
+    if lr_tensor is not None:
+        lr = tl.load(lr_tensor).to(ARITHMETIC)
+    momentum = tl.full((), momentum, ARITHMETIC)
+    one_minus_dampening = tl.full((), one_minus_dampening, ARITHMETIC)
+    weight_decay = tl.full((), weight_decay, ARITHMETIC)
+    factor = tl.full((), 1.0, ARITHMETIC)  # undoes the loss scale; negative to maximize
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(ARITHMETIC)
+        factor = (1.0 / scale.to(tl.float64)).to(ARITHMETIC)  # as in perturbation_scale
+    if MAXIMIZE:
+        factor = -factor
+    skip = tl.full((), False, tl.int1)
+    if found_inf is not None:
+        skip = tl.load(found_inf) != 0
+
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        sgd_update_block(
+            theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening,
+            weight_decay, factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, ARITHMETIC, True,
+        )  # fmt: skip
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        sgd_update_block(
+            theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening,
+            weight_decay, factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, ARITHMETIC, False,
+        )  # fmt: skip
+
+
+def on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    """A tensor of one element where the kernel can read it; a copy only from elsewhere."""
+    return scalar if scalar is None else scalar.to(device, non_blocking=True)
+
+
+def lr_arguments(lr: Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """lr as a number where the host has it, which costs no copy, else as a tensor."""
+    if lr.device.type == "cpu":
+        return lr.item(), None
+    return 0.0, on_device(lr, device)
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """See reference.sgd_update_."""
+    span, block, threads = CONFIGURATIONS["sgd_update_"]
+    spans, addresses, programs = table(span, (theta, saved, g_h, g_p, m))
+    if not programs:
+        return
+    device, dtype = theta[0].device, theta[0].dtype
+    with on(device):
+        sgd_update_kernel[(programs,)](
+            spans, addresses, *lr_arguments(lr, device), momentum, 1 - dampening, weight_decay,
+            on_device(grad_scale, device), on_device(found_inf, device),
+            NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
+            SAVED=len(saved) > 0, HEAD=len(g_h) > 0, MOMENTUM=len(m) > 0, DTYPE=DTYPES[dtype],
+            ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, **launch_options(threads),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- merge_
+
+
+@triton.jit
+def merge_block(
+    theta, saved, g_h, g_p, offsets, n, SAVED: tl.constexpr, HEAD: tl.constexpr,
+    DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    if SAVED:
+        write(theta, offsets, n, read(saved, offsets, n, WHOLE), WHOLE)
+    if HEAD:
+        h = read(g_h, offsets, n, WHOLE).to(ARITHMETIC)
+        p = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+        all_read(WHOLE)
+        write(g_p, offsets, n, (h + p).to(DTYPE), WHOLE)
+
+
+# LISTS: theta, saved, g_h, g_p. bytes: 3n read, 2n written with all lists present
+@triton.jit
+def merge_kernel(
+    spans, addresses, SAVED: tl.constexpr, HEAD: tl.constexpr, DTYPE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    record, first, n, whole = span_of(tl.program_id(0), spans, addresses, 4, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    saved = at(record, 1, first, DTYPE)
+    g_h = at(record, 2, first, DTYPE)
+    g_p = at(record, 3, first, DTYPE)
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        merge_block(theta, saved, g_h, g_p, offsets, n, SAVED, HEAD, DTYPE, ARITHMETIC, True)
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        merge_block(theta, saved, g_h, g_p, offsets, n, SAVED, HEAD, DTYPE, ARITHMETIC, False)
+
+
+def merge_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+) -> None:
+    """See reference.merge_."""
+    span, block, threads = CONFIGURATIONS["merge_"]
+    spans, addresses, programs = table(span, (theta, saved, g_h, g_p))
+    if not programs or not (saved or g_h):
+        return
+    dtype = theta[0].dtype
+    with on(theta[0].device):
+        merge_kernel[(programs,)](
+            spans, addresses, SAVED=len(saved) > 0, HEAD=len(g_h) > 0, DTYPE=DTYPES[dtype],
+            ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, **launch_options(threads),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- grad_check
+
+
+@triton.jit
+def gradient_sum(
+    g_h, g_p, offsets, n, HEAD: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr
+):
+    total = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+    if HEAD:
+        total = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + total
+    return total
+
+
+# LISTS: g_h, g_p. bytes: 2n read
+@triton.jit
+def grad_check_kernel(
+    spans, addresses, partials, found_inf, HEAD: tl.constexpr, DTYPE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    record, first, n, whole = span_of(program, spans, addresses, 2, BLOCK)
+    g_h = at(record, 0, first, DTYPE)
+    g_p = at(record, 1, first, DTYPE)
+    total = tl.zeros((BLOCK,), tl.float64)
+    residue = tl.zeros((BLOCK,), ARITHMETIC)  # x - x is 0 where x is finite, else not a number
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        x = gradient_sum(g_h, g_p, offsets, n, HEAD, ARITHMETIC, True)
+        total += x.to(tl.float64) * x.to(tl.float64)
+        residue += x - x
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        x = gradient_sum(g_h, g_p, offsets, n, HEAD, ARITHMETIC, False)
+        total += x.to(tl.float64) * x.to(tl.float64)
+        residue += x - x
+    tl.store(partials + program, tl.sum(total, axis=0))
+    # Every program that writes here writes the same.
+    tl.store(found_inf, 1.0, mask=tl.sum(residue, axis=0) != 0)
+
+
+def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See reference.grad_check."""
+    span, block, threads = CONFIGURATIONS["grad_check"]
+    spans, addresses, programs = table(span, (g_h, g_p))
+    device, dtype = g_p[0].device, g_p[0].dtype
+    partials = torch.empty(programs, dtype=torch.float64, device=device)
+    found_inf = torch.zeros(1, dtype=torch.float32, device=device)
+    if programs:
+        with on(device):
+            grad_check_kernel[(programs,)](
+                spans, addresses, partials, found_inf, HEAD=len(g_h) > 0, DTYPE=DTYPES[dtype],
+                ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block,
+                **launch_options(threads),
+            )  # fmt: skip
+    return partials, found_inf
