@@ -55,7 +55,7 @@ bench: $(VENV)/.installed
 # For a machine with an NVIDIA GPU, also without a network: builds with the torch, setuptools,
 # cmake, ninja, pybind11 and nvcc that $(PYTHON) has, tests, looks for races and bad addresses,
 # and measures.
-GPU_JSON ?= benchmarks/results/bench_gpu.json
+GPU_JSON ?= benchmarks/results/gpu/bench_gpu.json
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 gpu:
 	IMBSAM_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .

@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from imbsam_fast import SplitCrossEntropy, bench_cases, dispatch, ops, peers
+from imbsam_fast import SplitCrossEntropy, bench_cases, bench_shapes, dispatch, ops, peers
 from imbsam_fast.env import environment
 
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 5e-4, 0.05
 WARM_UP = 3
+TRITON = "imbsam-fast, triton"
 Call = Callable[[], object]
 
 
@@ -124,6 +125,14 @@ class Optimizer:
         return [Phase(call, gradients) for call in calls]
 
 
+def on_backend(call: Call, backend: str) -> Call:
+    def run() -> None:
+        with dispatch.use_backend(backend):
+            call()
+
+    return run
+
+
 def captured(call: Call) -> Call:
     """`call` as one CUDA graph."""
     side = torch.cuda.Stream()
@@ -154,6 +163,8 @@ def optimizer_contest(shapes: list[tuple[int, ...]], device: str, graphs: bool =
         "authors' sequence, fused SGD": x.authors(fused=True),
         "foreach and fused SGD": [Phase(x.foreach)],
     }
+    if dispatch.available(device)["triton"] is None:
+        contestants[TRITON] = [Phase(on_backend(x.fused_kernels, "triton"))]
     if graphs:
         contestants["imbsam-fast, captured"] = [Phase(captured(x.fused_kernels))]
         contestants["foreach and fused SGD, captured"] = [Phase(captured(x.foreach))]
@@ -165,7 +176,7 @@ def optimizer_contest(shapes: list[tuple[int, ...]], device: str, graphs: bool =
         ]
         if find_spec("amp_C") is not None:
             contestants["apex"] = [Phase(apex_step(Optimizer(shapes, device)))]
-    return Contest(f"optimizer, {bench_cases.describe(shapes)}", 11 * x.bytes, contestants)
+    return Contest(f"optimizer, {bench_shapes.describe(shapes)}", 11 * x.bytes, contestants)
 
 
 def apex_step(x: Optimizer) -> Call:
@@ -224,6 +235,8 @@ def loss_contest(
         "cross_entropy, row weights": both(weights),
         "F.cross_entropy, one backward": one(F.cross_entropy),
     }
+    if dispatch.available(device)["triton"] is None:
+        contestants[TRITON] = [Phase(on_backend(phase.call, "triton")) for phase in both(ours)]
     if graphs and find_spec("liger_kernel") is not None:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -284,7 +297,7 @@ def measure(contest: Contest, rounds: int, limit: float) -> Iterator[Result]:
 
 
 def contests() -> Iterator[Contest]:
-    for shapes in (bench_cases.resnet32_shapes(), bench_cases.resnet50_shapes()):
+    for shapes in (bench_shapes.resnet32_shapes(), bench_shapes.resnet50_shapes()):
         yield optimizer_contest(shapes, "cuda")
     for rows, classes in ((512, 8142), (4096, 131_072)):
         for dtype in (torch.float32, torch.bfloat16):

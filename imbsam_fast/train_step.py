@@ -1,44 +1,27 @@
-"""TrainStep: the passes of one training step, in one of two plans (DESIGN.md section 6)."""
+"""TrainStep: one training step, whose passes are those of a plan (plans.py)."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
+from .cuda_graph import GraphedSteps
 from .data_parallel import average_, process_group
 from .losses import SplitLoss
 from .optim import ImbSAM
-from .two_backwards import backward, compiled_for_two_backwards
+from .plans import Plan, Rows, StepResult, joint_plan, split_plan
+from .two_backwards import backward
 
 PLANS = ("auto", "joint", "split")
 BATCH_NORM_UPDATES = ("once", "twice")
 PERTURBATIONS = ("global", "local")
-
-
-class StepResult(NamedTuple):
-    """What one step saw at the unperturbed weights, without gradients."""
-
-    loss: Tensor  # () head + tail
-    head: Tensor  # ()
-    tail: Tensor  # ()
-    logits: Any  # the model's outputs, one row per row of the batch, in its order
-
-
-class Rows(NamedTuple):
-    """Which rows of a batch a plan needs in which pass, and how many count (b)."""
-
-    head: Tensor  # bool (N,): rows of the head pass; the ones with no weight at all included
-    tail: Tensor  # bool (N,): rows with sharp > 0
-    head_rows: int
-    tail_rows: int
-    counted: int
 
 
 class TrainStep:
@@ -71,6 +54,11 @@ class TrainStep:
         micro_batch_size: run every pass in pieces of at most so many rows and add up their
             gradients. The perturbation is that of the whole batch, so that the step equals
             the one without pieces wherever rows do not influence each other.
+        cuda_graph: capture the whole step as a CUDA graph, one for each shape of the batch after
+            three ordinary steps, and replay it. For the joint plan on one GPU; a learning rate
+            must be a tensor on the device (`torch.optim.SGD(params, torch.tensor(0.1,
+            device="cuda"))`), which schedulers then change in place. A batch without tail rows
+            costs as much as any other.
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
@@ -93,6 +81,7 @@ class TrainStep:
         max_norm: float | None = None,
         perturbation: str = "global",
         micro_batch_size: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if not isinstance(optimizer, ImbSAM):
             raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
@@ -125,17 +114,23 @@ class TrainStep:
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
         self.group = process_group(model)
+        self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
+        if self.graphs is not None:
+            return self.graphs(inputs, targets)
         rows = self._rows(targets)
+        return self._run(self._planned(rows), inputs, targets, rows)
+
+    def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
         self.optimizer.zero_grad()
         # The reductions are those of hold, perturb and update, not the ones of DDP's hooks.
         unsynchronised = nullcontext() if self.group is None else self.model.no_sync()  # type: ignore[operator]
         try:
             with unsynchronised:
-                return self._planned(rows)(self, inputs, targets, rows)
+                return plan(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
             raise
@@ -151,7 +146,40 @@ class TrainStep:
         head = (split.plain_mask(targets) & counted) | ~tail
         return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
 
-    def _planned(self, rows: Rows) -> Callable[[TrainStep, Any, Tensor, Rows], StepResult]:
+    def _graphs(self) -> GraphedSteps:
+        needs = {
+            "plan": self.plan == "joint" or has_batch_statistics(self.model),
+            "micro_batch_size": self.micro_batch_size is None,
+            "grad_scaler": self.grad_scaler is None,
+            "model": self.group is None,
+        }
+        for name, fits in needs.items():
+            if not fits:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
+                    "plan, no micro-batches, no gradient scaler, no DistributedDataParallel"
+                )
+        groups = self.optimizer.param_groups
+        device = groups[0]["params"][0].device
+        for i, group in enumerate(groups):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) or lr.device != device or device.type != "cuda":
+                raise ValueError(
+                    f"param_groups[{i}]['lr'] is {lr!r} and the parameters are on {device}, "
+                    "expected with cuda_graph=True both on one GPU: a number would never change"
+                )
+        return GraphedSteps(self.unconditional, device)
+
+    def unconditional(self, inputs: Any, targets: Tensor) -> StepResult:
+        """The joint plan with all its passes, whatever the labels say: they are not looked at.
+
+        Without tail rows the tail's gradient is zero, and so is the perturbation.
+        """
+        all_rows = torch.ones(len(targets), dtype=torch.bool)
+        rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
+        return self._run(joint_plan, inputs, targets, rows)
+
+    def _planned(self, rows: Rows) -> Plan:
         if self.plan != "auto":
             return joint_plan if self.plan == "joint" else split_plan
         # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
@@ -171,7 +199,7 @@ class TrainStep:
             piece = pytree.tree_map_only(Tensor, operator.itemgetter(rows), inputs)
             yield piece, targets[rows]
 
-    def forward(self, inputs: Any, targets: Tensor, counted: int) -> tuple[Any, SplitLoss]:
+    def forward(self, inputs: Any, targets: Tensor, counted: int | None) -> tuple[Any, SplitLoss]:
         """The model's outputs and their loss, as a part of a batch with `counted` rows."""
         with self.autocast:
             outputs = self.model(inputs)
@@ -182,7 +210,7 @@ class TrainStep:
             loss = self.grad_scaler.scale(loss)
         backward(loss, retain_graph)
 
-    def perturbed_backward(self, inputs: Any, targets: Tensor, counted: int) -> None:
+    def perturbed_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None:
         """The tail loss at theta + epsilon, and its gradient."""
         # The backward is inside: under activation checkpointing it runs the model again.
         once = self.batch_norm == "once"
@@ -206,106 +234,6 @@ class TrainStep:
         self.optimizer.third_step(self.grad_scaler, self.max_norm)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-
-
-def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-    """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
-    head, tail = Gradients(step.optimizer), Gradients(step.optimizer)
-    seen = Seen()
-    for x, y in step.micro_batches(inputs, targets):
-        with compiled_for_two_backwards():
-            outputs, loss = step.forward(x, y, rows.counted)
-        seen.add(outputs, loss.head, loss.tail)
-        if rows.head_rows:
-            with head.added_up():
-                step.backward(loss.head, retain_graph=rows.tail_rows > 0)
-        if rows.tail_rows:
-            with tail.added_up():
-                step.backward(loss.tail)
-    if rows.head_rows:
-        head.hand_over()
-        step.optimizer.first_step()
-    tail.hand_over()
-    step.perturb(rows.tail_rows > 0)
-    if rows.tail_rows:
-        step.perturbed_backward(inputs, targets, rows.counted)
-    step.update()
-    return _result(seen.head, seen.tail, seen.outputs())
-
-
-def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-    """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
-    head, tail = Seen(), Seen()
-    if rows.head_rows:
-        for x, y in step.micro_batches(*_take(rows.head, inputs, targets)):
-            outputs, loss = step.forward(x, y, rows.counted)
-            step.backward(loss.head)
-            head.add(outputs, head=loss.head)
-        step.optimizer.first_step()
-    if rows.tail_rows:
-        tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
-        for x, y in step.micro_batches(tail_inputs, tail_targets):
-            outputs, loss = step.forward(x, y, rows.counted)
-            step.backward(loss.tail)
-            tail.add(outputs, tail=loss.tail)
-    step.perturb(rows.tail_rows > 0)
-    if rows.tail_rows:
-        step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
-    parts = [(m, s.outputs()) for m, s in ((rows.head, head), (rows.tail, tail)) if s.pieces]
-    result = _result(head.head, tail.tail, _assemble(parts))
-    step.update()
-    return result
-
-
-class Gradients:
-    """The gradients of one part, added up over micro-batches.
-
-    With one micro-batch they go from autograd to the optimizer as they are.
-    """
-
-    def __init__(self, optimizer: ImbSAM) -> None:
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.sums: list[Tensor | None] | None = None
-
-    @contextmanager
-    def added_up(self) -> Iterator[None]:
-        """The backward inside the block adds to the sums."""
-        if self.sums is not None:
-            self.hand_over()
-        yield
-        self.sums = [p.grad for p in self.params]
-        for p in self.params:
-            p.grad = None
-
-    def hand_over(self) -> None:
-        """Put the sums into `p.grad`, and keep no reference."""
-        for p, total in zip(self.params, self.sums or ()):
-            p.grad = total
-        self.sums = None
-
-
-class Seen:
-    """What the unperturbed passes gave: outputs and losses, piece by piece."""
-
-    def __init__(self) -> None:
-        self.pieces: list[Any] = []
-        self.head: Tensor | None = None
-        self.tail: Tensor | None = None
-
-    def add(self, outputs: Any, head: Tensor | None = None, tail: Tensor | None = None) -> None:
-        self.pieces.append(_detached(outputs))
-        if head is not None:
-            self.head = head.detach() if self.head is None else self.head + head.detach()
-        if tail is not None:
-            self.tail = tail.detach() if self.tail is None else self.tail + tail.detach()
-
-    def outputs(self) -> Any:
-        """The outputs of all pieces as one."""
-        if len(self.pieces) == 1:
-            return self.pieces[0]
-        return pytree.tree_map(
-            lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *self.pieces
-        )
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
@@ -344,58 +272,6 @@ def _check_batch_norm_is_visible(model: nn.Module) -> None:
 def _updates_statistics(m: _NormBase) -> bool:
     # In eval mode the flag decides which statistics normalise, so it must be left alone.
     return m.training and m.track_running_stats and m.running_mean is not None
-
-
-def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
-    """The rows of a batch where `mask` is set, in its order and memory format."""
-    if mask.all():
-        return inputs, targets
-    rows = mask.nonzero().squeeze(1)
-
-    def take(x: Tensor) -> Tensor:
-        index = rows.to(x.device, non_blocking=True)
-        if x.requires_grad:
-            raise ValueError("inputs requires a gradient, expected none; detach it")
-        if x.layout != torch.strided:
-            return x.index_select(0, index)
-        # Like x, so that channels_last images stay channels_last.
-        return torch.index_select(x, 0, index, out=torch.empty_like(x[: len(rows)]))
-
-    return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
-
-
-def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
-    """The outputs of the parts as one batch in its original order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    (head, head_outputs), (tail, tail_outputs) = parts
-
-    indices = head.nonzero().squeeze(1), tail.nonzero().squeeze(1)
-
-    def merge(h: Any, t: Any) -> Any:
-        if not isinstance(h, Tensor):
-            return h
-        if h.dim() == 0 or (len(h), len(t)) != (len(indices[0]), len(indices[1])):
-            raise ValueError(
-                f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
-                f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
-            )
-        out = h.new_empty(len(head), *h.shape[1:])
-        for rows, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
-            out.index_copy_(0, rows.to(h.device, non_blocking=True), part)
-        return out
-
-    return pytree.tree_map(merge, head_outputs, tail_outputs)
-
-
-def _detached(outputs: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-
-
-def _result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
-    known = next(part for part in (head, tail) if part is not None)
-    head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
-    return StepResult(head + tail, head, tail, outputs)
 
 
 def _check_batch(inputs: Any, targets: Tensor) -> None:

@@ -44,6 +44,16 @@ def test_the_authors_phases(fused: bool) -> None:
     assert len(phases) == 3
 
 
+def test_every_optimizer_runs() -> None:
+    contest = bench_gpu.optimizer_contest(SHAPES, "cpu", graphs=False)
+    assert contest.name == "optimizer, 3 tensors, 143 elements"
+    assert contest.bytes == 11 * 4 * (120 + 5 + 18)
+    for phases in contest.contestants.values():
+        for phase in phases:
+            phase.prepare()
+            phase.call()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_loss_runs(dtype: torch.dtype) -> None:
     contest = bench_gpu.loss_contest(8, 32, dtype, "cpu", graphs=False)
