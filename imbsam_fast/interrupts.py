@@ -6,7 +6,7 @@ import _signal
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -28,12 +28,13 @@ def uninterrupted() -> Iterator[None]:
         return
     handlers = {s: h for s in _SIGNALS if callable(h := _signal.getsignal(s))}
     arrived: list[tuple[int, Any]] = []
-    for number in handlers:
-        _signal.signal(number, lambda *signal_: arrived.append(signal_))
     try:
+        for number in handlers:
+            _signal.signal(number, lambda *signal_: arrived.append(signal_))
         yield
     finally:
         for number, handler in handlers.items():
             _signal.signal(number, handler)
-        for signum, frame in arrived:
-            handlers[signum](signum, frame)
+        with ExitStack() as all_of_them:  # also where one raises
+            for signum, frame in reversed(arrived):
+                all_of_them.callback(handlers[signum], signum, frame)

@@ -101,7 +101,7 @@ def _chunks(numel: list[int]) -> int:
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     dtype, numel = _table(g_t)
-    partials = torch.empty(_chunks(numel), dtype=torch.float64)
+    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
     _C.squared_norm(
         dtype, numel, g_t, theta, partials.data_ptr(),
         torch.get_num_threads(),
@@ -160,9 +160,9 @@ def merge_(
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     dtype, numel = _table(g_p)
-    partials = torch.empty(_chunks(numel), dtype=torch.float64)
+    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
     finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
-    return partials, torch.tensor([0.0 if finite else 1.0])
+    return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
 
 
 def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -188,8 +188,8 @@ def split_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, rows = _rows(logits)
     dtype = arithmetic_dtype(logits.dtype)
-    head, tail, b = (torch.empty((), dtype=dtype) for _ in range(3))
-    lse = torch.empty(len(logits), 2, dtype=dtype)
+    head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
+    lse = torch.empty(len(logits), 2, dtype=dtype, device="cpu")
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
     class_weight = class_weight if class_weight is None else class_weight.contiguous()
     _C.split_cross_entropy(
@@ -214,7 +214,7 @@ def split_cross_entropy_backward(
     ignore_index: int,
 ) -> Tensor:
     logits, rows = _rows(logits)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
     class_weight = class_weight if class_weight is None else class_weight.contiguous()
     lse = lse.contiguous()

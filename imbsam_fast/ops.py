@@ -37,7 +37,7 @@ def _define(schema: str):
 
 
 def _unobserved() -> bool:
-    """Whether no compiler, profiler or dispatch mode wants to see the operators.
+    """Whether no compiler, profiler, transform or dispatch mode wants to see the operators.
 
     Plain tensors then go straight to the backend: torch's dispatcher takes longer than the
     kernels of a small network.
@@ -45,6 +45,7 @@ def _unobserved() -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch.autograd._profiler_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or is_in_torch_dispatch_mode()
     )
 
@@ -80,6 +81,10 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return strides[0] == strides[1] or all(n <= 1 or s == t for n, s, t in zip(a.shape, *strides))
 
 
+def _only_ordered_otherwise(t: Tensor, p: Tensor) -> bool:
+    return (t.shape, t.dtype, t.device) == (p.shape, p.dtype, p.device) and not same_layout(t, p)
+
+
 def in_layout_of(
     params: Sequence[Tensor], tensors: list[Tensor | None], name: str
 ) -> list[Tensor | None]:
@@ -93,7 +98,7 @@ def in_layout_of(
         if t is not None and t.layout != torch.strided:
             raise TypeError(f"{name} of parameter {i} is {t.layout}, expected strided")
     return [
-        t if t is None or same_layout(t, p) else torch.empty_like(p).copy_(t)
+        torch.empty_like(p).copy_(t) if t is not None and _only_ordered_otherwise(t, p) else t
         for p, t in zip(params, tensors)
     ]
 
@@ -412,11 +417,13 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward(ctx, grad_head, grad_tail, *_, backend=_NAMESPACE):
+def _backward(ctx, grad_head, grad_tail, *_, direct=False):
     grad_logits = None
     if grad_head is not None or grad_tail is not None:
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes for every look
+        backend = dispatch.select(saved[0].device) if direct else _NAMESPACE
         grad_logits = backend.split_cross_entropy_backward(
-            grad_head, grad_tail, *ctx.saved_tensors, *ctx.settings
+            grad_head, grad_tail, *saved, *ctx.settings
         )
     return grad_logits, None, None, None, None, None, None, None
 
@@ -432,10 +439,9 @@ class _SplitCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_head, grad_tail):
-        if torch.is_grad_enabled():  # create_graph=True: the operator refuses in its own words
-            return _backward(ctx, grad_head, grad_tail)
-        backend = dispatch.select(ctx.saved_tensors[0].device)
-        return _backward(ctx, grad_head, grad_tail, backend=backend)
+        # With create_graph=True the operator refuses in its own words.
+        direct = _unobserved() and not torch.is_grad_enabled()
+        return _backward(ctx, grad_head, grad_tail, direct=direct)
 
 
 def _refuse_double_backward(ctx, *grads):

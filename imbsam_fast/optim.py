@@ -135,6 +135,8 @@ class ImbSAM(torch.optim.Optimizer):
             for p, start, g in zip(self._params(), saved, g_p):
                 if start is not None and g is None:  # perturbed, and then without any gradient
                     p.copy_(start)
+                    if not torch.compiler.is_compiling():
+                        torch.clear_autocast_cache()
             scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
             if type(self.base) is torch.optim.SGD:
                 self._sgd_update(saved, g_h, g_p, *scaling)
@@ -375,6 +377,9 @@ class ImbSAM(torch.optim.Optimizer):
         for arguments in launches:
             ops.sgd_update_(*arguments)
         self._pending.saved = None  # updated: a failure from here on must not undo it
+        dampened = any(group["dampening"] for group in self.param_groups)
+        if dampened and found_inf is not None and found_inf.item():
+            return  # the next step is still the first one
         for p, buffer, before in zip(params, m, found):
             if buffer is not before:
                 self.state[p]["momentum_buffer"] = buffer

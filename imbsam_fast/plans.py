@@ -67,8 +67,9 @@ def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(inputs, targets, rows.counted)
+    result = _result(seen.head, seen.tail, seen.outputs())
     step.update()
-    return _result(seen.head, seen.tail, seen.outputs())
+    return result
 
 
 def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:

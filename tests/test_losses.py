@@ -12,6 +12,7 @@ from checks import TOLERANCE, assert_same_bits
 from conftest import Backend
 from samples import DTYPES, logits_and_targets
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from imbsam_fast import ClassSplit, SplitCrossEntropy, SplitLoss, ops, split_loss
 from imbsam_fast.reference import arithmetic_dtype
@@ -253,3 +254,40 @@ def test_split_loss_bad_arguments() -> None:
         split_loss(squared_error, [1, 2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="tail_weight is -1"):
         split_loss(squared_error, SPLIT, tail_weight=-1)
+
+
+def test_the_criterion_inside_activation_checkpointing() -> None:
+    criterion = SplitCrossEntropy(SPLIT)
+    targets = torch.tensor([0, 9, 3, 8])
+    found = []
+    for reentrant in (None, False):
+        logits = torch.linspace(-1, 1, 40).reshape(4, 10).requires_grad_()
+
+        def part(z: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(criterion(2 * z, targets))
+
+        head, tail = (
+            part(logits) if reentrant is None else checkpoint(part, logits, use_reentrant=reentrant)
+        )
+        head.backward(retain_graph=True)
+        tail.backward()
+        found.append(logits.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_the_criterion_under_vmap() -> None:
+    criterion = SplitCrossEntropy(SPLIT)
+    targets = torch.tensor([0, 9, 3])
+    logits = torch.randn(2, 3, 10)
+    mapped = torch.vmap(lambda z: criterion(z, targets).total)(logits)
+    expected = torch.stack([criterion(z, targets).total for z in logits])
+    torch.testing.assert_close(mapped, expected)
+
+
+def test_scratch_memory_is_on_the_cpu_whatever_the_default_device_is() -> None:
+    criterion = SplitCrossEntropy(SPLIT)
+    logits, targets = torch.randn(3, 10), torch.tensor([0, 9, 3])
+    expected = criterion(logits, targets)
+    with torch.device("meta"):
+        found = criterion(logits, targets)
+    torch.testing.assert_close(found, expected)

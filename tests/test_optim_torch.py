@@ -184,3 +184,14 @@ def test_schedulers_that_cycle_the_momentum(schedule):
         one_step(optimizer, params, step)
         scheduler.step()
     assert optimizer.base.param_groups[0]["momentum"] != before
+
+
+def test_a_momentum_buffer_of_another_shape_is_refused():
+    params = parameters()
+    optimizer = ImbSAM(torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    one_step(optimizer, params)
+    optimizer.state[params[2]]["momentum_buffer"] = torch.ones(5, dtype=torch.float64)
+    before = snapshot(params)
+    with pytest.raises(ValueError, match=r"m\[2\] is .* \(5,\)"):
+        one_step(optimizer, params)
+    assert equal(params, before)

@@ -324,3 +324,9 @@ def test_changed_weights_are_seen() -> None:
     split.sharp = torch.tensor([0.0, 5.0], dtype=torch.float64)
     assert split.weights(2, cpu, torch.float32)[1].tolist() == [0, 5]
     assert split.tail_mask(labels).tolist() == [False, True]
+
+
+def test_a_split_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        split = ClassSplit.from_counts([200, 10])
+    assert split.tail_mask(torch.tensor([0, 1])).tolist() == [False, True]

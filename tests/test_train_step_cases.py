@@ -197,6 +197,13 @@ def test_outputs_beside_the_logits():
             expected = other(x)
             found = step(x, y).logits["other"]
             assert found is None if expected is None else torch.equal(found, expected)
+    torch.manual_seed(0)
+    model, step = run(lambda x: x.square().mean(), "joint")
+    step.micro_batch_size = 3
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="zero-dimensional"):
+        step(x, y)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
     model, step = run(lambda x: x.square().mean(), "split")
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=r"outputs hold tensors of shape \(\) for 5 rows.*joint"):

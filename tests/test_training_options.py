@@ -97,6 +97,21 @@ def test_a_gradient_that_is_not_finite_skips_the_step(base, faulty, first):
     assert equal(*ends)
 
 
+def test_a_skipped_first_step_leaves_the_next_one_undampened():
+    ends = []
+    for fails in (True, False):
+        params = parameters()
+        optimizer = ImbSAM(torch.optim.SGD(params, 0.1, 0.9, dampening=0.5))
+        grad_scaler = scaler(1.0)
+        grad_scaler.scale(torch.zeros(()))
+        if fails:
+            phases(optimizer, params, 1.0, 2, grad_scaler=grad_scaler)
+        for _ in range(2):
+            phases(optimizer, params, 1.0, grad_scaler=grad_scaler)
+        ends.append(params)
+    assert equal(*ends)
+
+
 def test_float16_training_recovers_from_a_scale_that_is_too_large():
     torch.manual_seed(0)
     model = network("group", torch.float32)
