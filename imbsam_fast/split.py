@@ -165,12 +165,12 @@ class ClassSplit(nn.Module):
     ) -> Tensor:
         """A weight vector converted once per device, dtype (bool: > 0) and number of classes."""
         weights: Tensor = self._buffers[name]  # type: ignore[assignment]
-        key = (name, device, dtype, num_classes)
-        version = 0 if weights.is_inference() else weights._version
-        made = self._cache.get(key)
         # The weights may be changed or replaced. A compiled graph sees that by itself.
         if torch.compiler.is_compiling():
             return _converted(weights, device, dtype, num_classes)
+        key = (name, device, dtype, num_classes)
+        version = 0 if weights.is_inference() else weights._version
+        made = self._cache.get(key)
         if made is None or made[0] is not weights or made[1] != version:
             with torch.inference_mode(False):  # what validation caches must serve training too
                 converted = _converted(weights, device, dtype, num_classes)
