@@ -36,12 +36,13 @@ def average_(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive gradients of one dtype and device, in pieces of about BUCKET_ELEMENTS."""
     bucket: list[Tensor] = []
+    size = 0
     for g in gradients:
+        size += g.numel()
         kind = (g.dtype, g.device)
-        size = sum(b.numel() for b in bucket) + g.numel()
         if bucket and (kind != (bucket[0].dtype, bucket[0].device) or size > BUCKET_ELEMENTS):
             yield bucket
-            bucket = []
+            bucket, size = [], g.numel()
         bucket.append(g)
     if bucket:
         yield bucket

@@ -148,7 +148,8 @@ class TrainStep:
 
     def _graphs(self) -> GraphedSteps:
         needs = {
-            "plan": self.plan == "joint" or has_batch_statistics(self.model),
+            "plan": self.plan == "joint"
+            or (self.plan == "auto" and has_batch_statistics(self.model)),
             "micro_batch_size": self.micro_batch_size is None,
             "grad_scaler": self.grad_scaler is None,
             "model": self.group is None,

@@ -152,6 +152,13 @@ def test_what_cannot_be_captured_is_named(settings, message):
         TrainStep(model, criterion, imbsam(model), cuda_graph=True, **settings)
 
 
+def test_the_split_plan_is_not_captured_as_another_one_under_batch_norm():
+    model = network("batch")
+    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
+    with pytest.raises(ValueError, match="plan is 'split', expected with cuda_graph=True"):
+        TrainStep(model, criterion, imbsam(model), "split", cuda_graph=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_graphs_on_a_gpu():
     ends = []
