@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= 2.14.1
 BIN    := $(VENV)/bin
+# One process a core, a file at a time: fixtures of a module are made once.
+PYTEST := -m pytest --numprocesses auto --dist loadfile
 # The build environment that pip makes for the extension is pinned too.
 PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
@@ -16,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/imbsam-fast train digits
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -37,9 +39,9 @@ wheel-test: wheel
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-		$(WHEEL_VENV)/bin/python -m pip install --quiet torch==$(WHEEL_TORCH) pytest \
+		$(WHEEL_VENV)/bin/python -m pip install --quiet torch==$(WHEEL_TORCH) pytest pytest-xdist \
 		"imbsam-fast[recipes] @ file://$$(ls $(CURDIR)/dist/*.whl)"
-	$(WHEEL_VENV)/bin/python -P -m pytest tests
+	$(WHEEL_VENV)/bin/python -P $(PYTEST) tests
 
 # Everything at full size, for a quiet machine; `imbsam-fast bench` is the short form. Recorded
 # results are replaced at the end, all from one commit.
