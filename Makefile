@@ -11,7 +11,7 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo test lint wheel wheel-test bench gpu clean
+.PHONY: demo test lint wheel wheel-test bench gpu gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -56,8 +56,8 @@ bench: $(VENV)/.installed
 
 # For a machine with an NVIDIA GPU, also without a network: builds with the torch, setuptools,
 # cmake, ninja, pybind11 and nvcc that $(PYTHON) has, tests, looks for races and bad addresses,
-# and measures.
-GPU_JSON ?= benchmarks/results/gpu/bench_gpu.json
+# measures, and writes the tables of docs/gpu.md.
+GPU_RESULTS ?= benchmarks/results/gpu
 SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 gpu:
 	IMBSAM_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
@@ -65,7 +65,19 @@ gpu:
 	$(PYTHON) -m pytest
 	$(SANITIZE) --tool memcheck $(PYTHON) -m tests.gpu_small_run
 	$(SANITIZE) --tool racecheck $(PYTHON) -m tests.gpu_small_run
-	$(PYTHON) -m benchmarks.bench_gpu --json $(GPU_JSON)
+	$(PYTHON) -m benchmarks.bench_gpu --json $(GPU_RESULTS)/bench_gpu.json
+	$(PYTHON) -m benchmarks.bench_gpu_steps --json $(GPU_RESULTS)/bench_gpu_steps.json
+	$(PYTHON) -m benchmarks.report
+
+# What of `make gpu` a machine without a GPU can run: the build with nvcc, the tests (those that
+# need a GPU are skipped), and every script once, small, on the CPU. Not the sanitizer.
+gpu-dry-run: $(VENV)/.installed
+	IMBSAM_CUDA=ON $(PIP) install --quiet --no-deps --editable .
+	$(BIN)/python -m tests.gpu_small_run --dry-run
+	$(BIN)/python $(PYTEST)
+	$(BIN)/python -m benchmarks.bench_gpu --dry-run
+	$(BIN)/python -m benchmarks.bench_gpu_steps --dry-run
+	$(BIN)/python -m benchmarks.report --check
 
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,62 +1,23 @@
 """The optimizer phases and the loss on an NVIDIA GPU, beside their peers and the copy bandwidth.
 
 python -m benchmarks.bench_gpu --json FILE [--rounds N]
-
-Times are of the device, between CUDA events, so that waiting for the host counts where a
-contestant is launched slower than it runs. In every round each contestant runs once, in a new
-order; medians are compared.
+python -m benchmarks.bench_gpu --dry-run
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu_timing import WARM_UP, Call, Contest, Phase, run_script
 from imbsam_fast import SplitCrossEntropy, bench_cases, bench_shapes, dispatch, ops, peers
-from imbsam_fast.env import environment
 
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 5e-4, 0.05
-WARM_UP = 3
 TRITON = "imbsam-fast, triton"
-Call = Callable[[], object]
-
-
-@dataclass
-class Phase:
-    """A call that is timed, and what comes before it and is not."""
-
-    call: Call
-    prepare: Call = lambda: None
-
-
-@dataclass
-class Contest:
-    """Contestants that do the same, each in one or more phases."""
-
-    name: str
-    bytes: int  # that have to move, whoever moves them
-    contestants: dict[str, list[Phase]]
-
-
-@dataclass
-class Result:
-    contest: str
-    contestant: str
-    ms: float  # median
-    launches: int  # kernels and copies on the device
-    gb_per_s: float
-    percent_of_copy: float
-    samples_ms: list[float] = field(repr=False)
 
 
 # ---------------------------------------------------------------- the optimizer
@@ -176,7 +137,8 @@ def optimizer_contest(shapes: list[tuple[int, ...]], device: str, graphs: bool =
         ]
         if find_spec("amp_C") is not None:
             contestants["apex"] = [Phase(apex_step(Optimizer(shapes, device)))]
-    return Contest(f"optimizer, {bench_shapes.describe(shapes)}", 11 * x.bytes, contestants)
+    name = f"optimizer, {bench_shapes.describe(shapes)}"
+    return Contest(name, contestants, bytes=11 * x.bytes)
 
 
 def apex_step(x: Optimizer) -> Call:
@@ -242,99 +204,23 @@ def loss_contest(
 
         contestants["Liger, one backward"] = one(LigerCrossEntropyLoss())
     bytes_ = 4 * logits.numel() * logits.element_size()
-    return Contest(f"loss, {rows} x {classes}, {dtype}", bytes_, contestants)
+    return Contest(f"loss, {rows} x {classes}, {dtype}", contestants, bytes=bytes_)
 
 
-# ---------------------------------------------------------------- timing
+# ---------------------------------------------------------------- what runs
 
 
-def device_ms(phases: list[Phase]) -> float:
-    total = 0.0
-    for phase in phases:
-        phase.prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        phase.call()
-        end.record()
-        torch.cuda.synchronize()
-        total += start.elapsed_time(end)
-    return total
-
-
-def launches(phases: list[Phase]) -> int:
-    """What the profiler sees on the device."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for phase in phases:
-            phase.prepare()
-            phase.call()
-        torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
-
-
-def copy_gb_per_s(rounds: int, size: int = 2**29) -> float:
-    """bytes: size read, size written"""
-    source, destination = (torch.ones(size // 4, device="cuda") for _ in range(2))
-    copy = [Phase(lambda: destination.copy_(source))]
-    samples = [device_ms(copy) for _ in range(WARM_UP + rounds)]
-    return 2 * size / statistics.median(samples[WARM_UP:]) / 1e6
-
-
-def measure(contest: Contest, rounds: int, limit: float) -> Iterator[Result]:
-    samples: dict[str, list[float]] = {name: [] for name in contest.contestants}
-    order = random.Random(0)
-    for number in range(-WARM_UP, rounds):
-        for name in order.sample(list(samples), len(samples)):
-            ms = device_ms(contest.contestants[name])
-            if number >= 0:
-                samples[name].append(ms)
-    for name, phases in contest.contestants.items():
-        ms = statistics.median(samples[name])
-        rate = contest.bytes / ms / 1e6
-        percent = 100 * rate / limit
-        yield Result(contest.name, name, ms, launches(phases), rate, percent, samples[name])
-
-
-def contests() -> Iterator[Contest]:
-    for shapes in (bench_shapes.resnet32_shapes(), bench_shapes.resnet50_shapes()):
-        yield optimizer_contest(shapes, "cuda")
-    for rows, classes in ((512, 8142), (4096, 131_072)):
+def contests(device: str) -> Iterator[Contest]:
+    """On the CPU small ones: `bench_gpu --dry-run`."""
+    on_gpu = device == "cuda"
+    small = [(30, 4), (5,), (2, 3, 3)]
+    networks = (bench_shapes.resnet32_shapes(), bench_shapes.resnet50_shapes())
+    for shapes in networks if on_gpu else (small,):
+        yield optimizer_contest(shapes, device, graphs=on_gpu)
+    for rows, classes in ((512, 8142), (4096, 131_072)) if on_gpu else ((8, 32),):
         for dtype in (torch.float32, torch.bfloat16):
-            yield loss_contest(rows, classes, dtype, "cuda")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--json", type=Path, metavar="FILE", required=True)
-    parser.add_argument("--rounds", type=int, default=50)
-    args = parser.parse_args()
-    if args.rounds < 1:
-        raise SystemExit(f"--rounds is {args.rounds}, expected at least 1")
-    reason = dispatch.available("cuda")["native"]
-    if reason is not None:
-        raise SystemExit(f"no GPU to measure on: {reason}")
-    limit = copy_gb_per_s(args.rounds)
-    print(f"device copy: {limit:.0f} GB/s")
-    results: list[Result] = []
-    for contest in contests():
-        print(contest.name)
-        for result in measure(contest, args.rounds, limit):
-            results.append(result)
-            print(
-                f"  {result.contestant:34} {result.ms:9.4f} ms {result.launches:5} launches "
-                f"{result.gb_per_s:7.0f} GB/s {result.percent_of_copy:5.1f} % of the copy"
-            )
-        torch.cuda.empty_cache()
-    report = {
-        "environment": environment(),
-        "rounds": args.rounds,
-        "copy_gb_per_s": limit,
-        "results": [asdict(result) for result in results],
-    }
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n")
+            yield loss_contest(rows, classes, dtype, device, graphs=on_gpu)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(__doc__.splitlines()[0], contests, rounds=50)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report [--check] [--results DIR] [--root DIR]
 
-A table goes between `<!-- results: NAME -->` and `<!-- end -->`; the names are in tables.TABLES.
+A table goes between `<!-- results: NAME -->` and `<!-- end -->`; the names are in TABLES.
 Exits 1 where a marker cannot be filled, with --check also where a document says something else.
 """
 
@@ -13,16 +13,19 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import plots
-from benchmarks.tables import TABLES, Lines
+from benchmarks import gpu_tables, gpu_timing, plots, tables
+from benchmarks.tables import Lines
 from imbsam_fast import bench
 
-DOCUMENTS = ("README.md", "docs/performance.md")
+TABLES = {**tables.TABLES, **gpu_tables.TABLES}
+NOT_MEASURED = "Not measured."
+Results = dict[str, Any]  # a bench.Report or a GpuReport by its file's path, without suffix
 MARKER = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def filled(text: str, results: dict[str, bench.Report]) -> tuple[str, list[str]]:
+def filled(text: str, results: Results) -> tuple[str, list[str]]:
     """The document with its tables made anew, and a complaint for each that cannot be made."""
     complaints = []
 
@@ -33,6 +36,8 @@ def filled(text: str, results: dict[str, bench.Report]) -> tuple[str, list[str]]
             return marker[0]
         sources = TABLES[name].sources
         missing = [source for source in sources if source not in results]
+        if missing and TABLES[name].optional:
+            return f"{start}\n{NOT_MEASURED}\n\n{end}"
         if missing:
             complaints.append(f"no result for {name}: {', '.join(missing)} was not run")
             return marker[0]
@@ -47,12 +52,14 @@ def filled(text: str, results: dict[str, bench.Report]) -> tuple[str, list[str]]
     return new, complaints
 
 
-def provenance(reports: Sequence[bench.Report]) -> Lines:
+def provenance(reports: Sequence[Any]) -> Lines:
     """Where, when and from what the numbers of a table come, one line if all agree."""
     return list(dict.fromkeys(_provenance(report) for report in reports))
 
 
-def _provenance(report: bench.Report) -> str:
+def _provenance(report: bench.Report | gpu_timing.GpuReport) -> str:
+    if isinstance(report, gpu_timing.GpuReport):
+        return gpu_tables.provenance(report)
     s = report.settings
     e = s["environment"]
     machine, versions, native = e["machine"], e["versions"], e["native"]
@@ -74,8 +81,15 @@ def _dirty(commit: str | None) -> str:
     return " with uncommitted changes" if (commit or "").endswith("-dirty") else ""
 
 
-def load_results(directory: Path) -> dict[str, bench.Report]:
-    return {path.stem: bench.load(path) for path in sorted(directory.glob("*.json"))}
+def documents(root: Path) -> list[Path]:
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def load_results(directory: Path) -> Results:
+    found: Results = {path.stem: bench.load(path) for path in sorted(directory.glob("*.json"))}
+    for path in sorted(directory.glob("gpu/bench_gpu*.json")):
+        found[f"gpu/{path.stem}"] = gpu_timing.load(path)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     results = load_results(args.results)
     failed = False
-    for document in DOCUMENTS:
-        path = args.root / document
+    for path in documents(args.root):
+        document = path.relative_to(args.root)
         text = path.read_text()
         new, complaints = filled(text, results)
         if args.check and new != text:
@@ -104,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
-def _draw(results: dict[str, bench.Report], directory: Path) -> None:
+def _draw(results: Results, directory: Path) -> None:
     try:
         drawn = plots.draw(results, directory)
     except ModuleNotFoundError as error:

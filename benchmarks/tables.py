@@ -286,6 +286,7 @@ def _at(rows: Rows, start: str) -> tuple[str, dict[str, Timing]]:
 class Table(NamedTuple):
     sources: tuple[str, ...]  # the results it is made from, arguments of `lines`
     lines: Callable[..., Lines]
+    optional: bool = False  # whether documents may say that it was not measured
 
 
 TABLES = {

@@ -1,6 +1,7 @@
 """Every operation once on the GPU, small, for compute-sanitizer; `make gpu` runs it.
 
     compute-sanitizer --tool memcheck python -m tests.gpu_small_run
+    python -m tests.gpu_small_run --dry-run      # the same with the CPU's kernels
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1, memcheck sees where each tensor ends.
 """
@@ -30,19 +31,21 @@ def close(name: str, actual: list[torch.Tensor], expected: list[torch.Tensor]) -
         )
 
 
-def optimizer_phases(dtype: torch.dtype, case: str) -> None:
+def optimizer_phases(dtype: torch.dtype, case: str, device: str) -> None:
     for name, run in {**UPDATES, **SUMS}.items():
         results = []
         for backend in ("native", "reference"):
             with dispatch.use_backend(backend):
-                results.append(run(lists(case, dtype, "cuda")))
+                results.append(run(lists(case, dtype, device)))
         close(f"{name}, {case}, {dtype}", *results)
 
 
-def cross_entropy(dtype: torch.dtype, rows: int, classes: int, smoothing: float) -> None:
+def cross_entropy(
+    dtype: torch.dtype, rows: int, classes: int, smoothing: float, device: str
+) -> None:
     operators = torch.ops.imbsam_fast
-    logits, targets = logits_and_targets(rows, classes, dtype, "cuda")
-    weights = class_weights(classes, dtype, "cuda")
+    logits, targets = logits_and_targets(rows, classes, dtype, device)
+    weights = class_weights(classes, dtype, device)
     targets[::5] = -100
     results = []
     for backend in ("native", "reference"):
@@ -59,17 +62,19 @@ def cross_entropy(dtype: torch.dtype, rows: int, classes: int, smoothing: float)
 
 
 def main() -> None:
-    reason = dispatch.available("cuda")["native"]
+    device = "cpu" if sys.argv[1:] == ["--dry-run"] else "cuda"
+    reason = dispatch.available(device)["native"]
     if reason is not None:
-        raise SystemExit(f"the CUDA kernels cannot run here: {reason}")
+        raise SystemExit(f"the compiled kernels cannot run on {device}: {reason}")
     for dtype in DTYPES:
         for case in CASES:
-            optimizer_phases(dtype, case)
+            optimizer_phases(dtype, case, device)
         for rows, classes in ((1, 1), (3, 37), (5, 1003), (2, 8142)):
             for smoothing in (0.0, 0.1):
-                cross_entropy(dtype, rows, classes, smoothing)
-    torch.cuda.synchronize()
-    print("every operation ran on the GPU and agrees with the reference")
+                cross_entropy(dtype, rows, classes, smoothing, device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"every operation ran on {device} and agrees with the reference")
 
 
 if __name__ == "__main__":

@@ -263,10 +263,10 @@ def test_markers_that_cannot_be_filled_are_named():
 def test_the_documents_of_this_repository_have_every_table_once():
     found = [
         name
-        for document in report.DOCUMENTS
-        for _, name, _, _ in report.MARKER.findall((REPOSITORY / document).read_text())
+        for document in report.documents(REPOSITORY)
+        for _, name, _, _ in report.MARKER.findall(document.read_text())
     ]
-    assert sorted(found) == sorted(TABLES)
+    assert sorted(found) == sorted(report.TABLES)
 
 
 @pytest.mark.skipif(

@@ -1,0 +1,204 @@
+"""Whole training steps of real networks on an NVIDIA GPU: images per second and peak memory.
+
+    python -m benchmarks.bench_gpu_steps --json FILE [--rounds N]
+    python -m benchmarks.bench_gpu_steps --dry-run
+
+Synthetic images, bfloat16 autocast, channels_last, 43 % tail rows as in a batch of iNaturalist
+2018. The split plan takes part where it is exact. What a CUDA graph holds stays allocated, so
+captured steps are a contest of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu_timing import Contest, Phase, run_script
+from benchmarks.networks import LayerNormViT, batch_norm_resnet
+from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, peers
+from imbsam_fast.bench_cases import TAIL_FRACTION, long_tail_batch
+
+LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
+ROOMY = 100e9  # bytes of device memory from which ResNet-50 trains on 512 images
+
+Batch = tuple[Tensor, Tensor]
+Step = Callable[[Tensor, Tensor], object]
+
+
+class Network(NamedTuple):
+    name: str
+    make: Callable[[], nn.Module]
+    pixels: int  # height and width of an image
+    classes: int
+    rows: int  # in a batch
+    split_is_exact: bool
+
+
+def networks(device: str) -> Iterator[Network]:
+    if device == "cpu":
+        yield Network("small ResNet", lambda: batch_norm_resnet(10), 32, 10, 8, False)
+        yield Network("small ViT", lambda: LayerNormViT(10), 32, 10, 8, True)
+        return
+    import torchvision
+
+    from imbsam_fast.recipes.models import cifar_resnet
+
+    rows = 512 if torch.cuda.get_device_properties(0).total_memory > ROOMY else 256
+    imagenet = torchvision.models
+    yield Network("ResNet-32", lambda: cifar_resnet(32, 100), 32, 100, 128, False)
+    yield Network("ResNet-50", lambda: imagenet.resnet50(num_classes=8142), 224, 8142, rows, False)
+    yield Network(
+        "ConvNeXt-T", lambda: imagenet.convnext_tiny(num_classes=8142), 224, 8142, rows, True
+    )
+
+
+# ---------------------------------------------------------------- the steps
+
+
+class Autocast(nn.Module):
+    """`model` under bfloat16 autocast, for loops that know nothing of it."""
+
+    def __init__(self, model: nn.Module, device: str) -> None:
+        super().__init__()
+        self.model, self.device = model, device
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            return self.model(images).float()
+
+
+def sgd(model: nn.Module, device: str) -> torch.optim.SGD:
+    # As a tensor, which a CUDA graph can follow.
+    lr = torch.tensor(LR, device=device)
+    fused = device == "cuda"
+    return torch.optim.SGD(model.parameters(), lr, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=fused)
+
+
+class Steps:
+    """Makes the contestants of one network, each with a copy of the model of its own."""
+
+    def __init__(self, network: Network, device: str) -> None:
+        self.network, self.device = network, device
+        torch.manual_seed(0)
+        self.split, self.targets = long_tail_batch(network.rows, network.classes, TAIL_FRACTION)
+        images = torch.randn(network.rows, 3, network.pixels, network.pixels, device=device)
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.original = network.make().to(device, memory_format=torch.channels_last)
+
+    def model(self, compiled: bool = False) -> nn.Module:
+        model = Autocast(deepcopy(self.original), self.device)
+        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+
+    def phases(self, step: Step) -> list[Phase]:
+        return [Phase(lambda: step(self.images, self.targets))]
+
+    def plain(self, compiled: bool = False) -> list[Phase]:
+        model = self.model(compiled)
+        targets = self.targets.to(self.device)
+        step = peers.plain_training_step(model, sgd(model, self.device))
+        return [Phase(lambda: step(self.images, targets))]
+
+    def authors(self) -> list[Phase]:
+        model = self.model()
+        masks = peers.BooleanMasking(self.split)
+        masks.is_tail = masks.is_tail.to(self.device)
+        targets = self.targets.to(self.device)
+        sequence = peers.AuthorsSequence(sgd(model, self.device))
+        step = peers.authors_training_step(model, masks, sequence)
+        return [Phase(lambda: step(self.images, targets))]
+
+    def ours(
+        self, plan: str, split: ClassSplit | None = None, compiled: bool = False, **options: object
+    ) -> list[Phase]:
+        model = self.model(compiled)
+        criterion = SplitCrossEntropy(split or self.split).to(self.device)
+        optimizer = ImbSAM(sgd(model, self.device))
+        return self.phases(TrainStep(model, criterion, optimizer, plan, **options))  # type: ignore[arg-type]
+
+    def batched_backward(self) -> list[Phase]:
+        """The joint plan with both gradients from one backward, which reads activations once."""
+        model = self.model()
+        optimizer = ImbSAM(sgd(model, self.device))
+        criterion = peers.RowWeights(self.split)
+        criterion.plain, criterion.sharp = (
+            weight.to(self.device) for weight in (criterion.plain, criterion.sharp)
+        )
+        targets = self.targets.to(self.device)
+        step = batched_joint_step(model, criterion, optimizer)
+        return [Phase(lambda: step(self.images, targets))]
+
+
+def batched_joint_step(model: nn.Module, criterion: nn.Module, optimizer: ImbSAM) -> Step:
+    params = list(model.parameters())
+
+    def give(gradients: Sequence[Tensor]) -> None:
+        for p, g in zip(params, gradients):
+            p.grad = g
+
+    def step(images: Tensor, targets: Tensor) -> None:
+        loss = torch.stack(list(criterion(model(images), targets)))
+        both = torch.autograd.grad(loss, params, torch.eye(2).to(loss), is_grads_batched=True)
+        give([g[0] for g in both])
+        optimizer.first_step()
+        give([g[1] for g in both])
+        optimizer.second_step()
+        criterion(model(images), targets).tail.backward()
+        optimizer.third_step()
+
+    return step
+
+
+# ---------------------------------------------------------------- contests
+
+
+def eager(network: Network, device: str) -> Contest:
+    make = Steps(network, device)
+    contestants = {
+        "SGD": make.plain(),
+        "SAM, TrainStep joint": make.ours("joint", ClassSplit.all_tail()),
+        "authors' loop": make.authors(),
+        "ImbSAM, TrainStep joint": make.ours("joint"),
+        "ImbSAM joint, one batched backward": make.batched_backward(),
+    }
+    if network.split_is_exact:
+        contestants["ImbSAM, TrainStep split"] = make.ours("split")
+    return _contest(network, "eager", contestants)
+
+
+def compiled(network: Network, device: str) -> Contest:
+    make = Steps(network, device)
+    contestants = {
+        "SGD": make.plain(compiled=True),
+        "SAM, TrainStep joint": make.ours("joint", ClassSplit.all_tail(), compiled=True),
+        "ImbSAM, TrainStep joint": make.ours("joint", compiled=True),
+    }
+    if network.split_is_exact:
+        contestants["ImbSAM, TrainStep split"] = make.ours("split", compiled=True)
+    return _contest(network, "torch.compile", contestants)
+
+
+def captured(network: Network, device: str) -> Contest:
+    make = Steps(network, device)
+    return _contest(
+        network, "CUDA graph", {"ImbSAM, TrainStep joint": make.ours("joint", cuda_graph=True)}
+    )
+
+
+def _contest(network: Network, how: str, contestants: dict[str, list[Phase]]) -> Contest:
+    name = f"{network.name}, {network.rows} x 3 x {network.pixels}², {network.classes} classes"
+    return Contest(f"{name}: {how}", contestants, images=network.rows)
+
+
+def contests(device: str) -> Iterator[Contest]:
+    kinds = (eager, compiled, captured) if device == "cuda" else (eager,)
+    for network in networks(device):
+        for kind in kinds:
+            yield kind(network, device)
+
+
+if __name__ == "__main__":
+    run_script(__doc__.splitlines()[0], contests, rounds=20)
