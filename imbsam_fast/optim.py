@@ -6,23 +6,21 @@ It knows no model, no loss and no plan; the equations are those of DESIGN.md sec
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, updates
+from .buckets import Bucket, Slots, buckets, params_of
 from .interrupts import uninterrupted
 from .losses import SplitLoss
 from .two_backwards import backward, compiled_for_two_backwards
 
 # What a group carries besides the base's settings.
 _OWN = ("rho", "adaptive")
-
-# One entry a parameter, in the order of param_groups; None where there is no tensor.
-Slots = list[Tensor | None]
 
 
 class ImbSAM(torch.optim.Optimizer):
@@ -138,10 +136,13 @@ class ImbSAM(torch.optim.Optimizer):
                     if not torch.compiler.is_compiling():
                         torch.clear_autocast_cache()
             scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
-            if type(self.base) is torch.optim.SGD:
-                self._sgd_update(saved, g_h, g_p, *scaling)
+            if updates.is_fused(self.base):
+                updates.fused_update(self.base, saved, g_h, g_p, *scaling)
+                self._pending.saved = None  # updated: a failure from here on must not undo it
             else:
-                self._merge_and_step(saved, g_h, g_p, *scaling)
+                updates.merge(self.base, saved, g_h, g_p)
+                self._pending.saved = None  # restored: what the base does from here is its own
+                updates.base_step(self.base, g_p, *scaling)
             self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
@@ -262,7 +263,7 @@ class ImbSAM(torch.optim.Optimizer):
     # ------------------------------------------------------------ internals
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
+        return params_of(self.param_groups)
 
     def _check_params(self, params: Sequence[Tensor]) -> None:
         for i, p in enumerate(params):
@@ -297,27 +298,8 @@ class ImbSAM(torch.optim.Optimizer):
             p.grad = None
         return gradients
 
-    def _buckets(self, *lists: Slots) -> list[_Bucket]:
-        """The parameters with a tensor in the last list, as launches take them.
-
-        That is by group, device and dtype, and by which of the lists have a tensor.
-        """
-        needed = lists[-1]
-        params = self._params()
-        alike = len(self.param_groups) == 1 and all(map(_all_or_none, lists))
-        if alike and needed[0] is not None and ops.one_kind(params):
-            return [_Bucket(self.param_groups[0], range(len(params)), params)]
-        found: list[_Bucket] = []
-        first = 0
-        for group in self.param_groups:
-            members: dict[Hashable, list[int]] = {}
-            for i, p in enumerate(group["params"], first):
-                if needed[i] is not None:
-                    present = tuple(slots[i] is not None for slots in lists)
-                    members.setdefault((p.device, p.dtype, present), []).append(i)
-            found += [_Bucket(group, m, [params[i] for i in m]) for m in members.values()]
-            first += len(group["params"])
-        return found
+    def _buckets(self, *lists: Slots) -> list[Bucket]:
+        return buckets(self.param_groups, *lists)
 
     def _scaling(
         self,
@@ -351,77 +333,6 @@ class ImbSAM(torch.optim.Optimizer):
             scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
         return scale.float(), found_inf
 
-    def _sgd_update(
-        self, saved: Slots, g_h: Slots, g_p: Slots, scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        params = self._params()
-        found = self._momentum_buffers(g_p)
-        known = ops.in_layout_of(params, found, "momentum_buffer")
-        m = self._made_where_missing(known, g_p)
-        launches = []
-        for bucket in self._buckets(saved, g_h, known, g_p):
-            group, lr = bucket.group, bucket.group["lr"]
-            is_first = known[bucket.indices[0]] is None
-            launches.append((
-                bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
-                bucket.pick(m),
-                lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64),
-                group["momentum"],
-                # The first step of torch.optim.SGD takes the gradient undampened.
-                0.0 if is_first else group["dampening"],
-                group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
-            ))  # fmt: skip
-        if len(launches) > 1:  # all checks first: nothing is updated where a group is refused
-            for arguments in launches:
-                ops.check_sgd_update(*arguments)
-        for arguments in launches:
-            ops.sgd_update_(*arguments)
-        self._pending.saved = None  # updated: a failure from here on must not undo it
-        dampened = any(group["dampening"] for group in self.param_groups)
-        if dampened and found_inf is not None and found_inf.item():
-            return  # the next step is still the first one
-        for p, buffer, before in zip(params, m, found):
-            if buffer is not before:
-                self.state[p]["momentum_buffer"] = buffer
-
-    def _momentum_buffers(self, g_p: Slots) -> Slots:
-        """The momentum buffers that there are, for parameters with a gradient."""
-        state = self.state
-        found: Slots = []
-        for group in self.param_groups:
-            if group["momentum"] == 0:
-                found += [None] * len(group["params"])
-                continue
-            for p in group["params"]:
-                of_p = state.get(p) if g_p[len(found)] is not None else None
-                found.append(of_p.get("momentum_buffer") if of_p else None)
-        return found
-
-    def _made_where_missing(self, m: Slots, g_p: Slots) -> Slots:
-        """The momentum buffers with zeros for those that a first step needs."""
-        made: Slots = []
-        for group in self.param_groups:
-            for p in group["params"]:
-                i = len(made)
-                missing = m[i] is None and g_p[i] is not None and group["momentum"] != 0
-                made.append(torch.zeros_like(p) if missing else m[i])
-        return made
-
-    def _merge_and_step(
-        self, saved: Slots, g_h: Slots, g_p: Slots, scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
-        for bucket in self._buckets(saved, g_h, g_p):
-            ops.merge_(bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p))
-        self._pending.saved = None  # restored: what the base does from here is its own
-        for p, g in zip(self._params(), g_p):
-            p.grad = g
-            if g is not None and scale is not None:
-                g.div_(scale.to(g.device))
-        # A base that knows nothing of found_inf needs the answer, as in GradScaler.step.
-        if found_inf is None or not found_inf.item():
-            self.base.step()
-        self.zero_grad()
-
 
 class _Pending:
     """What lives between the calls of one step, never in a checkpoint.
@@ -437,23 +348,6 @@ class _Pending:
         self.held: Slots | None = None  # g_h
         self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
         self.partials: list[Tensor] = []  # the squared norm of g_t
-
-
-class _Bucket:
-    """The parameters that one launch takes: one group, device and dtype, the same inputs."""
-
-    def __init__(self, group: dict[str, Any], indices: Sequence[int], params: list[Tensor]) -> None:
-        self.group, self.indices, self.params = group, indices, params
-
-    def pick(self, slots: Slots) -> list[Tensor]:
-        """This bucket's tensors; [] where it has none."""
-        if slots[self.indices[0]] is None:
-            return []
-        return [slots[i] for i in self.indices]  # type: ignore[misc]  # all alike in a bucket
-
-
-def _all_or_none(slots: Slots) -> bool:
-    return len({t is None for t in slots}) == 1
 
 
 def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
