@@ -12,9 +12,13 @@ GROUPS = ("many", "medium", "few")
 COLUMNS = (*GROUPS, "all")
 
 
-def group_of(count: int) -> str:
-    """The group of a class: many above 100 training images, medium from 20 to 100, few below."""
-    return "many" if count > 100 else "medium" if count >= 20 else "few"
+BORDERS = (20, 100)  # the paper's
+
+
+def group_of(count: int, borders: tuple[int, int] = BORDERS) -> str:
+    """The group of a class with `count` training images: few < low <= medium <= high < many."""
+    low, high = borders
+    return "many" if count > high else "medium" if count >= low else "few"
 
 
 def per_class_accuracy(predictions: Tensor, targets: Tensor, num_classes: int) -> list[float]:
@@ -33,14 +37,18 @@ def per_class_accuracy(predictions: Tensor, targets: Tensor, num_classes: int) -
     return (100 * right.double() / rows).tolist()
 
 
-def group_accuracies(per_class: Sequence[float], counts: Sequence[int]) -> dict[str, float | None]:
+def group_accuracies(
+    per_class: Sequence[float], counts: Sequence[int], borders: tuple[int, int] = BORDERS
+) -> dict[str, float | None]:
     """Mean of the per-class accuracies of each group and of all classes; None without a class.
 
     Keys are COLUMNS; `counts` holds the training images of each class.
     """
     accuracies: dict[str, float | None] = {}
     for group in GROUPS:
-        members = [a for a, n in zip(per_class, counts, strict=True) if group_of(n) == group]
+        members = [
+            a for a, n in zip(per_class, counts, strict=True) if group_of(n, borders) == group
+        ]
         accuracies[group] = fmean(members) if members else None
     return {**accuracies, "all": fmean(per_class)}
 

@@ -1,4 +1,4 @@
-"""The network of the digits recipe."""
+"""The network of the digits recipe, and the layers that all networks here share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ class ConvNet(nn.Module):
 
     def __init__(self, norm: str = "batch", num_classes: int = 10) -> None:
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
         self.features = nn.Sequential(
             _block(1, 16, norm, stride=1),
             _block(16, 32, norm, stride=2),
@@ -36,9 +34,16 @@ class ConvNet(nn.Module):
         return self.classifier(self.features(images).mean(dim=(2, 3)))
 
 
+def make_norm(norm: str, channels: int) -> nn.Module:
+    """BatchNorm for "batch", GroupNorm of eight groups for "group"; ValueError for another."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(8, channels)
+
+
 def _block(channels_in: int, channels: int, norm: str, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(8, channels),
+        make_norm(norm, channels),
         nn.ReLU(),
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,15 +12,13 @@ from rich.console import Console
 
 from .. import dispatch
 from ..train_step import PLANS
+from . import image_options
+from .arguments import UsageError, number
 from .digits import ETA, MAX_PER_CLASS, NUM_CLASSES, TEST_PER_CLASS
 from .models import NORMS
 from .presets import PRESETS
 from .train_digits import run
 from .training import OPTIMIZERS, Settings, TrainingDivergedError
-
-
-class UsageError(Exception):
-    """Something that the user can put right; its text is the whole message."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_method_arguments(digits)
     _add_training_arguments(digits)
+    image_options.add_recipes(recipes)
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,13 +45,13 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
                        help="paper: a class of exactly ETA images is tail, tail weight 1, "
                        "BatchNorm statistics updated once a step; released (the authors' code): "
                        "it is head, tail weight 2, twice (default: %(default)s)")  # fmt: skip
-    group.add_argument("--eta", type=_number(0), metavar="N",
+    group.add_argument("--eta", type=number(0), metavar="N",
                        help="a tail class has at most N images, with the released preset fewer "
                        f"than N (default: {ETA:g}, the Few classes; the paper's 100 would leave "
                        "one head class here)")  # fmt: skip
-    group.add_argument("--rho", type=_number(0), default=0.05, metavar="R",
+    group.add_argument("--rho", type=number(0), default=0.05, metavar="R",
                        help="radius of the perturbation (default: %(default)s)")  # fmt: skip
-    group.add_argument("--tail-weight", type=_number(0, above=True), metavar="W",
+    group.add_argument("--tail-weight", type=number(0, above=True), metavar="W",
                        help="factor on the tail part of the loss; other than 1 adds the row of "
                        "SGD with the same class weights (default: the preset's)")  # fmt: skip
     group.add_argument("--plan", choices=PLANS, default="auto",
@@ -65,20 +62,20 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
     add = group.add_argument
-    count = _number(1, kind=int)
+    count = number(1, kind=int)
     add("--epochs", type=count, default=60, metavar="N", help="default: %(default)s")
     add("--batch-size", type=count, default=32, metavar="N", help="default: %(default)s")
-    add("--lr", type=_number(0, above=True), default=0.05, metavar="X",
+    add("--lr", type=number(0, above=True), default=0.05, metavar="X",
         help="learning rate of the first step, falling to 0 by a cosine (default: "
         "%(default)s)")  # fmt: skip
-    add("--momentum", type=_number(0, 1), default=0.9, metavar="X", help="default: %(default)s")
-    add("--weight-decay", type=_number(0), default=5e-4, metavar="X", help="default: %(default)s")
+    add("--momentum", type=number(0, 1), default=0.9, metavar="X", help="default: %(default)s")
+    add("--weight-decay", type=number(0), default=5e-4, metavar="X", help="default: %(default)s")
     add("--norm", choices=NORMS, default="batch",
         help="BatchNorm (joint plan) or GroupNorm (split plan) (default: %(default)s)")  # fmt: skip
     add("--seeds", type=count, default=3, metavar="N",
         help="seeds 0 .. N-1 decide the images, the weights and the order of batches, alike for "
         "every optimizer (default: %(default)s)")  # fmt: skip
-    add("--imbalance-factor", type=_number(1, MAX_PER_CLASS), default=100.0, metavar="IF",
+    add("--imbalance-factor", type=number(1, MAX_PER_CLASS), default=100.0, metavar="IF",
         help="images of the largest class over those of the smallest (default: 100)")  # fmt: skip
     add("--threads", type=count, default=1, metavar="N",
         help="CPU threads of torch; more than one rarely helps images of 8x8 (default: "
@@ -89,28 +86,11 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint of seed 0 after the last epoch")  # fmt: skip
 
 
-def _number(
-    low: float, high: float = math.inf, above: bool = False, kind: type = float
-) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` from `low` (or above it) to `high`."""
-    noun = "a whole number" if kind is int else "a number"
-    limits = f"> {low}" if above else f">= {low}" if high == math.inf else f"{low} to {high}"
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            raise argparse.ArgumentTypeError(f"is {text!r}, expected {noun} {limits}")
-        return value
-
-    return parse
-
-
 def main(args: argparse.Namespace) -> int:
     """Run a recipe: 0, or 2 with one line on stderr where the user has to change something."""
     try:
+        if args.recipe != "digits":
+            return image_options.main(args)
         _require_extras(["sklearn"] + (["matplotlib"] if args.save else []))
         settings = _settings(args)
         if args.save is not None:

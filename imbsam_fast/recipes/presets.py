@@ -14,6 +14,7 @@ class Preset:
     inclusive: bool  # whether a class of exactly eta images is tail
     tail_weight: float  # factor on the tail part of the loss
     batch_norm: str  # how often a step updates running statistics: "once" or "twice"
+    rho: float = 0.05  # radius of the perturbation
 
 
 PAPER = Preset("paper", eta=100, inclusive=True, tail_weight=1.0, batch_norm="once")

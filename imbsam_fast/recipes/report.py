@@ -102,7 +102,7 @@ def print_results(
     for method in settings.methods():
         columns = summary([run for run in runs if run.method == method], counts)
         times = [f"{timings.relative[method][b]:.2f}x" for b in backends]
-        table.add_row(settings.label(method), *(_cell(columns[c]) for c in COLUMNS), *times)
+        table.add_row(settings.label(method), *(accuracy_cell(columns[c]) for c in COLUMNS), *times)
     console.print(table)
     console.print(
         f"All is the mean of the per-class accuracies; mean ± standard deviation over "
@@ -116,7 +116,8 @@ def print_results(
     )
 
 
-def _cell(value: tuple[float, float | None] | None) -> str:
+def accuracy_cell(value: tuple[float, float | None] | None) -> str:
+    """Mean and standard deviation for a table, "-" for a group without classes."""
     if value is None:
         return "-"
     mean, std = value

@@ -3,50 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
+from . import methods
 from .digits import NUM_CLASSES, LongTailData
+from .methods import LABELS, MethodSettings, Trainer
 from .metrics import per_class_accuracy
 from .models import ConvNet
 
-# Keys of the methods in results and file names, with their names in tables. The second is the
-# control for a tail weight: plain SGD with the class weights that ImbSAM gives its tail.
-LABELS = {
-    "sgd": "SGD",
-    "sgd_weighted": "SGD, tail weight {tail_weight:g}",
-    "sam": "SAM",
-    "imbsam": "ImbSAM",
-}
 OPTIMIZERS = ("sgd", "sam", "imbsam")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(MethodSettings):
     """Everything that decides what is trained, one value an option."""
 
     optimizers: tuple[str, ...]
     preset: str
-    eta: float
-    inclusive: bool
-    tail_weight: float
-    batch_norm: str
-    rho: float
     epochs: int
     batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
     norm: str
-    plan: str
     seeds: int
     imbalance_factor: float
-    device: str
 
     def methods(self) -> list[str]:
         """Keys of LABELS: the optimizers asked for, and the control where one is needed."""
@@ -56,16 +38,6 @@ class Settings:
 
     def label(self, method: str) -> str:
         return LABELS[method].format(tail_weight=self.tail_weight)
-
-    def split(self, counts: list[int]) -> ClassSplit:
-        return ClassSplit.from_counts(counts, self.eta, self.inclusive)
-
-
-class Trainer(NamedTuple):
-    """A model's optimizer and one step of it: (images, targets) -> loss (), before the step."""
-
-    optimizer: torch.optim.Optimizer
-    step: Callable[[Tensor, Tensor], Tensor]
 
 
 class Trained(NamedTuple):
@@ -89,42 +61,10 @@ def make_model(settings: Settings, seed: int) -> nn.Module:
 
 
 def make_trainer(method: str, model: nn.Module, settings: Settings, counts: list[int]) -> Trainer:
-    """The step of `method`, a key of LABELS. SGD is a plain PyTorch loop, without this package."""
-    sgd = torch.optim.SGD(
-        model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
-    )
-    split = settings.split(counts)
-    if method == "sgd":
-        return Trainer(sgd, _plain_step(model, sgd, None))
-    if method == "sgd_weighted":
-        weight = (split.plain + settings.tail_weight * split.sharp).float().to(settings.device)
-        return Trainer(sgd, _plain_step(model, sgd, weight))
+    """The step of `method`, a key of LABELS; SAM is the unweighted one."""
     if method == "sam":
-        criterion = SplitCrossEntropy(ClassSplit.all_tail())
-    else:
-        criterion = SplitCrossEntropy(split, tail_weight=settings.tail_weight)
-    optimizer = ImbSAM(sgd, settings.rho)
-    step = TrainStep(model, criterion, optimizer, settings.plan, settings.batch_norm)
-    return Trainer(optimizer, lambda images, targets: step(images, targets).loss)
-
-
-def _plain_step(
-    model: nn.Module, sgd: torch.optim.SGD, class_weight: Tensor | None
-) -> Callable[[Tensor, Tensor], Tensor]:
-    def step(images: Tensor, targets: Tensor) -> Tensor:
-        targets = targets.to(images.device)
-        logits = model(images)
-        if class_weight is None:
-            loss = F.cross_entropy(logits, targets)
-        else:  # over the batch size, not over the sum of weights, as ImbSAM divides
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            loss = (class_weight[targets] * losses).mean()
-        sgd.zero_grad()
-        loss.backward()
-        sgd.step()
-        return loss.detach()
-
-    return step
+        settings = replace(settings, tail_weight=1.0)
+    return methods.make_trainer(method, model, settings, counts)
 
 
 def batches(
@@ -158,7 +98,7 @@ def train(
     for epoch in range(settings.epochs):
         total = torch.zeros((), device=settings.device)
         for images, targets in batches(data, settings, shuffle):
-            total += trainer.step(images, targets) * len(targets)
+            total += trainer.step(images, targets).loss * len(targets)
             schedule.step()
         loss = total.item() / len(data.train_targets)
         if not abs(loss) < float("inf"):

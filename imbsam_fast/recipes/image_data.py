@@ -1,0 +1,132 @@
+"""Images for training and testing: what a data set gives, and small ones held in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std of RGB
+
+CIFAR10_STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+CIFAR100_STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+class DataError(Exception):
+    """Files of a data set are missing or damaged; the text names them and says what to do."""
+
+
+class Images(ABC):
+    """Labelled images, from which batches of rows are taken."""
+
+    targets: Tensor  # int64 (n,)
+    skipped = 0  # corrupt images that were left out
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @abstractmethod
+    def batches(
+        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images float32 (b, 3, H, W), normalised, and targets int64 (b,), an entry at a time.
+
+        Args:
+            batches: rows, int64 (b,) each.
+            key: augment, with random numbers that depend on the key and the position in
+                `batches` alone; None for no augmentation.
+            start: the first entry to give; those before it are left out.
+        """
+
+    @abstractmethod
+    def subset(self, rows: Tensor) -> Images:
+        """The images of `rows`, int64 (m,)."""
+
+
+@dataclass(frozen=True)
+class LongTailImages:
+    """A long-tailed training set and its test set."""
+
+    train: Images
+    test: Images
+    counts: list[int]  # training images per class
+    class_names: list[str] | None
+
+
+def generator(*key: int) -> torch.Generator:
+    """Random numbers that depend on `key` alone: nothing to save, nothing to restore."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def class_counts(targets: Tensor, num_classes: int) -> list[int]:
+    return torch.bincount(targets, minlength=num_classes).tolist()
+
+
+def first_of_each_class(targets: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows of the first counts[k] images of every class k, in their order, int64.
+
+    Raises DataError where a class has fewer.
+    """
+    kept = []
+    for k, count in enumerate(counts):
+        rows = (targets == k).nonzero().squeeze(1)
+        if len(rows) < count:
+            raise DataError(f"class {k} has {len(rows)} images, expected at least {count}")
+        kept.append(rows[:count])
+    return torch.cat(kept).sort().values
+
+
+class MemoryImages(Images):
+    """Small images held as bytes, cropped and flipped as a batch.
+
+    Augmentation is torchvision's RandomCrop(size, padding=4) and RandomHorizontalFlip.
+
+    Args:
+        pixels: uint8 (n, 3, H, W).
+        targets: int64 (n,).
+        statistics: mean and standard deviation of the channels, of pixels from 0 to 1.
+    """
+
+    PADDING = 4
+
+    def __init__(self, pixels: Tensor, targets: Tensor, statistics: Statistics) -> None:
+        self.pixels = pixels
+        self.targets = targets
+        self.statistics = statistics
+        mean, std = (torch.tensor(values) for values in statistics)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        padded = torch.nn.functional.pad(pixels, (self.PADDING,) * 4)
+        # Channels last, so that one gather of rows, y and x crops, flips and stays dense.
+        self._padded = padded.permute(0, 2, 3, 1).contiguous()
+
+    def subset(self, rows: Tensor) -> MemoryImages:
+        return MemoryImages(self.pixels[rows], self.targets[rows], self.statistics)
+
+    def batches(
+        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, rows in enumerate(batches[start:], start):
+            random = None if key is None else generator(*key, i)
+            yield self._normalised(self._cropped(rows, random)), self.targets[rows]
+
+    def _cropped(self, rows: Tensor, random: torch.Generator | None) -> Tensor:
+        """uint8 (b, H, W, 3)."""
+        height, width = self.pixels.shape[2:]
+        ys, xs = torch.arange(height), torch.arange(width)
+        if random is None:
+            top = left = torch.full((len(rows), 1), self.PADDING)
+            xs = xs.expand(len(rows), -1)
+        else:
+            offsets = torch.randint(2 * self.PADDING + 1, (2, len(rows), 1), generator=random)
+            top, left = offsets
+            flip = torch.randint(2, (len(rows), 1), generator=random).bool()
+            xs = torch.where(flip, xs.flip(0), xs)
+        return self._padded[rows[:, None, None], (top + ys)[:, :, None], (left + xs)[:, None, :]]
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels * self._scale + self._shift).permute(0, 3, 1, 2)

@@ -1,0 +1,53 @@
+"""The networks of the image recipes, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .cifar_models import DEPTHS, CifarResNet
+from .models import NORMS, make_norm
+
+CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
+TORCHVISION_MODELS = ("resnet50", "resnext50_32x4d", "convnext_tiny", "vit_b_16")
+MODELS = (*CIFAR_RESNETS, "resnet34-cifar", *TORCHVISION_MODELS)
+
+
+def make_model(name: str, num_classes: int, norm: str, seed: int) -> nn.Module:
+    """The network `name`, one of MODELS, with weights that depend on `seed` alone.
+
+    `norm` replaces the BatchNorm of the residual networks, "batch" leaves it. Raises ValueError
+    for a network that has no BatchNorm to replace.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if name in CIFAR_RESNETS:
+            return CifarResNet(CIFAR_RESNETS[name], num_classes, norm)
+        return _from_torchvision(name, num_classes, norm)
+
+
+def classifier(model: nn.Module) -> nn.Linear:
+    """The last linear layer of a network of MODELS, the only one that stage two trains."""
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    return last
+
+
+def _from_torchvision(name: str, num_classes: int, norm: str) -> nn.Module:
+    from torchvision import models
+
+    settings: dict[str, Callable[[int], nn.Module]] = {}
+    if norm != "batch":
+        if not name.startswith("resn"):
+            raise ValueError(f"norm is {norm!r}, expected 'batch': {name} has no BatchNorm")
+        settings["norm_layer"] = lambda channels: make_norm(norm, channels)
+    if name == "resnet34-cifar":  # as the authors released it
+        model = models.resnet34(num_classes=num_classes, **settings)
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+        return model
+    return models.get_model(name, weights=None, num_classes=num_classes, **settings)

@@ -1,0 +1,146 @@
+"""The optimizers that recipes compare, as one training step each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ClassSplit, ImbSAM, SplitCrossEntropy, StepResult, TrainStep
+
+# Keys of the methods in results and file names, with their names in tables. The second is the
+# control for a tail weight: plain SGD with the class weights that ImbSAM gives its tail.
+LABELS = {
+    "sgd": "SGD",
+    "sgd_weighted": "SGD, tail weight {tail_weight:g}",
+    "sam": "SAM",
+    "imbsam": "ImbSAM",
+    "focal_sam": "Focal-SAM",
+}
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What decides a training step."""
+
+    eta: float
+    inclusive: bool
+    tail_weight: float
+    batch_norm: str
+    rho: float
+    lr: float
+    momentum: float
+    weight_decay: float
+    plan: str
+    device: str
+
+    def split(self, counts: Sequence[int]) -> ClassSplit:
+        """Head and tail classes by `eta`."""
+        return ClassSplit.from_counts(counts, self.eta, self.inclusive)
+
+
+class StepOptions(NamedTuple):
+    """What a training step runs in."""
+
+    autocast: AbstractContextManager | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+
+
+PLAIN_OPTIONS = StepOptions()
+
+
+class Trainer(NamedTuple):
+    """A model's optimizer and one step of it, `step(images, targets)`."""
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Tensor, Tensor], StepResult]
+
+
+def sharpness_split(method: str, settings: MethodSettings, counts: Sequence[int]) -> ClassSplit:
+    """The class weights of `method`, a key of LABELS, in the words of DESIGN.md section 2.
+
+    SAM with a tail weight r is the paper's re-weighted SAM (Table 3): sharp is 1 for head and r
+    for tail classes. `settings` has `gamma` and `lam` where the method is Focal-SAM.
+    """
+    split = settings.split(counts)
+    r = settings.tail_weight
+    if method == "focal_sam":
+        return ClassSplit.focal(counts, settings.gamma, settings.lam)  # type: ignore[attr-defined]
+    if method == "imbsam":
+        return ClassSplit(split.plain, r * split.sharp, split.counts)
+    if method == "sam":
+        weights = split.plain + r * split.sharp
+        return ClassSplit(torch.zeros_like(weights), weights, split.counts)
+    weights = split.plain + (r if method == "sgd_weighted" else 1.0) * split.sharp
+    return ClassSplit(weights, torch.zeros_like(weights), split.counts)
+
+
+def make_trainer(
+    method: str,
+    model: nn.Module,
+    settings: MethodSettings,
+    counts: Sequence[int],
+    class_weight: Tensor | None = None,
+    options: StepOptions = PLAIN_OPTIONS,
+) -> Trainer:
+    """The step of `method`, a key of LABELS. SGD is a plain PyTorch loop, without this package.
+
+    Only trainable parameters are trained. `class_weight`, (K,), is a factor on every row's loss,
+    as for a class-balanced loss.
+    """
+    sgd = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        settings.lr,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    split = sharpness_split(method, settings, counts)
+    if method in ("sgd", "sgd_weighted"):
+        weights = split.plain if class_weight is None else split.plain * class_weight.cpu()
+        weight = None if (weights == 1).all() else weights.float().to(settings.device)
+        return Trainer(sgd, _plain_step(model, sgd, weight, options))
+    criterion = SplitCrossEntropy(split, class_weight)
+    optimizer = ImbSAM(sgd, settings.rho)
+    step = TrainStep(
+        model,
+        criterion,
+        optimizer,
+        settings.plan,
+        settings.batch_norm,
+        autocast=options.autocast,
+        grad_scaler=options.grad_scaler,
+    )
+    return Trainer(optimizer, step)
+
+
+def _plain_step(
+    model: nn.Module,
+    sgd: torch.optim.SGD,
+    class_weight: Tensor | None,
+    options: StepOptions,
+) -> Callable[[Tensor, Tensor], StepResult]:
+    autocast = options.autocast or nullcontext()
+    scaler = options.grad_scaler or torch.amp.GradScaler(enabled=False)
+
+    def step(images: Tensor, targets: Tensor) -> StepResult:
+        targets = targets.to(images.device)
+        with autocast:
+            logits = model(images)
+            if class_weight is None:
+                loss = F.cross_entropy(logits, targets)
+            else:  # over the batch size, not over the sum of weights, as ImbSAM divides
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                loss = (class_weight[targets] * losses).mean()
+        sgd.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(sgd)
+        scaler.update()
+        loss = loss.detach()
+        return StepResult(loss, head=loss, tail=torch.zeros_like(loss), logits=logits.detach())
+
+    return step

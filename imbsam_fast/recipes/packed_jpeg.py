@@ -1,0 +1,73 @@
+"""CIFAR-10 as JPEG files packed end to end into .npz archives.
+
+An archive has `jpeg` (uint8, all files end to end), `offsets` (int64, n + 1), `labels` (int64, n)
+and `class_names`. The training archive is long-tailed already: the first int(5000 IF^(-k/9))
+images of class k at IF = 100.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .image_data import (
+    CIFAR10_STATISTICS,
+    DataError,
+    LongTailImages,
+    MemoryImages,
+    class_counts,
+    first_of_each_class,
+)
+
+TRAIN_FILE = "cifar10_train_if100.npz"
+TEST_FILE = "cifar10_test.npz"
+
+
+def load(directory: Path, counts: list[int] | None) -> LongTailImages:
+    """CIFAR10-LT from the archives in `directory`, reduced to counts[k] images of class k.
+
+    Raises DataError for a file that is missing, damaged or smaller than `counts` asks for.
+    """
+    pixels, targets, names = read(directory / TRAIN_FILE)
+    if counts is not None:
+        rows = first_of_each_class(targets, counts)
+        pixels, targets = pixels[rows], targets[rows]
+    test_pixels, test_targets, _ = read(directory / TEST_FILE)
+    return LongTailImages(
+        MemoryImages(pixels, targets, CIFAR10_STATISTICS),
+        MemoryImages(test_pixels, test_targets, CIFAR10_STATISTICS),
+        class_counts(targets, len(names)),
+        names,
+    )
+
+
+def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Pixels uint8 (n, 3, H, W), targets int64 (n,) and class names of one archive."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    if not path.exists():
+        raise DataError(f"'{path}' does not exist, expected a packed JPEG archive; see --data-dir")
+    try:
+        with np.load(path) as archive:
+            jpeg, offsets = torch.from_numpy(archive["jpeg"]), archive["offsets"]
+            targets = torch.from_numpy(archive["labels"]).long()
+            names = [str(name) for name in archive["class_names"]]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"'{path}' is damaged ({error}), expected an .npz archive with jpeg, offsets, labels "
+            "and class_names; copy it again"
+        ) from error
+    images = []
+    for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+        try:
+            images.append(decode_jpeg(jpeg[start:end], mode=ImageReadMode.RGB))
+        except RuntimeError as error:
+            raise DataError(
+                f"image {i} of '{path}' is no JPEG file ({error}); copy the archive again"
+            ) from error
+    return torch.stack(images), targets, names
