@@ -50,19 +50,20 @@ def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
     """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
     head, tail = Gradients(step.optimizer), Gradients(step.optimizer)
     seen = Seen()
-    for x, y in step.micro_batches(inputs, targets):
+    pieces = list(step.micro_batches(inputs, targets))
+    for left, (x, y) in zip(reversed(range(len(pieces))), pieces):
         with compiled_for_two_backwards():
             outputs, loss = step.forward(x, y, rows.counted)
         seen.add(outputs, loss.head, loss.tail)
         if rows.head_rows:
             with head.added_up():
                 step.backward(loss.head, retain_graph=rows.tail_rows > 0)
+            if left == 0:  # before the tail's backward: the optimizer may need g_h no more
+                head.hand_over()
+                step.optimizer.first_step()
         if rows.tail_rows:
             with tail.added_up():
                 step.backward(loss.tail)
-    if rows.head_rows:
-        head.hand_over()
-        step.optimizer.first_step()
     tail.hand_over()
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:

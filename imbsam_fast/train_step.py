@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .cuda_graph import GraphedSteps
 from .data_parallel import average_, process_group
 from .lagged import TailGradient
+from .lean import LeanImbSAM, check_whole_gradient
 from .losses import SplitLoss
 from .optim import ImbSAM
 from .plans import (
@@ -44,7 +45,9 @@ class TrainStep:
     Args:
         model: any module, compiled or not.
         criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
-        optimizer: an `ImbSAM`.
+        optimizer: an `ImbSAM`, or a `LeanImbSAM` for the least memory, which excludes
+            grad_scaler, max_norm, cuda_graph, lagged and DistributedDataParallel; under the joint
+            plan micro-batches cost it n more, since both gradients are summed at once.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
             perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
@@ -135,6 +138,8 @@ class TrainStep:
         self.group = process_group(model)
         self.lagged = lagged
         self.tail_gradient = self._tail_gradient() if lagged else None
+        if isinstance(optimizer, LeanImbSAM):
+            self._check_lean(cuda_graph)
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
@@ -166,6 +171,17 @@ class TrainStep:
         tail = split.tail_mask(targets) & counted
         head = (split.plain_mask(targets) & counted) | ~tail
         return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
+
+    def _check_lean(self, cuda_graph: bool) -> None:
+        check_whole_gradient(self.grad_scaler, self.max_norm)
+        if self.group is not None:
+            raise ValueError(
+                "model is DistributedDataParallel, expected a model of one process with a "
+                "LeanImbSAM: ranks exchange whole gradients"
+            )
+        for name, used in (("cuda_graph", cuda_graph), ("lagged", self.lagged)):
+            if used:
+                raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
 
     def _graphs(self) -> GraphedSteps:
         needs = {
