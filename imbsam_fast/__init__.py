@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from .lean import LeanImbSAM
 from .losses import SplitCrossEntropy, SplitLoss, split_loss
 from .optim import ImbSAM
 from .split import ClassSplit
@@ -12,6 +13,7 @@ __version__ = _version("imbsam-fast")
 __all__ = [
     "ClassSplit",
     "ImbSAM",
+    "LeanImbSAM",
     "SplitCrossEntropy",
     "SplitLoss",
     "StepResult",

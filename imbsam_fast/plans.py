@@ -1,4 +1,4 @@
-"""The passes of one training step, in the two plans of DESIGN.md section 6.
+"""The passes of one training step, in the two plans of DESIGN.md section 6, and their lagged forms.
 
 A plan knows the order of passes; what a pass is, and the optimizer's calls, are TrainStep's.
 """
@@ -25,7 +25,7 @@ class StepResult(NamedTuple):
 
     loss: Tensor  # () head + tail
     head: Tensor  # ()
-    tail: Tensor  # ()
+    tail: Tensor  # () in a lagged step perhaps at the perturbed weights: see TrainStep
     logits: Any  # the model's outputs, one row per row of the batch, in its order
 
 
@@ -50,19 +50,20 @@ def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
     """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
     head, tail = Gradients(step.optimizer), Gradients(step.optimizer)
     seen = Seen()
-    for x, y in step.micro_batches(inputs, targets):
+    pieces = list(step.micro_batches(inputs, targets))
+    for left, (x, y) in zip(reversed(range(len(pieces))), pieces):
         with compiled_for_two_backwards():
             outputs, loss = step.forward(x, y, rows.counted)
         seen.add(outputs, loss.head, loss.tail)
         if rows.head_rows:
             with head.added_up():
                 step.backward(loss.head, retain_graph=rows.tail_rows > 0)
+            if left == 0:  # before the tail's backward: the optimizer may need g_h no more
+                head.hand_over()
+                step.optimizer.first_step()
         if rows.tail_rows:
             with tail.added_up():
                 step.backward(loss.tail)
-    if rows.head_rows:
-        head.hand_over()
-        step.optimizer.first_step()
     tail.hand_over()
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
@@ -74,13 +75,7 @@ def joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
 
 def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
     """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
-    head, tail = Seen(), Seen()
-    if rows.head_rows:
-        for x, y in step.micro_batches(*_take(rows.head, inputs, targets)):
-            outputs, loss = step.forward(x, y, rows.counted)
-            step.backward(loss.head)
-            head.add(outputs, head=loss.head)
-        step.optimizer.first_step()
+    head, tail = _head_rows(step, inputs, targets, rows), Seen()
     if rows.tail_rows:
         tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
         for x, y in step.micro_batches(tail_inputs, tail_targets):
@@ -90,8 +85,55 @@ def split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Ste
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
-    parts = [(m, s.outputs()) for m, s in ((rows.head, head), (rows.tail, tail)) if s.pieces]
-    result = _result(head.head, tail.tail, _assemble(parts))
+    result = _result(head.head, tail.tail, _assemble(rows, head, tail))
+    step.update()
+    return result
+
+
+def _head_rows(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
+    """The head pass of the split plan: g_h is held."""
+    seen = Seen()
+    if rows.head_rows:
+        for x, y in step.micro_batches(*_take(rows.head, inputs, targets)):
+            outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.head)
+            seen.add(outputs, head=loss.head)
+        step.optimizer.first_step()
+    return seen
+
+
+# ---------------------------------------------------------------- lagged: without the pass for g_t
+
+
+def lagged_joint_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """All rows for the head, all rows at the perturbed weights for the tail: 2F + 2B.
+
+    F + B where the batch has no tail rows, or no head rows.
+    """
+    seen = Seen()
+    if rows.head_rows:
+        for x, y in step.micro_batches(inputs, targets):
+            with compiled_for_two_backwards():  # as in the joint plan, which shares the graph
+                outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.head)
+            seen.add(outputs, loss.head, loss.tail)
+        step.optimizer.first_step()
+    if rows.tail_rows:
+        step.perturb_lagged()
+        only = None if rows.head_rows else seen
+        step.perturbed_backward(inputs, targets, rows.counted, only)
+    result = _result(seen.head, seen.tail, seen.outputs())
+    step.update()
+    return result
+
+
+def lagged_split_plan(step: TrainStep, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """The head rows alone, the tail rows alone at the perturbed weights: F + B."""
+    head, tail = _head_rows(step, inputs, targets, rows), Seen()
+    if rows.tail_rows:
+        step.perturb_lagged()
+        step.perturbed_backward(*_take(rows.tail, inputs, targets), rows.counted, tail)
+    result = _result(head.head, tail.tail, _assemble(rows, head, tail))
     step.update()
     return result
 
@@ -171,13 +213,11 @@ def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
     return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
 
 
-def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
+def _assemble(rows: Rows, head: Seen, tail: Seen) -> Any:
     """The outputs of the parts as one batch in its original order."""
-    if len(parts) == 1:
-        return parts[0][1]
-    (head, head_outputs), (tail, tail_outputs) = parts
-
-    indices = head.nonzero().squeeze(1), tail.nonzero().squeeze(1)
+    if not (head.pieces and tail.pieces):
+        return (head if head.pieces else tail).outputs()
+    indices = rows.head.nonzero().squeeze(1), rows.tail.nonzero().squeeze(1)
 
     def merge(h: Any, t: Any) -> Any:
         if not isinstance(h, Tensor):
@@ -187,12 +227,12 @@ def _assemble(parts: list[tuple[Tensor, Any]]) -> Any:
                 f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
                 f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
             )
-        out = h.new_empty(len(head), *h.shape[1:])
-        for rows, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
-            out.index_copy_(0, rows.to(h.device, non_blocking=True), part)
+        out = h.new_empty(len(rows.head), *h.shape[1:])
+        for index, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
+            out.index_copy_(0, index.to(h.device, non_blocking=True), part)
         return out
 
-    return pytree.tree_map(merge, head_outputs, tail_outputs)
+    return pytree.tree_map(merge, head.outputs(), tail.outputs())
 
 
 def _detached(outputs: Any) -> Any:

@@ -14,9 +14,20 @@ from torch.utils import _pytree as pytree
 
 from .cuda_graph import GraphedSteps
 from .data_parallel import average_, process_group
+from .lagged import TailGradient
+from .lean import LeanImbSAM, check_whole_gradient
 from .losses import SplitLoss
 from .optim import ImbSAM
-from .plans import Plan, Rows, StepResult, joint_plan, split_plan
+from .plans import (
+    Plan,
+    Rows,
+    Seen,
+    StepResult,
+    joint_plan,
+    lagged_joint_plan,
+    lagged_split_plan,
+    split_plan,
+)
 from .two_backwards import backward
 
 PLANS = ("auto", "joint", "split")
@@ -34,7 +45,9 @@ class TrainStep:
     Args:
         model: any module, compiled or not.
         criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
-        optimizer: an `ImbSAM`.
+        optimizer: an `ImbSAM`, or a `LeanImbSAM` for the least memory, which excludes
+            grad_scaler, max_norm, cuda_graph, lagged and DistributedDataParallel; under the joint
+            plan micro-batches cost it n more, since both gradients are summed at once.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
             perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
@@ -59,6 +72,14 @@ class TrainStep:
             must be a tensor on the device (`torch.optim.SGD(params, torch.tensor(0.1,
             device="cuda"))`), which schedulers then change in place. A batch without tail rows
             costs as much as any other.
+        lagged: EXPERIMENTAL, NOT IN THE PAPER. Perturb along the perturbed tail gradient of the
+            last step that had tail rows, without a pass for the present one: one SGD step under
+            the split plan and 2F + 2B, two, under the joint plan. The first step with tail rows
+            is an ordinary one. The gradient, as large as the weights, is kept in
+            `optimizer.state[p]["tail_gradient"]`, and so in checkpoints; a failed or skipped
+            step leaves it as it was. Tail rows that had no unperturbed pass (split plan; no head
+            row in the batch) are seen at the perturbed weights only: their part of `.tail`,
+            `.loss` and `.logits`, and the BatchNorm statistics, are from there.
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
@@ -82,6 +103,7 @@ class TrainStep:
         perturbation: str = "global",
         micro_batch_size: int | None = None,
         cuda_graph: bool = False,
+        lagged: bool = False,
     ) -> None:
         if not isinstance(optimizer, ImbSAM):
             raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
@@ -114,6 +136,10 @@ class TrainStep:
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
         self.group = process_group(model)
+        self.lagged = lagged
+        self.tail_gradient = self._tail_gradient() if lagged else None
+        if isinstance(optimizer, LeanImbSAM):
+            self._check_lean(cuda_graph)
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
@@ -146,6 +172,17 @@ class TrainStep:
         head = (split.plain_mask(targets) & counted) | ~tail
         return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
 
+    def _check_lean(self, cuda_graph: bool) -> None:
+        check_whole_gradient(self.grad_scaler, self.max_norm)
+        if self.group is not None:
+            raise ValueError(
+                "model is DistributedDataParallel, expected a model of one process with a "
+                "LeanImbSAM: ranks exchange whole gradients"
+            )
+        for name, used in (("cuda_graph", cuda_graph), ("lagged", self.lagged)):
+            if used:
+                raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
+
     def _graphs(self) -> GraphedSteps:
         needs = {
             "plan": self.plan == "joint"
@@ -153,12 +190,14 @@ class TrainStep:
             "micro_batch_size": self.micro_batch_size is None,
             "grad_scaler": self.grad_scaler is None,
             "model": self.group is None,
+            "lagged": not self.lagged,
         }
         for name, fits in needs.items():
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
-                    "plan, no micro-batches, no gradient scaler, no DistributedDataParallel"
+                    "plan, no micro-batches, no gradient scaler, no DistributedDataParallel, "
+                    "lagged=False"
                 )
         groups = self.optimizer.param_groups
         device = groups[0]["params"][0].device
@@ -180,12 +219,22 @@ class TrainStep:
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
         return self._run(joint_plan, inputs, targets, rows)
 
+    def _tail_gradient(self) -> TailGradient:
+        common = self.perturbation == "global"
+        shared = self.group is not None or type(self.optimizer.base) is not torch.optim.SGD
+        return TailGradient(self.optimizer, self.group if common else None, shared)
+
     def _planned(self, rows: Rows) -> Plan:
-        if self.plan != "auto":
-            return joint_plan if self.plan == "joint" else split_plan
-        # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
-        cheaper = 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * len(rows.head)
-        return split_plan if cheaper and not has_batch_statistics(self.model) else joint_plan
+        lags = self.tail_gradient is not None and self.tail_gradient.is_known()
+        if self.plan == "auto":
+            # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
+            cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * len(rows.head)
+            split = cheaper and not has_batch_statistics(self.model)
+        else:
+            split = self.plan == "split"
+        if lags:
+            return lagged_split_plan if split else lagged_joint_plan
+        return split_plan if split else joint_plan
 
     # ------------------------------------------------------------ what plans are made of
 
@@ -211,14 +260,22 @@ class TrainStep:
             loss = self.grad_scaler.scale(loss)
         backward(loss, retain_graph)
 
-    def perturbed_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None:
-        """The tail loss at theta + epsilon, and its gradient."""
+    def perturbed_backward(
+        self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
+    ) -> None:
+        """The tail loss at theta + epsilon, and its gradient.
+
+        `only` is what the step saw of these rows, where they have no other pass: this one adds to
+        it and updates BatchNorm statistics.
+        """
         # The backward is inside: under activation checkpointing it runs the model again.
-        once = self.batch_norm == "once"
-        with frozen_batch_norm_statistics(self.model) if once else nullcontext():
+        frozen = self.batch_norm == "once" and only is None
+        with frozen_batch_norm_statistics(self.model) if frozen else nullcontext():
             for x, y in self.micro_batches(inputs, targets):
-                _, loss = self.forward(x, y, counted)
+                outputs, loss = self.forward(x, y, counted)
                 self.backward(loss.tail)
+                if only is not None:
+                    only.add(outputs, tail=loss.tail)
 
     def perturb(self, has_tail: bool) -> None:
         """Ranks without tail rows follow the others where the perturbation is a common one."""
@@ -228,13 +285,28 @@ class TrainStep:
             return
         self.optimizer.second_step()
 
+    def perturb_lagged(self) -> None:
+        """Along the tail gradient of an earlier step."""
+        self.tail_gradient.hand_over()  # type: ignore[union-attr]  # asked by _planned
+        self.optimizer.second_step()
+
     def update(self) -> None:
+        seen = None if self.tail_gradient is None else self.tail_gradient.seen()
         if self.group is not None:
             self.optimizer.merge_held()
             average_(self.optimizer.gradients(), self.group)
         self.optimizer.third_step(self.grad_scaler, self.max_norm)
+        if self.tail_gradient is not None and seen is not None:
+            self.tail_gradient.keep(seen, self._found_inf())
         if self.grad_scaler is not None:
             self.grad_scaler.update()
+
+    def _found_inf(self) -> Tensor | None:
+        """What third_step left for the gradient scaler."""
+        if self.grad_scaler is None:
+            return None
+        state = self.grad_scaler._per_optimizer_states[id(self.optimizer)]
+        return next(iter(state["found_inf_per_device"].values()), None)
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
