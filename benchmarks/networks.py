@@ -40,6 +40,13 @@ def group_norm_resnet(classes: int) -> nn.Module:
     return conv_net(lambda width: nn.GroupNorm(8, width), classes)
 
 
+def mlp(classes: int, width: int, depth: int) -> nn.Module:
+    """Nearly all of whose memory is weights."""
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    first = nn.Linear(3 * 32 * 32, width)
+    return nn.Sequential(nn.Flatten(), first, nn.ReLU(), *hidden, nn.Linear(width, classes))
+
+
 class LayerNormViT(nn.Module):
     """A small ViT: 64 patches of 4x4 pixels."""
 

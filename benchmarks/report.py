@@ -63,15 +63,16 @@ def _provenance(report: bench.Report | gpu_timing.GpuReport) -> str:
     s = report.settings
     e = s["environment"]
     machine, versions, native = e["machine"], e["versions"], e["native"]
-    others = s["cores_used_by_others"]
-    facts = (
+    others = s.get("cores_used_by_others")
+    facts = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} used, "
         f"{native['isa_in_use'] if native['loaded'] else 'no compiled kernels'}",
         f"imbsam-fast {versions['imbsam-fast']}, torch {versions['torch']}, "
         f"Python {versions['python']}",
         f"commit {(e['git_commit'] or 'unknown')[:12]}{_dirty(e['git_commit'])}, {e['date'][:10]}",
-        f"{s['rounds']} rounds, freed memory {s['freed_memory']}",
-    )
+    ]
+    if report.timings:
+        facts.append(f"{s['rounds']} rounds, freed memory {s['freed_memory']}")
     load = "" if others is None else f" Other processes kept {others:.1f} cores busy."
     tiny = " Tiny sizes, to see that it runs: not a result." if s["quick"] else ""
     return f"Measured ({report.title}): {'; '.join(facts)}.{load}{tiny}"

@@ -199,6 +199,21 @@ def added(report: Report) -> Lines:
     )
 
 
+# ---------------------------------------------------------------- memory
+
+
+def memory(report: Report) -> Lines:
+    """In the bytes of all weights: what is alive at the peak of a step, and after it."""
+    names = list(dict.fromkeys(m.contestant for m in report.memory))
+    rows: dict[str, list[str]] = {}
+    for what, kept in (("at the peak", False), ("from step to step", True)):
+        for m in report.memory:
+            label = f"{m.size}, n = {m.weight_bytes / 1e6:.1f} MB, {what}"
+            found = m.kept_bytes if kept else m.peak_bytes
+            rows.setdefault(label, []).append(f"{found / m.weight_bytes:.2f}")
+    return markdown(("n", *names), ((label, *cells) for label, cells in rows.items()))
+
+
 # ---------------------------------------------------------------- growth
 
 
@@ -298,6 +313,7 @@ TABLES = {
     "training": Table(("bench_step",), training),
     "training-optimizer": Table(("bench_step",), training_optimizer),
     "training-memory": Table(("bench_step",), training_memory),
+    "memory": Table(("bench_memory",), memory),
     "added": Table(("bench_step",), added),
     "growth": Table(("bench_growth",), growth),
     "summary": Table(("bench_optimizer", "bench_split_cross_entropy", "bench_step"), summary),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .bench_measure import Group, Timing, measure, warm_up
+from .bench_measure import Group, Memory, Timing, measure, warm_up
 from .bench_process import OtherLoad, keep_freed_memory, return_freed_memory
 
 
@@ -30,6 +30,7 @@ class Report:
     timings: list[Timing]
     summary: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    memory: list[Memory] = field(default_factory=list)
 
     def ms(self, operation: str, contestant: str, size: str | None = None) -> float:
         return next(
@@ -89,7 +90,9 @@ def save(report: Report, path: Path) -> None:
 def load(path: Path) -> Report:
     """What `save` wrote."""
     found = json.loads(path.read_text())
-    return Report(**{**found, "timings": [Timing(**t) for t in found["timings"]]})
+    timings = [Timing(**t) for t in found["timings"]]
+    memory = [Memory(**m) for m in found.get("memory", [])]
+    return Report(**{**found, "timings": timings, "memory": memory})
 
 
 # ---------------------------------------------------------------- the command

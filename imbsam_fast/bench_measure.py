@@ -79,6 +79,17 @@ class Timing:
     group: int = 0  # which group of the run it was measured in
 
 
+@dataclass
+class Memory:
+    """The bytes of a contestant's training step: weights, gradients, states and activations."""
+
+    size: str
+    contestant: str
+    weight_bytes: int
+    kept_bytes: int  # after a step
+    peak_bytes: int
+
+
 def warm_up(group: Group, rounds: int = WARM_UP_ROUNDS) -> None:
     """Run every contestant untimed: caches fill, compilers compile."""
     for _ in range(rounds):

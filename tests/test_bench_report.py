@@ -10,7 +10,7 @@ from benchmarks import bench_growth, bench_step, peers, report
 from benchmarks.tables import LOSS, PHASES, TABLES
 from imbsam_fast import bench
 from imbsam_fast.bench_cases import MASKS
-from imbsam_fast.bench_measure import LIMIT, Timing
+from imbsam_fast.bench_measure import LIMIT, Memory, Timing
 from imbsam_fast.bench_optimizers import AUTHORS, AUTHORS_FUSED, IMBSAM
 
 REPOSITORY = Path(__file__).parent.parent
@@ -97,11 +97,23 @@ def growth_report() -> bench.Report:
     return bench.Report("bench_growth", timings, settings=settings())
 
 
+def memory_report() -> bench.Report:
+    found = [
+        Memory("MLP", who, 10_000_000, kept * 10_000_000, peak * 1_000_000)
+        for who, kept, peak in (("SGD", 2, 31), ("LeanImbSAM", 2, 33), ("authors", 4, 52))
+    ]
+    counted = settings()
+    for timed in ("rounds", "freed_memory", "cores_used_by_others"):
+        del counted[timed]
+    return bench.Report("bench_memory", [], settings=counted, memory=found)
+
+
 REPORTS = {
     "bench_optimizer": optimizer_report,
     "bench_split_cross_entropy": loss_report,
     "bench_step": step_report,
     "bench_growth": growth_report,
+    "bench_memory": memory_report,
 }
 
 EXPECTED = {
@@ -135,6 +147,11 @@ EXPECTED = {
     ],
     "training-memory": [
         "| BatchNorm ResNet, f = 0.44 | 100.0 | 200.0 | 270.0 | 255.0 | 250.0 | - | - |",
+    ],
+    "memory": [
+        "| n | SGD | LeanImbSAM | authors |",
+        "| MLP, n = 10.0 MB, at the peak | 3.10 | 3.30 | 5.20 |",
+        "| MLP, n = 10.0 MB, from step to step | 2.00 | 2.00 | 4.00 |",
     ],
     "added": [
         "| BatchNorm ResNet, f = 0.44 | - | +2.0 % | -1.9 % |",  # 255 / 250, 255 / 260
@@ -190,10 +207,10 @@ def test_a_table_says_what_the_results_say(name):
     assert len({row.count("|") for row in rows}) == 1
     for source in TABLES[name].sources:
         (line,) = (x for x in lines if x.startswith(f"Measured ({source}): "))
+        timed = "; 15 rounds, freed memory kept. Other processes kept 0.0 cores busy."
         assert line.endswith(
             "Abacus 3000, 8 cores, 4 used, avx2; imbsam-fast 1.2.3, torch 9.9, Python 3.14.0; "
-            "commit 0123456789ab, 2031-02-03; 15 rounds, freed memory kept. "
-            "Other processes kept 0.0 cores busy."
+            "commit 0123456789ab, 2031-02-03" + (timed if results[source].timings else ".")
         )
 
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import bench_growth, bench_optimizer, bench_split_cross_entropy, bench_step
+from benchmarks import (
+    bench_growth,
+    bench_memory,
+    bench_optimizer,
+    bench_split_cross_entropy,
+    bench_step,
+)
 from imbsam_fast import ImbSAM, SplitCrossEntropy, TrainStep, bench
 from imbsam_fast.bench_cases import long_tail_batch
 from imbsam_fast.bench_measure import LIMIT, Stopwatch, Timing
@@ -137,3 +143,44 @@ def test_every_contestant_trains_a_network_of_its_own():
 def test_split_contestants_are_left_out_where_the_plan_is_another_algorithm():
     operation = bench_step.operation("x", small_network(), 8, 0.25, split_is_exact=False)
     assert not {bench_step.SPLIT, bench_step.SPLIT_BY_HAND} & set(operation.contestants)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_live_bytes_are_those_of_the_tensors_that_are_alive():
+    kept = torch.zeros(1000)  # 4,000 bytes
+    with bench_memory.LiveBytes(kept) as count:
+        assert count.live == 4000
+        view = kept[:10].view(2, 5)  # of memory that is counted
+        first = kept + 1
+        assert count.live == count.peak == 8000
+        del first
+        second = [torch.ones(500), kept.double()]
+        assert count.live == count.peak == 4000 + 2000 + 8000
+        del second, view
+        assert count.live == 4000
+        weight = torch.ones(1000, requires_grad=True)
+        (weight * kept).sum().backward()  # the product, then the gradient: 4,000 each, and scalars
+        assert 12000 <= count.live < 12020
+        assert count.peak < 16020
+    kept + 1
+    assert 12000 <= count.live < 12020
+
+
+def test_memory_is_counted_for_every_contestant(tmp_path, capsys):
+    path = tmp_path / "out.json"
+    assert bench_memory.main(["--quick", "--json", str(path)]) == 0
+    report = bench.load(path)
+    assert [m.contestant for m in report.memory] == list(bench_memory.CONTESTANTS)
+    found = {m.contestant: m for m in report.memory}
+    for m in report.memory:
+        assert 2 * m.weight_bytes < m.kept_bytes < m.peak_bytes < 7 * m.weight_bytes
+    n = found[bench_step.SGD].weight_bytes
+    kept = {who: round(m.kept_bytes / n) for who, m in found.items()}
+    more = {bench_step.AUTHORS: 4, bench_memory.LAGGED_SPLIT: 3}
+    assert kept == {who: more.get(who, 2) for who in found}
+    assert found[bench_memory.LEAN_SPLIT].peak_bytes < 4.1 * n < found[bench_step.SPLIT].peak_bytes
+    assert capsys.readouterr().out.splitlines() == report.summary
+    again = bench_memory.main(["--quick", "--json", str(path)])
+    assert again == 0 and bench.load(path).memory == report.memory
