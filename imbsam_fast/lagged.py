@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .buckets import Slots, params_of
 from .data_parallel import average_
 from .interrupts import uninterrupted
-from .optim import ImbSAM, Slots
+from .optim import ImbSAM
 
 # The key in a parameter's state; a tensor like the parameter.
 TAIL_GRADIENT = "tail_gradient"
@@ -108,7 +109,7 @@ class TailGradient:
         return type(self.optimizer.base) is torch.optim.SGD
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return params_of(self.optimizer.param_groups)
 
     def _kept(self) -> Slots:
         state = self.optimizer.state

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .buckets import Slots
 from .interrupts import uninterrupted
-from .optim import ImbSAM, Slots
+from .optim import ImbSAM
+from .updates import lr_tensor
 
 
 class LeanImbSAM(ImbSAM):
@@ -177,8 +179,7 @@ class LeanImbSAM(ImbSAM):
     def _update(self, saved: Slots, m: Slots) -> None:
         launches: list[tuple] = []
         for b in self._buckets(saved, m):
-            lr = b.group["lr"]
-            lr = lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+            lr = lr_tensor(b.group["lr"])
             # The momentum as the gradient of SGD without any: theta <- saved - lr m.
             launches.append((b.params, b.pick(saved), [], b.pick(m), [], lr, 0, 0, 0, False, False))
         for arguments in launches:
