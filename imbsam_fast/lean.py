@@ -28,7 +28,7 @@ from .updates import lr_tensor
 
 
 class LeanImbSAM(ImbSAM):
-    """`ImbSAM` that needs no more memory at its peak than SGD, and the same steps to rounding.
+    """`ImbSAM` in 3n of memory besides activations, as SGD needs; the same steps to rounding.
 
     For a `torch.optim.SGD` base with momentum and without nesterov, whose update needs the
     gradient after the momentum took it up. `first_step` takes the gradients away at once; call
