@@ -260,6 +260,18 @@ def test_autocast():
     assert 0 < distance(model, trained(dtype=torch.float32)) < 0.01
 
 
+def test_compiled_models():
+    ends = []
+    for compile_it in (False, True):
+        model = network("group")
+        compiled = torch.compile(model, backend="aot_eager") if compile_it else model
+        step = lagging(compiled, plan="joint")
+        for x, y in batches(3):
+            step(x, y)
+        ends.append(model)
+    assert distance(*ends) < 1e-13
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

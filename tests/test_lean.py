@@ -143,6 +143,18 @@ def test_float32_and_autocast():
         assert distance(*models) < tolerance
 
 
+def test_compiled_models():
+    ends = []
+    for compile_it in (False, True):
+        model = network("group")
+        compiled = torch.compile(model, backend="aot_eager") if compile_it else model
+        step = stepping(compiled, plan="joint")
+        for x, y in batches(3):
+            step(x, y)
+        ends.append(model)
+    assert distance(*ends) < 1e-13
+
+
 def test_the_step_with_a_closure():
     ends = []
     for kind in (ImbSAM, LeanImbSAM):
