@@ -113,7 +113,10 @@ class TailGradient:
 
     def _kept(self) -> Slots:
         state = self.optimizer.state
-        return [state[p].get(TAIL_GRADIENT) if p in state else None for p in self._params()]
+        return [
+            state[p].get(TAIL_GRADIENT) if p.requires_grad and p in state else None
+            for p in self._params()
+        ]
 
 
 def _choose(is_void: Tensor, new: Tensor | None, kept: Tensor | None) -> Tensor | None:

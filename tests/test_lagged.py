@@ -310,6 +310,25 @@ def test_a_checkpoint_serves_plain_sgd_and_back():
     assert not other.tail_gradient.is_known()
 
 
+def test_parameters_that_were_frozen_are_not_perturbed():
+    ends = []
+    for forget in (False, True):
+        model = network("group")
+        step = lagging(model)
+        step(*batch(MIXED))
+        frozen = list(model[0].parameters())
+        for p in frozen:
+            p.requires_grad_(False)
+            if forget:
+                del step.optimizer.state[p][TAIL_GRADIENT]
+        before = snapshot(frozen)
+        step(*batch(MIXED, seed=1))
+        assert equal(frozen, before)
+        assert all(TAIL_GRADIENT not in step.optimizer.state[p] for p in frozen)
+        ends.append(model)
+    assert distance(*ends) == 0
+
+
 # ---------------------------------------------------------------- failures
 
 
