@@ -121,7 +121,9 @@ class Lists {
     return sum;
   }
 
-  void required(const char* name, const Pointers& list) {
+  void required(const char* name, const Pointers& list) { required(name, list, dtype_); }
+
+  void required(const char* name, const Pointers& list, DType dtype) {
     IMBSAM_CHECK(list.size() == numel_.size(), op_ << ": " << name << " has " << list.size()
                                                    << " tensors, expected " << numel_.size());
     for (size_t i = 0; i < list.size(); ++i) {
@@ -129,12 +131,23 @@ class Lists {
                    op_ << ": " << name << "[" << i << "] is a null pointer, expected "
                        << numel_[i] << " elements");
       if (numel_[i])
-        blocks_.push_back({list[i], list[i] + (uintptr_t)(numel_[i] * size_of(dtype_)), name, i});
+        blocks_.push_back({list[i], list[i] + (uintptr_t)(numel_[i] * size_of(dtype)), name, i});
     }
   }
 
-  void optional(const char* name, const Pointers& list) {
-    if (!list.empty()) required(name, list);
+  void optional(const char* name, const Pointers& list) { optional(name, list, dtype_); }
+
+  void optional(const char* name, const Pointers& list, DType dtype) {
+    if (!list.empty()) required(name, list, dtype);
+  }
+
+  // Takes the master weights; returns the dtype in which they and the base's state are kept.
+  DType kept_with(const Pointers& master) {
+    if (master.empty()) return dtype_;
+    IMBSAM_CHECK(size_of(dtype_) == 2, op_ << ": master has " << master.size()
+                                           << " tensors, expected none for dtype " << (int)dtype_);
+    required("master", master, DType::float32);
+    return DType::float32;
   }
 
   // For operations that write: no two tensors may share memory.
@@ -180,32 +193,102 @@ void squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& 
 }
 
 void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-              const Pointers& g_t, uintptr_t partials, int64_t partial_count, double rho,
-              bool adaptive, int threads) {
+              const Pointers& g_t, const Pointers& master, uintptr_t partials,
+              int64_t partial_count, double rho, bool adaptive, int threads) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
+  lists.kept_with(master);
   lists.disjoint();
   IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
-  cpu::perturb_(lists.table(), out(theta), out(g_t), (const double*)pointer(partials),
+  cpu::perturb_(lists.table(), out(theta), out(g_t), in(master), (const double*)pointer(partials),
                 partial_count, rho, adaptive, threads);
 }
 
-void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                 const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                 const Pointers& m, double lr, double momentum, double dampening,
-                 double weight_decay, bool nesterov, bool maximize, double grad_scale, bool skip,
-                 int threads) {
-  Lists lists("sgd_update_", dtype, numel);
+void check_sgd_lists(Lists& lists, const Pointers& theta, const Pointers& saved,
+                     const Pointers& g_h, const Pointers& g_p, const Pointers& m,
+                     const Pointers& master) {
   lists.required("theta", theta);
   lists.optional("saved", saved);
   lists.optional("g_h", g_h);
   lists.required("g_p", g_p);
-  lists.optional("m", m);
+  lists.optional("m", m, lists.kept_with(master));
   lists.disjoint();
-  cpu::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m),
+}
+
+void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                 const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
+                 const Pointers& m, const Pointers& master, double lr, double momentum,
+                 double dampening, double weight_decay, bool nesterov, bool maximize,
+                 double grad_scale, bool skip, int threads) {
+  Lists lists("sgd_update_", dtype, numel);
+  check_sgd_lists(lists, theta, saved, g_h, g_p, m, master);
+  cpu::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(master),
                    {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
                    threads);
+}
+
+void check_adam_lists(Lists& lists, const Pointers& theta, const Pointers& saved,
+                      const Pointers& g_h, const Pointers& g_p, const Pointers& m,
+                      const Pointers& v, const Pointers& v_max, const Pointers& master) {
+  lists.required("theta", theta);
+  lists.optional("saved", saved);
+  lists.optional("g_h", g_h);
+  lists.required("g_p", g_p);
+  const DType kept = lists.kept_with(master);
+  lists.required("m", m, kept);
+  lists.required("v", v, kept);
+  lists.optional("v_max", v_max, kept);
+  lists.disjoint();
+}
+
+// What was counted, one float or double a tensor.
+class StepCounts {
+ public:
+  StepCounts(const Pointers& step, int dtype, size_t count) : step_(step), dtype_((DType)dtype) {
+    IMBSAM_CHECK(dtype == 0 || dtype == 1,
+                 "adam_update_: step_dtype is " << dtype << ", expected 0 or 1");
+    IMBSAM_CHECK(step.size() == count,
+                 "adam_update_: step has " << step.size() << " tensors, expected " << count);
+    for (size_t i = 0; i < count; ++i) {
+      IMBSAM_CHECK(step[i], "adam_update_: step[" << i << "] is a null pointer");
+      next_.push_back((int64_t)(dtype_ == DType::float64 ? *(double*)pointer(step[i])
+                                                         : *(float*)pointer(step[i])) + 1);
+    }
+  }
+
+  const int64_t* next() const { return next_.data(); }
+
+  void advance() const {
+    for (uintptr_t step : step_) {
+      if (dtype_ == DType::float64)
+        *(double*)pointer(step) += 1;
+      else
+        *(float*)pointer(step) += 1;
+    }
+  }
+
+ private:
+  const Pointers& step_;
+  DType dtype_;
+  std::vector<int64_t> next_;
+};
+
+// step: counts on the host, which a step that is not skipped advances.
+void adam_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                  const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
+                  const Pointers& m, const Pointers& v, const Pointers& v_max,
+                  const Pointers& master, const Pointers& step, int step_dtype, double lr,
+                  double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                  bool maximize, double grad_scale, bool skip, int threads) {
+  Lists lists("adam_update_", dtype, numel);
+  check_adam_lists(lists, theta, saved, g_h, g_p, m, v, v_max, master);
+  const StepCounts counts(step, step_dtype, numel.size());
+  cpu::adam_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(v),
+                    out(v_max), out(master), counts.next(),
+                    {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, skip},
+                    threads);
+  if (!skip) counts.advance();
 }
 
 void merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
@@ -343,34 +426,53 @@ void cuda_squared_norm(int dtype, const std::vector<int64_t>& numel, const Point
 }
 
 void cuda_perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                   const Pointers& g_t, uintptr_t partials, int64_t partial_count, double rho,
-                   bool adaptive, int device, uintptr_t stream) {
+                   const Pointers& g_t, const Pointers& master, uintptr_t partials,
+                   int64_t partial_count, double rho, bool adaptive, int device,
+                   uintptr_t stream) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
+  lists.kept_with(master);
   lists.disjoint();
   IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
-  cuda::perturb_(lists.table(), out(theta), out(g_t), (const double*)pointer(partials),
-                 partial_count, rho, adaptive, on(device, stream));
+  cuda::perturb_(lists.table(), out(theta), out(g_t), in(master),
+                 (const double*)pointer(partials), partial_count, rho, adaptive,
+                 on(device, stream));
 }
 
 void cuda_sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
                       const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                      const Pointers& m, double lr, double momentum, double dampening,
-                      double weight_decay, bool nesterov, bool maximize, double grad_scale,
-                      bool skip, uintptr_t lr_at, uintptr_t grad_scale_at, uintptr_t found_inf_at,
-                      int device, uintptr_t stream) {
+                      const Pointers& m, const Pointers& master, double lr, double momentum,
+                      double dampening, double weight_decay, bool nesterov, bool maximize,
+                      double grad_scale, bool skip, uintptr_t lr_at, uintptr_t grad_scale_at,
+                      uintptr_t found_inf_at, int device, uintptr_t stream) {
   Lists lists("sgd_update_", dtype, numel);
-  lists.required("theta", theta);
-  lists.optional("saved", saved);
-  lists.optional("g_h", g_h);
-  lists.required("g_p", g_p);
-  lists.optional("m", m);
-  lists.disjoint();
-  cuda::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m),
+  check_sgd_lists(lists, theta, saved, g_h, g_p, m, master);
+  cuda::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(master),
                     {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
                     {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
                     on(device, stream));
+}
+
+// step: one float a tensor on the device, which is only read.
+void cuda_adam_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+                       const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
+                       const Pointers& m, const Pointers& v, const Pointers& v_max,
+                       const Pointers& master, const Pointers& step, double lr, double beta1,
+                       double beta2, double eps, double weight_decay, bool decoupled,
+                       bool maximize, double grad_scale, bool skip, uintptr_t lr_at,
+                       uintptr_t grad_scale_at, uintptr_t found_inf_at, int device,
+                       uintptr_t stream) {
+  Lists lists("adam_update_", dtype, numel);
+  check_adam_lists(lists, theta, saved, g_h, g_p, m, v, v_max, master);
+  IMBSAM_CHECK(step.size() == numel.size() && std::count(step.begin(), step.end(), 0) == 0,
+               "adam_update_: step has " << step.size() << " tensors, expected " << numel.size()
+                                         << ", none of them a null pointer");
+  cuda::adam_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(v),
+                     out(v_max), out(master), in(step),
+                     {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, skip},
+                     {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
+                     on(device, stream));
 }
 
 void cuda_merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
@@ -440,6 +542,7 @@ void define_cuda(py::module_& module) {
   module.def("cuda_squared_norm", &cuda_squared_norm, release);
   module.def("cuda_perturb_", &cuda_perturb_, release);
   module.def("cuda_sgd_update_", &cuda_sgd_update_, release);
+  module.def("cuda_adam_update_", &cuda_adam_update_, release);
   module.def("cuda_merge_", &cuda_merge_, release);
   module.def("cuda_grad_check", &cuda_grad_check, release);
   module.def("cuda_split_cross_entropy", &cuda_split_cross_entropy, release);
@@ -456,6 +559,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("squared_norm", &squared_norm, release);
   module.def("perturb_", &perturb_, release);
   module.def("sgd_update_", &sgd_update_, release);
+  module.def("adam_update_", &adam_update_, release);
   module.def("merge_", &merge_, release);
   module.def("grad_check", &grad_check, release);
   module.def("split_cross_entropy", &split_cross_entropy, release);

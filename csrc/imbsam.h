@@ -4,6 +4,9 @@
 // null list is absent (a zero gradient, unperturbed weights, no momentum). Tensor i of every
 // list has numel[i] elements of one dtype in the same dense memory order. Arithmetic runs in
 // float for float32, bfloat16 and float16 data, in double for float64.
+//
+// `master`, for bfloat16 and float16 data, holds the weights in float, and so do m, v and v_max
+// where it is there: theta is then what is written of them, rounded, and there is no `saved`.
 #pragma once
 
 #include <stdint.h>
@@ -33,6 +36,14 @@ struct SgdSettings {
   bool skip;          // only restore theta
 };
 
+struct AdamSettings {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;  // AdamW: weight_decay shrinks theta and is no part of the gradient
+  bool maximize;
+  double grad_scale;
+  bool skip;
+};
+
 struct CrossEntropySettings {
   int64_t rows, classes, row_stride;  // logits are (rows, classes), unit stride along classes
   double label_smoothing;
@@ -51,14 +62,23 @@ namespace cpu {
 void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
                   double* partials, int threads);
 
-// bytes: 2n read, 2n written. partials: those of squared_norm over all parameters.
-void perturb_(const Table&, void* const* theta, void* const* g_t, const double* partials,
-              int64_t partial_count, double rho, bool adaptive, int threads);
+// bytes: 2n read, 2n written (with master 2n read, 1n written). partials: those of squared_norm
+// over all parameters.
+void perturb_(const Table&, void* const* theta, void* const* g_t, const void* const* master,
+              const double* partials, int64_t partial_count, double rho, bool adaptive,
+              int threads);
 
-// bytes: 4n read, 2n written with all lists present
+// bytes: 4n read, 2n written with all lists present (3n written with master)
 void sgd_update_(const Table&, void* const* theta, const void* const* saved,
                  const void* const* g_h, const void* const* g_p, void* const* m,
-                 const SgdSettings&, int threads);
+                 void* const* master, const SgdSettings&, int threads);
+
+// steps[i]: the steps that tensor i took, this one included.
+// bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
+void adam_update_(const Table&, void* const* theta, const void* const* saved,
+                  const void* const* g_h, const void* const* g_p, void* const* m, void* const* v,
+                  void* const* v_max, void* const* master, const int64_t* steps,
+                  const AdamSettings&, int threads);
 
 // bytes: 3n read, 2n written with all lists present
 void merge_(const Table&, void* const* theta, const void* const* saved,
@@ -118,7 +138,7 @@ struct Stream {
 };
 
 // One element each on the device, in the arithmetic dtype, that replaces its namesake in
-// SgdSettings (found_inf: skip, where it is not 0). Null: the setting counts.
+// SgdSettings and AdamSettings (found_inf: skip, where it is not 0). Null: the setting counts.
 struct DeviceScalars {
   const void *lr, *grad_scale, *found_inf;
 };
@@ -130,14 +150,22 @@ const char* reason_unavailable();
 void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
                   double* partials, const Stream&);
 
-// bytes: 2n read, 2n written. Every block sums the partials.
-void perturb_(const Table&, void* const* theta, void* const* g_t, const double* partials,
-              int64_t partial_count, double rho, bool adaptive, const Stream&);
+// bytes: 2n read, 2n written (with master 2n read, 1n written). Every block sums the partials.
+void perturb_(const Table&, void* const* theta, void* const* g_t, const void* const* master,
+              const double* partials, int64_t partial_count, double rho, bool adaptive,
+              const Stream&);
 
-// bytes: 4n read, 2n written with all lists present
+// bytes: 4n read, 2n written with all lists present (3n written with master)
 void sgd_update_(const Table&, void* const* theta, const void* const* saved,
                  const void* const* g_h, const void* const* g_p, void* const* m,
-                 const SgdSettings&, const DeviceScalars&, const Stream&);
+                 void* const* master, const SgdSettings&, const DeviceScalars&, const Stream&);
+
+// step[i]: one float on the device, the steps that tensor i took before this one.
+// bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
+void adam_update_(const Table&, void* const* theta, const void* const* saved,
+                  const void* const* g_h, const void* const* g_p, void* const* m, void* const* v,
+                  void* const* v_max, void* const* master, const void* const* step,
+                  const AdamSettings&, const DeviceScalars&, const Stream&);
 
 // bytes: 3n read, 2n written with all lists present
 void merge_(const Table&, void* const* theta, const void* const* saved,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import ops
+from .arguments import one_kind
 
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
@@ -38,7 +38,7 @@ def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
     needed = lists[-1]
     params = params_of(groups)
     alike = len(groups) == 1 and all(map(_all_or_none, lists))
-    if alike and needed[0] is not None and ops.one_kind(params):
+    if alike and needed[0] is not None and one_kind(params):
         return [Bucket(groups[0], range(len(params)), params)]
     found: list[Bucket] = []
     first = 0

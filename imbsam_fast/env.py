@@ -19,6 +19,7 @@ OPERATIONS = (
     "squared_norm",
     "perturb_",
     "sgd_update_",
+    "adam_update_",
     "merge_",
     "grad_check",
     "split_cross_entropy",

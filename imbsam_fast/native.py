@@ -72,7 +72,7 @@ def use_isa(name: str):
 
 
 def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether ops.check_lists accepts these lists; False also where that takes a closer look."""
+    """Whether check_lists accepts these lists; False also where that takes a closer look."""
     return _C is not None and _C.lists_match(lists)
 
 
@@ -115,10 +115,11 @@ def perturb_(
     partials: Tensor,
     rho: float,
     adaptive: bool = False,
+    master: Sequence[Tensor] = (),
 ) -> None:
     partials = partials.contiguous()
     _C.perturb_(
-        *_table(theta), theta, g_t, partials.data_ptr(), len(partials), rho, adaptive,
+        *_table(theta), theta, g_t, master, partials.data_ptr(), len(partials), rho, adaptive,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -137,11 +138,40 @@ def sgd_update_(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
 ) -> None:
     _C.sgd_update_(
         *_table(theta), theta, saved, g_h, g_p,
-        m, lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
+        m, master, lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
         _value(grad_scale, default=1.0), _value(found_inf) != 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    _C.adam_update_(
+        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master,
+        step, _DTYPE_CODES[step[0].dtype], lr.item(), beta1, beta2, eps, weight_decay, decoupled,
+        maximize, _value(grad_scale, default=1.0), _value(found_inf) != 0,
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .native import _C, _chunks, _pointer, _rows, _table, _value
-from .reference import arithmetic_dtype
+from .reference import advance_, arithmetic_dtype, steps_on
 
 
 def _on(device: torch.device) -> tuple[int, int]:
@@ -38,10 +38,11 @@ def perturb_(
     partials: Tensor,
     rho: float,
     adaptive: bool = False,
+    master: Sequence[Tensor] = (),
 ) -> None:
     partials = partials.contiguous()
     _C.cuda_perturb_(
-        *_table(theta), theta, g_t, _pointer(partials), len(partials), rho, adaptive,
+        *_table(theta), theta, g_t, master, _pointer(partials), len(partials), rho, adaptive,
         *_on(theta[0].device),
     )  # fmt: skip
 
@@ -69,16 +70,58 @@ def sgd_update_(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
 ) -> None:
     lr_value, lr_there = _scalar(lr, theta[0])
     scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
     inf_value, inf_there = _scalar(found_inf, theta[0])
     _C.cuda_sgd_update_(
         *_table(theta), theta, saved, g_h, g_p,
-        m, lr_value, momentum, dampening, weight_decay, nesterov, maximize,
+        m, master, lr_value, momentum, dampening, weight_decay, nesterov, maximize,
         scale_value, inf_value != 0,
         _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(theta[0].device),
     )  # fmt: skip
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    device = theta[0].device
+    lr_value, lr_there = _scalar(lr, theta[0])
+    scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
+    inf_value, inf_there = _scalar(found_inf, theta[0])
+    counts = _counts(step, device)
+    _C.cuda_adam_update_(
+        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master, counts,
+        lr_value, beta1, beta2, eps, weight_decay, decoupled, maximize,
+        scale_value, inf_value != 0,
+        _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(device),
+    )  # fmt: skip
+    advance_(step, found_inf)
+
+
+def _counts(step: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """The steps taken, one float32 each on the device; copies of those that lie elsewhere."""
+    if all((s.device, s.dtype) == (device, torch.float32) for s in step):
+        return step
+    return steps_on(device, step).unbind()
 
 
 def merge_(

@@ -13,12 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from . import dispatch, native
+from . import dispatch
+from .arguments import (
+    DTYPES,
+    check_lists,
+    check_master,
+    check_scalars,
+    check_steps,
+    unobserved,
+)
 from .reference import CHUNK, arithmetic_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("imbsam_fast", "DEF")
 _NAMESPACE = torch.ops.imbsam_fast
@@ -36,131 +41,8 @@ def _define(schema: str):
     return register
 
 
-def _unobserved() -> bool:
-    """Whether no compiler, profiler, transform or dispatch mode wants to see the operators.
-
-    Plain tensors then go straight to the backend: torch's dispatcher takes longer than the
-    kernels of a small network.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.autograd._profiler_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or is_in_torch_dispatch_mode()
-    )
-
-
 def _fake(name: str):
     return torch.library.register_fake(f"imbsam_fast::{name}", lib=_library)
-
-
-# ---------------------------------------------------------------- argument checks
-
-
-def _describe(t: Tensor) -> str:
-    return f"{t.dtype} {tuple(t.shape)} with strides {t.stride()} on {t.device}"
-
-
-def check_dense(name: str, t: Tensor) -> None:
-    """Refuse a tensor whose elements do not fill one block of memory without overlap."""
-    if t.is_contiguous():
-        return
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape)):
-        if size > 1 and stride != expected:
-            raise ValueError(
-                f"{name} is {_describe(t)}, expected a dense layout "
-                "(contiguous or a permutation of it)"
-            )
-        expected *= size
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape order their elements in memory alike."""
-    strides = a.stride(), b.stride()
-    return strides[0] == strides[1] or all(n <= 1 or s == t for n, s, t in zip(a.shape, *strides))
-
-
-def _only_ordered_otherwise(t: Tensor, p: Tensor) -> bool:
-    return (t.shape, t.dtype, t.device) == (p.shape, p.dtype, p.device) and not same_layout(t, p)
-
-
-def in_layout_of(
-    params: Sequence[Tensor], tensors: list[Tensor | None], name: str
-) -> list[Tensor | None]:
-    """`tensors`, those that order their elements otherwise than their parameter copied.
-
-    Raises TypeError for one that is not strided, calling it `name`.
-    """
-    if _unobserved() and native.pairs_match(params, tensors):
-        return tensors
-    for i, t in enumerate(tensors):
-        if t is not None and t.layout != torch.strided:
-            raise TypeError(f"{name} of parameter {i} is {t.layout}, expected strided")
-    return [
-        torch.empty_like(p).copy_(t) if t is not None and _only_ordered_otherwise(t, p) else t
-        for p, t in zip(params, tensors)
-    ]
-
-
-def one_kind(tensors: Sequence[Tensor]) -> bool:
-    """Whether one launch can take all of them."""
-    if _unobserved() and native.one_kind(tensors):
-        return True
-    return all((t.device, t.dtype) == (tensors[0].device, tensors[0].dtype) for t in tensors)
-
-
-def check_lists(op: str, **lists: Sequence[Tensor]) -> bool:
-    """Refuse lists that do not match the first one tensor by tensor; [] is always allowed.
-
-    Returns whether the operator need not go through torch's dispatcher.
-    """
-    if _unobserved() and native.lists_match([*lists.values()]):
-        return True  # else what follows finds out what is wrong, or that nothing is
-    (first_name, first), *others = lists.items()
-    if not first:
-        raise ValueError(f"{op}: {first_name} is empty, expected at least one tensor")
-    expected = _signatures(first)
-    dtype, device = first[0].dtype, first[0].device
-    if dtype not in DTYPES:
-        raise TypeError(
-            f"{op}: {first_name}[0] is {dtype}, expected one of {', '.join(map(str, DTYPES))}"
-        )
-    for i, (t, signature) in enumerate(zip(first, expected)):
-        if t.layout != torch.strided:
-            raise TypeError(f"{op}: {first_name}[{i}] is {t.layout}, expected a strided tensor")
-        if signature[:2] != (dtype, device):
-            raise ValueError(
-                f"{op}: {first_name}[{i}] is {t.dtype} on {t.device}, expected {dtype} on "
-                f"{device} as {first_name}[0]"
-            )
-        check_dense(f"{op}: {first_name}[{i}]", t)
-    for name, tensors in others:
-        if tensors and len(tensors) != len(first):
-            raise ValueError(
-                f"{op}: {name} has {len(tensors)} tensors, expected {len(first)} as {first_name}"
-            )
-        if tensors and _signatures(tensors) != expected:
-            _check_pairs(op, name, tensors, first_name, first)
-    return False
-
-
-def _signatures(tensors: Sequence[Tensor]) -> list[tuple]:
-    """What must agree between lists, compared at once."""
-    return [(t.dtype, t.device, t.layout, t.shape, t.stride()) for t in tensors]
-
-
-def _check_pairs(
-    op: str, name: str, tensors: Sequence[Tensor], first_name: str, first: Sequence[Tensor]
-) -> None:
-    for i, (t, f) in enumerate(zip(tensors, first)):
-        if t.layout != torch.strided:
-            raise TypeError(f"{op}: {name}[{i}] is {t.layout}, expected a strided tensor")
-        same = (t.dtype, t.device, t.shape) == (f.dtype, f.device, f.shape)
-        if not (same and same_layout(t, f)):
-            raise ValueError(
-                f"{op}: {name}[{i}] is {_describe(t)}, expected {_describe(f)} as {first_name}[{i}]"
-            )
 
 
 def _mutated(*lists: Sequence[Tensor]) -> None:
@@ -199,9 +81,12 @@ def perturb_(
     partials: Tensor,
     rho: float,
     adaptive: bool = False,
+    master: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
     direct = check_lists("perturb_", theta=theta, g_t=g_t)
+    if master:
+        direct &= check_master("perturb_", theta, master=master)
     if not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
@@ -212,35 +97,42 @@ def perturb_(
         raise ValueError(
             f"perturb_: partials is on {partials.device}, expected {theta[0].device} as theta"
         )
-    (_perturb_ if direct else _NAMESPACE.perturb_)(theta, g_t, partials, rho, adaptive)
+    (_perturb_ if direct else _NAMESPACE.perturb_)(theta, g_t, partials, rho, adaptive, master)
 
 
 @_define(
-    "perturb_(Tensor(a!)[] theta, Tensor(b!)[] g_t, Tensor partials, float rho, bool adaptive)"
-    " -> ()"
+    "perturb_(Tensor(a!)[] theta, Tensor(b!)[] g_t, Tensor partials, float rho, bool adaptive,"
+    " Tensor[] master) -> ()"
 )
-def _perturb_(theta, g_t, partials, rho, adaptive):
-    dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive)
-    _mutated(theta, g_t)
+def _perturb_(theta, g_t, partials, rho, adaptive, master):
+    dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive, master)
+    _mutated(theta, () if master else g_t)
 
 
 def check_sgd_update(
-    theta, saved, g_h, g_p, m, lr, momentum, *_, grad_scale=None, found_inf=None
+    theta, saved, g_h, g_p, m, lr, momentum, *_, grad_scale=None, found_inf=None, master=()
 ) -> bool:
     """Refuse arguments that sgd_update_ would refuse; returns what check_lists does."""
-    direct = check_lists("sgd_update_", theta=theta, g_p=g_p, saved=saved, g_h=g_h, m=m)
-    if not g_p:
-        raise ValueError("sgd_update_: g_p is empty, expected one gradient for every parameter")
+    direct = _check_update("sgd_update_", theta, saved, g_h, g_p, master, m=m)
     if (momentum != 0) != (len(m) > 0):
         raise ValueError(
             f"sgd_update_: m has {len(m)} tensors with momentum {momentum}, "
             "expected momentum buffers exactly when momentum is not 0"
         )
-    for name, scalar in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if scalar is not None and scalar.numel() != 1:
-            raise ValueError(
-                f"sgd_update_: {name} has shape {tuple(scalar.shape)}, expected one element"
-            )
+    check_scalars("sgd_update_", lr=lr, grad_scale=grad_scale, found_inf=found_inf)
+    return direct
+
+
+def _check_update(op, theta, saved, g_h, g_p, master, **state) -> bool:
+    """Refuse the lists of an update; `state` is kept like the weights."""
+    if master and saved:
+        raise ValueError(f"{op}: saved has {len(saved)} tensors, expected none beside master")
+    lists = {"theta": theta, "g_p": g_p, "saved": saved, "g_h": g_h}
+    direct = check_lists(op, **lists, **({} if master else state))
+    if not g_p:
+        raise ValueError(f"{op}: g_p is empty, expected one gradient for every parameter")
+    if master:
+        direct &= check_master(op, theta, master=master, **state)
     return direct
 
 
@@ -258,25 +150,85 @@ def sgd_update_(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
 ) -> None:
     """See reference.sgd_update_."""
     direct = check_sgd_update(
-        theta, saved, g_h, g_p, m, lr, momentum, grad_scale=grad_scale, found_inf=found_inf
-    )
+        theta, saved, g_h, g_p, m, lr, momentum, grad_scale=grad_scale, found_inf=found_inf,
+        master=master,
+    )  # fmt: skip
     (_sgd_update_ if direct else _NAMESPACE.sgd_update_)(
         theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
-        grad_scale, found_inf,
+        grad_scale, found_inf, master,
     )  # fmt: skip
 
 
 @_define(
     "sgd_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p,"
     " Tensor(b!)[] m, Tensor lr, float momentum, float dampening, float weight_decay,"
-    " bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    " bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf,"
+    " Tensor(c!)[] master) -> ()"
 )
-def _sgd_update_(theta, saved, g_h, g_p, m, *scalars):
-    dispatch.select(theta[0].device).sgd_update_(theta, saved, g_h, g_p, m, *scalars)
-    _mutated(theta, m)
+def _sgd_update_(theta, saved, g_h, g_p, m, *scalars_and_master):
+    backend = dispatch.select(theta[0].device)
+    backend.sgd_update_(theta, saved, g_h, g_p, m, *scalars_and_master)
+    _mutated(theta, m, scalars_and_master[-1])
+
+
+def check_adam_update(
+    theta, saved, g_h, g_p, m, v, v_max, step, lr, *_, grad_scale=None, found_inf=None, master=()
+) -> bool:
+    """Refuse arguments that adam_update_ would refuse; returns what check_lists does."""
+    direct = _check_update("adam_update_", theta, saved, g_h, g_p, master, m=m, v=v, v_max=v_max)
+    for name, list_ in (("m", m), ("v", v)):
+        if not list_:
+            raise ValueError(f"adam_update_: {name} is empty, expected one tensor a parameter")
+    check_steps("adam_update_", step, theta)
+    check_scalars("adam_update_", lr=lr, grad_scale=grad_scale, found_inf=found_inf)
+    return direct
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    """See reference.adam_update_."""
+    direct = check_adam_update(
+        theta, saved, g_h, g_p, m, v, v_max, step, lr, grad_scale=grad_scale, found_inf=found_inf,
+        master=master,
+    )  # fmt: skip
+    (_adam_update_ if direct else _NAMESPACE.adam_update_)(
+        theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
+        maximize, grad_scale, found_inf, master,
+    )  # fmt: skip
+
+
+@_define(
+    "adam_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p, Tensor(b!)[] m,"
+    " Tensor(c!)[] v, Tensor(d!)[] v_max, Tensor(e!)[] step, Tensor lr, float beta1, float beta2,"
+    " float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale,"
+    " Tensor? found_inf, Tensor(f!)[] master) -> ()"
+)
+def _adam_update_(theta, saved, g_h, g_p, m, v, v_max, step, *scalars_and_master):
+    backend = dispatch.select(theta[0].device)
+    backend.adam_update_(theta, saved, g_h, g_p, m, v, v_max, step, *scalars_and_master)
+    _mutated(theta, m, v, v_max, step, scalars_and_master[-1])
 
 
 def merge_(
@@ -298,7 +250,7 @@ def _merge_(theta, saved, g_h, g_p):
     _mutated(theta, g_p)
 
 
-for _name in ("perturb_", "sgd_update_", "merge_"):
+for _name in ("perturb_", "sgd_update_", "adam_update_", "merge_"):
     _fake(_name)(lambda *args: None)
 
 
@@ -339,7 +291,7 @@ def split_cross_entropy(
     arguments = (
         logits, targets, plain, sharp, class_weight, label_smoothing, ignore_index, batch_size
     )  # fmt: skip
-    if type(logits) is Tensor and _unobserved():
+    if type(logits) is Tensor and unobserved():
         return _SplitCrossEntropy.apply(*arguments)
     head, tail, _, _ = _NAMESPACE.split_cross_entropy(*arguments)
     return head, tail
@@ -440,7 +392,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_head, grad_tail):
         # With create_graph=True the operator refuses in its own words.
-        direct = _unobserved() and not torch.is_grad_enabled()
+        direct = unobserved() and not torch.is_grad_enabled()
         return _backward(ctx, grad_head, grad_tail, direct=direct)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops, updates
+from .arguments import DTYPES, check_dense, in_layout_of
 from .buckets import Bucket, Slots, buckets, params_of
 from .interrupts import uninterrupted
 from .losses import SplitLoss
@@ -267,12 +268,12 @@ class ImbSAM(torch.optim.Optimizer):
 
     def _check_params(self, params: Sequence[Tensor]) -> None:
         for i, p in enumerate(params):
-            if p.dtype not in ops.DTYPES or p.layout != torch.strided:
+            if p.dtype not in DTYPES or p.layout != torch.strided:
                 raise TypeError(
                     f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
-                    f"of {', '.join(map(str, ops.DTYPES))}"
+                    f"of {', '.join(map(str, DTYPES))}"
                 )
-            ops.check_dense(f"parameter {i}", p)
+            check_dense(f"parameter {i}", p)
 
     def require_idle(self, action: str) -> None:
         if self._pending.held is not None or self._pending.saved is not None:
@@ -293,7 +294,7 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
-        gradients = ops.in_layout_of(params, [p.grad for p in params], "the gradient")
+        gradients = in_layout_of(params, [p.grad for p in params], "the gradient")
         for p in params:
             p.grad = None
         return gradients

@@ -59,20 +59,47 @@ def perturb_(
     partials: Tensor,  # (any,) float64, summing to the squared norm over all parameters
     rho: float,
     adaptive: bool = False,
+    master: Sequence[Tensor] = (),  # the float32 weights whose rounding theta is; else []
 ) -> None:
     """theta <- theta + rho g_t / ||g_t||; the buffer of g_t receives the unperturbed theta.
 
-    Adaptive (ASAM): theta <- theta + rho theta^2 g_t / ||theta g_t||.
+    Adaptive (ASAM): theta <- theta + rho theta^2 g_t / ||theta g_t||. With master weights these
+    stand for theta on the right, and g_t is left as it is: the master weights are the saved ones.
     """
     dtype = arithmetic_dtype(theta[0].dtype)
     scale = perturbation_scale(partials, rho, dtype)
     perturbed = []
-    for t, g in zip(theta, g_t):
-        direction = t.to(dtype).square() * g.to(dtype) if adaptive else g.to(dtype)
-        perturbed.append(t.to(dtype) + scale * direction)
+    for w, g in zip(master or theta, g_t):
+        direction = w.to(dtype).square() * g.to(dtype) if adaptive else g.to(dtype)
+        perturbed.append(w.to(dtype) + scale * direction)
     for t, g, new in zip(theta, g_t, perturbed):
-        g.copy_(t)
+        if not master:
+            g.copy_(t)
         t.copy_(new)
+
+
+def combined_gradient(
+    g_h: Tensor | None, g_p: Tensor, grad_scale: Tensor | None, maximize: bool
+) -> Tensor:
+    """g_h + g_p in the arithmetic dtype, without the loss scale; negative to maximize."""
+    dtype = arithmetic_dtype(g_p.dtype)
+    g = g_p.to(dtype) if g_h is None else g_h.to(dtype) + g_p.to(dtype)
+    if grad_scale is not None:
+        g = g * (1 / grad_scale.to(g.device, dtype).squeeze())
+    return -g if maximize else g
+
+
+def write_where_found(
+    written: Sequence[tuple[Tensor, Tensor, Tensor]], found_inf: Tensor | None
+) -> None:
+    """Give each tensor its first value, or where found_inf is not 0 its second one."""
+    values = [new for _, new, _ in written]
+    if found_inf is not None:
+        values = [
+            torch.where(found_inf.to(t.device).squeeze() != 0, old, new) for t, new, old in written
+        ]
+    for (t, _, _), value in zip(written, values):
+        t.copy_(value)
 
 
 def sgd_update_(
@@ -89,34 +116,101 @@ def sgd_update_(
     maximize: bool,
     grad_scale: Tensor | None = None,  # the gradients are this many times too large
     found_inf: Tensor | None = None,  # non-zero: only restore theta
+    master: Sequence[Tensor] = (),  # float32 weights, with saved [] and m in float32
 ) -> None:
     """Restore theta, then one torch.optim.SGD step with the gradient g_h + g_p.
 
     d = g_h + g_p + weight_decay theta;  m <- momentum m + (1 - dampening) d;
     theta <- theta - lr m   (nesterov: theta - lr (d + momentum m)).
+
+    With master weights these are restored to and updated, and theta becomes their rounding.
     """
     dtype = arithmetic_dtype(theta[0].dtype)
-    updated = []
+    written = []
     for i, t in enumerate(theta):
-        start = (saved[i] if saved else t).to(dtype)
-        d = g_p[i].to(dtype)
-        if g_h:
-            d = g_h[i].to(dtype) + d
-        if grad_scale is not None:
-            d = d * (1 / grad_scale.to(t.device, dtype).squeeze())
-        d = (-d if maximize else d) + weight_decay * start
+        start = (master or saved or theta)[i].to(dtype)
+        g = combined_gradient(g_h[i] if g_h else None, g_p[i], grad_scale, maximize)
+        d = g + weight_decay * start
         velocity = momentum * m[i].to(dtype) + (1 - dampening) * d if m else d
-        step = d + momentum * velocity if m and nesterov else velocity
-        stepped = start - lr.to(t.device, dtype).squeeze() * step
-        if found_inf is not None:
-            skip = found_inf.to(t.device).squeeze() != 0
-            stepped = torch.where(skip, start, stepped)
-            velocity = torch.where(skip, m[i].to(dtype), velocity) if m else velocity
-        updated.append((stepped, velocity))
-    for i, (t, (stepped, velocity)) in enumerate(zip(theta, updated)):
-        t.copy_(stepped)
+        direction = d + momentum * velocity if m and nesterov else velocity
+        stepped = start - lr.to(t.device, dtype).squeeze() * direction
+        written += [(w, stepped, start) for w in (t, *master[i : i + 1])]
         if m:
-            m[i].copy_(velocity)
+            written.append((m[i], velocity, m[i].to(dtype)))
+    write_where_found(written, found_inf)
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],  # [] where theta was not perturbed
+    g_h: Sequence[Tensor],  # [] for zero
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],  # exp_avg, zero before the first step, as v and v_max
+    v: Sequence[Tensor],  # exp_avg_sq
+    v_max: Sequence[Tensor],  # max_exp_avg_sq; [] without amsgrad
+    step: Sequence[Tensor],  # float32 or float64, one element each: the steps taken before
+    lr: Tensor,  # one element, as grad_scale and found_inf
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,  # AdamW; else Adam, whose weight decay is a part of the gradient
+    maximize: bool,
+    grad_scale: Tensor | None = None,  # the gradients are this many times too large
+    found_inf: Tensor | None = None,  # non-zero: only restore theta
+    master: Sequence[Tensor] = (),  # float32 weights, with saved [] and m, v, v_max in float32
+) -> None:
+    """Restore theta, then one torch.optim.AdamW or Adam step with the gradient g_h + g_p.
+
+    d = g_h + g_p;  m <- beta1 m + (1 - beta1) d;  v <- beta2 v + (1 - beta2) d^2;
+    step <- step + 1;  m^ = m / (1 - beta1^step);  v^ = v / (1 - beta2^step)
+    theta <- theta - lr (m^ / (sqrt(v^) + eps) + weight_decay theta).
+
+    Adam: d = g_h + g_p + weight_decay theta, and no weight decay in the last line. With v_max,
+    v_max <- max(v_max, v) stands for v in v^. With master weights these are restored to and
+    updated, and theta becomes their rounding.
+    """
+    dtype = arithmetic_dtype(theta[0].dtype)
+    coupled, decoupled_decay = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+    written = []
+    for i, t in enumerate(theta):
+        start = (master or saved or theta)[i].to(dtype)
+        g = combined_gradient(g_h[i] if g_h else None, g_p[i], grad_scale, maximize)
+        d = g + coupled * start
+        first = beta1 * m[i].to(dtype) + (1 - beta1) * d
+        second = beta2 * v[i].to(dtype) + (1 - beta2) * (d * d)
+        bound = torch.maximum(v_max[i].to(dtype), second) if v_max else second
+        taken = step[i].to(t.device, torch.float64).squeeze() + 1
+        m_hat = first * (1 / (1 - beta1**taken)).to(dtype)
+        root_v_hat = bound.sqrt() * (1 / (1 - beta2**taken).sqrt()).to(dtype)
+        direction = m_hat / (root_v_hat + eps) + decoupled_decay * start
+        stepped = start - lr.to(t.device, dtype).squeeze() * direction
+        written += [(w, stepped, start) for w in (t, *master[i : i + 1])]
+        moments = [(m, first), (v, second), *([(v_max, bound)] if v_max else [])]
+        written += [(kept[i], new, kept[i].to(dtype)) for kept, new in moments]
+    write_where_found(written, found_inf)
+    advance_(step, found_inf)
+
+
+def steps_on(device: torch.device, step: Sequence[Tensor]) -> Tensor:
+    """The steps taken, float32 (parameters,) on the device, for kernels that run there."""
+    elsewhere = step[0].device != device
+    if elsewhere and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"adam_update_: step is on {step[0].device} while a CUDA graph is captured, which "
+            f"would keep its value, expected {device}: a base with capturable=True"
+        )
+    stacked = torch.stack([s.reshape(()) for s in step])
+    return stacked.to(device, torch.float32, non_blocking=True)
+
+
+def advance_(step: Sequence[Tensor], found_inf: Tensor | None) -> None:
+    """step <- step + 1, or where found_inf is not 0 not."""
+    if found_inf is None:
+        torch._foreach_add_(list(step), 1)
+    else:
+        taken = (found_inf == 0).to(step[0]).squeeze()
+        torch._foreach_add_(list(step), [taken] * len(step))
 
 
 def merge_(

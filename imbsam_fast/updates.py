@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from . import ops
+from .arguments import in_layout_of
 from .buckets import Slots, buckets, params_of
 
 
@@ -72,7 +73,7 @@ def _sgd_update(
 ) -> None:
     params = params_of(base.param_groups)
     found = _momentum_buffers(base, g_p)
-    known = ops.in_layout_of(params, found, "momentum_buffer")
+    known = in_layout_of(params, found, "momentum_buffer")
     m = _made_where_missing(base, known, g_p)
     launches = []
     for bucket in buckets(base.param_groups, saved, g_h, known, g_p):

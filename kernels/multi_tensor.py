@@ -1,4 +1,4 @@
-"""The optimizer phases: one launch each over any number of tensors.
+"""The optimizer phases except the updates: one launch each over any number of tensors.
 
 Arguments and formulas are those of reference.py and csrc/arithmetic.h. A launch has one program
 per span of elements of one tensor. A program walks its span in blocks: whole blocks of tensors
@@ -40,6 +40,7 @@ CONFIGURATIONS = {
     "grad_check": Configuration(span=CHUNK, block=4096, threads=256),
     "perturb_": Configuration(span=CHUNK, block=2048, threads=256),
     "sgd_update_": Configuration(span=8192, block=2048, threads=128),
+    "adam_update_": Configuration(span=8192, block=1024, threads=128),
     "merge_": Configuration(span=8192, block=2048, threads=128),
 }
 
@@ -155,39 +156,45 @@ def perturbation_scale(partials, count, rho, ARITHMETIC: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def perturb_block(
-    theta, g_t, offsets, n, scale,
-    ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+    theta, g_t, master, offsets, n, scale, ADAPTIVE: tl.constexpr, MASTER: tl.constexpr,
+    DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    saved = read(theta, offsets, n, WHOLE)
+    saved = read(master if MASTER else theta, offsets, n, WHOLE)
     direction = read(g_t, offsets, n, WHOLE).to(ARITHMETIC)
     start = saved.to(ARITHMETIC)
     if ADAPTIVE:
         direction = start * start * direction
     moved = start + scale * direction
     all_read(WHOLE)
-    write(g_t, offsets, n, saved, WHOLE)
+    if not MASTER:
+        write(g_t, offsets, n, saved, WHOLE)
     write(theta, offsets, n, moved.to(DTYPE), WHOLE)
 
 
-# LISTS: theta, g_t. bytes: 2n read, 2n written
+# LISTS: theta, g_t, master. bytes: 2n read, 2n written (with master 2n read, 1n written)
 @triton.jit(do_not_specialize=["partials_count"])
 def perturb_kernel(
     spans, addresses, partials, partials_count, rho: tl.float64,
-    ADAPTIVE: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
-    PARTIALS_BLOCK: tl.constexpr,
+    ADAPTIVE: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr,
+    BLOCK: tl.constexpr, PARTIALS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what squared_norm read last is still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     scale = perturbation_scale(partials, partials_count, rho, ARITHMETIC, PARTIALS_BLOCK)
-    record, first, n, whole = span_of(program, spans, addresses, 2, BLOCK)
+    record, first, n, whole = span_of(program, spans, addresses, 3, BLOCK)
     theta = at(record, 0, first, DTYPE)
     g_t = at(record, 1, first, DTYPE)
+    master = at(record, 2, first, ARITHMETIC)
     for block in range(whole, tl.cdiv(n, BLOCK)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
-        perturb_block(theta, g_t, offsets, n, scale, ADAPTIVE, DTYPE, ARITHMETIC, False)
+        perturb_block(
+            theta, g_t, master, offsets, n, scale, ADAPTIVE, MASTER, DTYPE, ARITHMETIC, False
+        )
     for back in range(whole):
         offsets = (whole - 1 - back) * BLOCK + tl.arange(0, BLOCK)
-        perturb_block(theta, g_t, offsets, n, scale, ADAPTIVE, DTYPE, ARITHMETIC, True)
+        perturb_block(
+            theta, g_t, master, offsets, n, scale, ADAPTIVE, MASTER, DTYPE, ARITHMETIC, True
+        )
 
 
 def perturb_(
@@ -196,132 +203,20 @@ def perturb_(
     partials: Tensor,
     rho: float,
     adaptive: bool = False,
+    master: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
     span, block, threads = CONFIGURATIONS["perturb_"]
-    spans, addresses, programs = table(span, (theta, g_t))
+    spans, addresses, programs = table(span, (theta, g_t, master))
     if not programs:
         return
     dtype = theta[0].dtype
     with on(partials.device):
         perturb_kernel[(programs,)](
             spans, addresses, partials.contiguous(), len(partials), rho,
-            ADAPTIVE=adaptive, DTYPE=DTYPES[dtype], ARITHMETIC=DTYPES[arithmetic_dtype(dtype)],
-            BLOCK=block, PARTIALS_BLOCK=PARTIALS_BLOCK, **launch_options(threads),
-        )  # fmt: skip
-
-
-# ---------------------------------------------------------------- sgd_update_
-
-
-@triton.jit
-def sgd_update_block(
-    theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay, factor,
-    skip, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    start = read(saved if SAVED else theta, offsets, n, WHOLE)
-    d = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
-    if HEAD:
-        d = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + d
-    d = d * factor + weight_decay * start.to(ARITHMETIC)
-    update = d
-    if MOMENTUM:
-        before = read(m, offsets, n, WHOLE)
-        velocity = momentum * before.to(ARITHMETIC) + one_minus_dampening * d
-        update = d + momentum * velocity if NESTEROV else velocity
-    stepped = (start.to(ARITHMETIC) - lr * update).to(DTYPE)
-    all_read(WHOLE)
-    write(theta, offsets, n, tl.where(skip, start, stepped), WHOLE)
-    if MOMENTUM:
-        write(m, offsets, n, tl.where(skip, before, velocity.to(DTYPE)), WHOLE)
-
-
-# LISTS: theta, saved, g_h, g_p, m. bytes: 4n read, 2n written with all lists present
-@triton.jit
-def sgd_update_kernel(
-    spans, addresses, lr: tl.float64, lr_tensor, momentum: tl.float64,
-    one_minus_dampening: tl.float64, weight_decay: tl.float64, grad_scale, found_inf,
-    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, SAVED: tl.constexpr, HEAD: tl.constexpr,
-    MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    record, first, n, whole = span_of(tl.program_id(0), spans, addresses, 5, BLOCK)
-    theta = at(record, 0, first, DTYPE)
-    saved = at(record, 1, first, DTYPE)
-    g_h = at(record, 2, first, DTYPE)
-    g_p = at(record, 3, first, DTYPE)
-    m = at(record, 4, first, DTYPE)
-
-    lr = tl.full((), lr, ARITHMETIC)
-    if lr_tensor is not None:
-        lr = tl.load(lr_tensor).to(ARITHMETIC)
-    momentum = tl.full((), momentum, ARITHMETIC)
-    one_minus_dampening = tl.full((), one_minus_dampening, ARITHMETIC)
-    weight_decay = tl.full((), weight_decay, ARITHMETIC)
-    factor = tl.full((), 1.0, ARITHMETIC)  # undoes the loss scale; negative to maximize
-    if grad_scale is not None:
-        scale = tl.load(grad_scale).to(ARITHMETIC)
-        factor = (1.0 / scale.to(tl.float64)).to(ARITHMETIC)  # as in perturbation_scale
-    if MAXIMIZE:
-        factor = -factor
-    skip = tl.full((), False, tl.int1)
-    if found_inf is not None:
-        skip = tl.load(found_inf) != 0
-
-    for block in range(whole):
-        offsets = block * BLOCK + tl.arange(0, BLOCK)
-        sgd_update_block(
-            theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening,
-            weight_decay, factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, ARITHMETIC, True,
-        )  # fmt: skip
-    for block in range(whole, tl.cdiv(n, BLOCK)):
-        offsets = block * BLOCK + tl.arange(0, BLOCK)
-        sgd_update_block(
-            theta, saved, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening,
-            weight_decay, factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, ARITHMETIC, False,
-        )  # fmt: skip
-
-
-def on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
-    """A tensor of one element where the kernel can read it; a copy only from elsewhere."""
-    return scalar if scalar is None else scalar.to(device, non_blocking=True)
-
-
-def lr_arguments(lr: Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """lr as a number where the host has it, which costs no copy, else as a tensor."""
-    if lr.device.type == "cpu":
-        return lr.item(), None
-    return 0.0, on_device(lr, device)
-
-
-def sgd_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """See reference.sgd_update_."""
-    span, block, threads = CONFIGURATIONS["sgd_update_"]
-    spans, addresses, programs = table(span, (theta, saved, g_h, g_p, m))
-    if not programs:
-        return
-    device, dtype = theta[0].device, theta[0].dtype
-    with on(device):
-        sgd_update_kernel[(programs,)](
-            spans, addresses, *lr_arguments(lr, device), momentum, 1 - dampening, weight_decay,
-            on_device(grad_scale, device), on_device(found_inf, device),
-            NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
-            SAVED=len(saved) > 0, HEAD=len(g_h) > 0, MOMENTUM=len(m) > 0, DTYPE=DTYPES[dtype],
-            ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, **launch_options(threads),
+            ADAPTIVE=adaptive, MASTER=len(master) > 0, DTYPE=DTYPES[dtype],
+            ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, PARTIALS_BLOCK=PARTIALS_BLOCK,
+            **launch_options(threads),
         )  # fmt: skip
 
 

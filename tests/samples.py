@@ -59,12 +59,26 @@ def _values(case: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
     ]
 
 
+# The lists of a phase; v and v_max are moments, not negative.
+NAMES = ("theta", "saved", "g_h", "g_p", "m", "v", "v_max")
+
+
 def lists(case: str, dtype: torch.dtype, device: str = "cpu") -> SimpleNamespace:
-    """All lists of a phase: theta, saved, g_h, g_p, m, each call with the same values."""
-    names = ("theta", "saved", "g_h", "g_p", "m")
-    return SimpleNamespace(
-        **{name: tensors(case, dtype, seed, device) for seed, name in enumerate(names)}
+    """All lists of a phase, each call with the same values."""
+    x = SimpleNamespace(
+        **{name: tensors(case, dtype, seed, device) for seed, name in enumerate(NAMES)}
     )
+    torch._foreach_abs_([*x.v, *x.v_max])
+    return x
+
+
+def with_master(x: SimpleNamespace) -> SimpleNamespace:
+    """The same with master weights in place of the saved ones, and the state kept like them."""
+    x.saved, x.master = [], [t.float() for t in x.saved]
+    x.m, x.v, x.v_max = ([t.float() for t in list_] for list_ in (x.m, x.v, x.v_max))
+    for list_ in (x.master, x.m, x.v):
+        torch._foreach_mul_(list_, 1 + 2**-12)  # which the half dtypes cannot hold
+    return x
 
 
 def doubles(list_: Sequence[Tensor]) -> list[Tensor]:
@@ -86,16 +100,44 @@ SGD = {
 }
 
 
+# The settings of adam_update_ after lr.
+ADAM = {
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "decoupled": True,
+    "maximize": False,
+}
+
+
+def steps(count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The steps taken by each of so many parameters, 0 and 1 in turn."""
+    return [torch.tensor(float(i % 2), dtype=dtype, device=device) for i in range(count)]
+
+
 def _perturb(x: SimpleNamespace, adaptive: bool) -> list[Tensor]:
     partials = scalar(2.5, x.theta[0].device.type).reshape(1)
-    ops.perturb_(x.theta, x.g_p, partials, RHO, adaptive)
+    ops.perturb_(x.theta, x.g_p, partials, RHO, adaptive, master=getattr(x, "master", ()))
     return [*x.theta, *x.g_p]
 
 
 def _sgd_update(x: SimpleNamespace, **changes: bool) -> list[Tensor]:
     lr = scalar(0.1, x.theta[0].device.type)
-    ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **{**SGD, **changes})
-    return [*x.theta, *x.m]
+    master = getattr(x, "master", ())
+    ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **{**SGD, **changes}, master=master)
+    return [*x.theta, *x.m, *master]
+
+
+def _adam_update(x: SimpleNamespace, amsgrad: bool = False, **changes: bool) -> list[Tensor]:
+    device = x.theta[0].device.type
+    lr, step = scalar(0.01, device), steps(len(x.theta), device)
+    master = getattr(x, "master", ())
+    ops.adam_update_(
+        x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max if amsgrad else [], step, lr,
+        **{**ADAM, **changes}, master=master,
+    )  # fmt: skip
+    return [*x.theta, *x.m, *x.v, *x.v_max, *step, *master]
 
 
 def _merge(x: SimpleNamespace) -> list[Tensor]:
@@ -109,8 +151,12 @@ UPDATES: dict[str, Callable[[SimpleNamespace], list[Tensor]]] = {
     "perturb_ adaptive": lambda x: _perturb(x, adaptive=True),
     "sgd_update_": _sgd_update,
     "sgd_update_ nesterov": lambda x: _sgd_update(x, nesterov=True, maximize=True),
+    "adam_update_": _adam_update,
+    "adam_update_ amsgrad": lambda x: _adam_update(x, amsgrad=True, decoupled=False, maximize=True),
     "merge_": _merge,
 }
+# Those that take master weights, for half dtypes.
+KEEPING = tuple(name for name in UPDATES if name != "merge_")
 SUMS: dict[str, Callable[[SimpleNamespace], list[Tensor]]] = {
     "squared_norm": lambda x: [ops.squared_norm(x.g_p)],
     "squared_norm adaptive": lambda x: [ops.squared_norm(x.g_p, x.theta)],

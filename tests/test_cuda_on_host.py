@@ -23,7 +23,10 @@ import pytest
 import torch
 from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
 from samples import (
+    ADAM,
     DTYPES,
+    KEEPING,
+    NAMES,
     SGD,
     SHAPES,
     SUMS,
@@ -32,11 +35,13 @@ from samples import (
     lists,
     logits_and_targets,
     scalar,
+    steps,
+    with_master,
 )
 from test_split_cross_entropy import LAYOUTS, OPTIONS, PARTS, check
 from torch import Tensor
 
-from imbsam_fast import dispatch, native_cuda, ops, reference
+from imbsam_fast import dispatch, native, native_cuda, ops, reference
 from imbsam_fast.reference import arithmetic_dtype
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -110,15 +115,31 @@ def on_reference(run: Any, x: SimpleNamespace) -> list[Tensor]:
         return run(x)
 
 
+def on_cpu_kernels(run: Any, x: SimpleNamespace) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "select", lambda device: native)
+        return run(x)
+
+
 # ---------------------------------------------------------------- the optimizer phases
 
 
 @each_dtype
 @each_case
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates_equal_the_reference(name: str, case: str, dtype: torch.dtype) -> None:
-    expected = on_reference(UPDATES[name], lists(case, dtype))
+def test_updates_equal_the_cpu_kernels(name: str, case: str, dtype: torch.dtype) -> None:
+    expected = on_cpu_kernels(UPDATES[name], lists(case, dtype))
     assert_same_bits(UPDATES[name](lists(case, dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_case
+@pytest.mark.parametrize("name", KEEPING)
+def test_updates_with_master_weights_equal_the_cpu_kernels(
+    name: str, case: str, dtype: torch.dtype
+) -> None:
+    expected = on_cpu_kernels(UPDATES[name], with_master(lists(case, dtype)))
+    assert_same_bits(UPDATES[name](with_master(lists(case, dtype))), expected)
 
 
 @each_dtype
@@ -142,11 +163,11 @@ def test_sums_do_not_depend_on_the_alignment() -> None:
 def test_more_tensors_than_one_launch_takes(name: str) -> None:
     def many() -> SimpleNamespace:
         sizes = random.Random(0).choices([0, 1, 3, 8, 33], k=1500)
-        blocks = (tensor.split(sizes) for tensor in torch.randn(5, sum(sizes)))
-        return SimpleNamespace(**dict(zip(("theta", "saved", "g_h", "g_p", "m"), blocks)))
+        blocks = (tensor.split(sizes) for tensor in torch.rand(len(NAMES), sum(sizes)))
+        return SimpleNamespace(**dict(zip(NAMES, blocks)))
 
     torch.manual_seed(0)
-    expected = on_reference(UPDATES[name], many())
+    expected = on_cpu_kernels(UPDATES[name], many())
     torch.manual_seed(0)
     assert_same_bits(UPDATES[name](many()), expected)
 
@@ -160,12 +181,11 @@ def test_partial_sums_of_more_tensors_than_one_launch_takes() -> None:
 @pytest.mark.parametrize("name", UPDATES)
 def test_nothing_around_the_tensors_is_written(name: str, dtype: torch.dtype) -> None:
     """Whatever their alignment, and whether the last pack is whole."""
-    names = ("theta", "saved", "g_h", "g_p", "m")
     for start in (0, 1, 16):
         for n in (1, 15, 16, 31):
-            memory = {list_: torch.full((64,), 7.0, dtype=dtype) for list_ in names}
+            memory = {list_: torch.full((64,), 7.0, dtype=dtype) for list_ in NAMES}
             x = SimpleNamespace(**{k: [v[start : start + n]] for k, v in memory.items()})
-            for k in names:
+            for k in NAMES:
                 getattr(x, k)[0].fill_(1.0)
             UPDATES[name](x)
             for v in memory.values():
@@ -198,6 +218,32 @@ def test_scalars_on_the_device(
 
     expected = on_reference(run, lists("odd", dtype))
     assert_same_bits(run(lists("odd", dtype)), expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("kept", ["saved", "", "master"])
+def test_scalars_of_adam_on_the_device(
+    scalars_on_device: None, dtype: torch.dtype, found_inf: float, kept: str
+) -> None:
+    def run(x: SimpleNamespace) -> list[Tensor]:
+        step = steps(len(x.theta))
+        flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
+        ops.adam_update_(
+            x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max, step, scalar(0.1), **ADAM, **flags,
+            master=getattr(x, "master", ()),
+        )  # fmt: skip
+        return [t for list_ in vars(x).values() for t in list_] + step
+
+    def make() -> SimpleNamespace:
+        x = lists("odd", dtype)
+        if kept == "master":
+            return with_master(x)
+        return x if kept else SimpleNamespace(**{**vars(x), "saved": []})
+
+    if kept == "master" and dtype not in (torch.bfloat16, torch.float16):
+        pytest.skip("master weights are for half dtypes")
+    assert_same_bits(run(make()), on_cpu_kernels(run, make()))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

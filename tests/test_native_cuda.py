@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import assert_same_bits
-from samples import DTYPES, RHO, SGD, SHAPES, UPDATES, lists, scalar
+from samples import DTYPES, KEEPING, RHO, SGD, SHAPES, UPDATES, lists, scalar, with_master
 from torch import Tensor
 
 from imbsam_fast import dispatch, native, ops
@@ -105,6 +105,19 @@ def test_updates_have_the_bits_of_the_cpu_kernels(name: str, case: str, dtype: t
     with dispatch.use_backend("native"):
         expected = UPDATES[name](lists(case, dtype))
         actual = UPDATES[name](lists(case, dtype, "cuda"))
+    assert_same_bits([t.cpu() for t in actual], expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.parametrize("name", KEEPING)
+def test_master_weights_have_the_bits_of_the_cpu_kernels(
+    name: str, case: str, dtype: torch.dtype
+) -> None:
+    with dispatch.use_backend("native"):
+        expected = UPDATES[name](with_master(lists(case, dtype)))
+        actual = UPDATES[name](with_master(lists(case, dtype, "cuda")))
     assert_same_bits([t.cpu() for t in actual], expected)
 
 

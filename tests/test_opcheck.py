@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import Backend
-from samples import DTYPES, RHO, SGD, class_weights, lists, logits_and_targets, scalar
+from samples import (
+    ADAM,
+    DTYPES,
+    RHO,
+    SGD,
+    class_weights,
+    lists,
+    logits_and_targets,
+    scalar,
+    steps,
+    with_master,
+)
 
 OPERATORS = torch.ops.imbsam_fast
 Samples = dict[str, Callable[[torch.dtype, str], tuple[Any, ...]]]
@@ -29,7 +40,31 @@ def sgd_update(dtype: torch.dtype, device: str, absent: tuple[str, ...], amp: bo
     settings = {**SGD, "momentum": SGD["momentum"] if x.m else 0.0}
     scalars = (torch.ones(1, device=device), torch.zeros(1, device=device)) if amp else (None, None)
     lr = scalar(0.1, device)
-    return x.theta, x.saved, x.g_h, x.g_p, x.m, lr, *settings.values(), *scalars
+    return x.theta, x.saved, x.g_h, x.g_p, x.m, lr, *settings.values(), *scalars, []
+
+
+def adam_update(
+    dtype: torch.dtype, device: str, absent: tuple[str, ...] = (), master: bool = False
+) -> tuple:
+    x = few(dtype, device)
+    if master and dtype in (torch.bfloat16, torch.float16):
+        with_master(x)
+    for name in absent:
+        setattr(x, name, [])
+    scalars = () if absent else (torch.ones(1, device=device), torch.zeros(1, device=device))
+    rest = steps(2, device), scalar(0.1, device), *ADAM.values(), *(scalars or (None, None))
+    return x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max, *rest, getattr(x, "master", [])
+
+
+def master_weights(op: str, dtype: torch.dtype, device: str) -> tuple:
+    """With master weights where the dtype allows them."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    x = with_master(few(dtype, device)) if half else few(dtype, device)
+    master = x.master if half else []
+    if op == "perturb_":
+        return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, master
+    lists = x.theta, x.saved, x.g_h, x.g_p, x.m
+    return *lists, scalar(0.1, device), *SGD.values(), None, None, master
 
 
 def cross_entropy(dtype: torch.dtype, device: str, options: tuple, rows: int = 6) -> tuple:
@@ -51,7 +86,7 @@ def adaptive(op: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     x = few(dtype, device)
     if op == "squared_norm":
         return x.g_p, x.theta
-    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True, []
 
 
 SAMPLES: dict[str, Samples] = {
@@ -59,10 +94,19 @@ SAMPLES: dict[str, Samples] = {
         "plain": lambda *on: (few(*on).g_p, []),
         "adaptive": lambda *on: adaptive("squared_norm", *on),
     },
-    "perturb_": {"adaptive": lambda *on: adaptive("perturb_", *on)},
+    "perturb_": {
+        "adaptive": lambda *on: adaptive("perturb_", *on),
+        "master": lambda *on: master_weights("perturb_", *on),
+    },
     "sgd_update_": {
         "all": lambda *on: sgd_update(*on, absent=(), amp=True),
         "few": lambda *on: sgd_update(*on, absent=("saved", "g_h", "m"), amp=False),
+        "master": lambda *on: master_weights("sgd_update_", *on),
+    },
+    "adam_update_": {
+        "all": lambda *on: adam_update(*on),
+        "few": lambda *on: adam_update(*on, absent=("saved", "g_h", "v_max")),
+        "master": lambda *on: adam_update(*on, master=True),
     },
     "merge_": {
         "all": lambda *on: (few(*on).theta, few(*on).saved, few(*on).g_h, few(*on).g_p),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checks import assert_same_bits
 from conftest import Backend
-from samples import DTYPES, RHO, SGD
+from samples import ADAM, DTYPES, RHO, SGD, steps
 from torch import Tensor
 
 from imbsam_fast import native, ops
@@ -22,6 +22,7 @@ LISTS = {
     "squared_norm": ("g_t", "theta"),
     "perturb_": ("theta", "g_t"),
     "sgd_update_": ("theta", "g_p", "saved", "g_h", "m"),
+    "adam_update_": ("theta", "g_p", "saved", "g_h", "m", "v", "v_max"),
     "merge_": ("theta", "g_p", "saved", "g_h"),
     "grad_check": ("g_p", "g_h"),
 }
@@ -45,6 +46,8 @@ def valid(op: str) -> Arguments:
         arguments |= {"partials": torch.ones(3, dtype=torch.float64), "rho": RHO}
     if op == "sgd_update_":
         arguments |= {"lr": torch.tensor(0.1), **SGD}
+    if op == "adam_update_":
+        arguments |= {"step": steps(3), "lr": torch.tensor(0.1), **ADAM}
     return arguments
 
 
@@ -162,7 +165,10 @@ def test_empty_lists(op: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [("perturb_", "g_t"), ("sgd_update_", "g_p"), ("merge_", "g_p")]
+    ("op", "name"),
+    [("perturb_", "g_t"), ("merge_", "g_p")]
+    + [("sgd_update_", "g_p")]
+    + [("adam_update_", name) for name in ("g_p", "m", "v", "step")],
 )
 def test_a_required_list_is_empty(op: str, name: str) -> None:
     assert_refused(op, {**valid(op), name: []}, ValueError, f"{name} ")
@@ -182,12 +188,20 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("sgd_update_", "lr", torch.ones(0)),
     ("sgd_update_", "grad_scale", torch.ones(2)),
     ("sgd_update_", "found_inf", torch.zeros(0)),
+    ("adam_update_", "lr", torch.ones(2)),
+    ("adam_update_", "grad_scale", torch.ones(2)),
+    ("adam_update_", "found_inf", torch.zeros(0)),
+    ("adam_update_", "step", [torch.ones(()), torch.ones(2), torch.ones(())]),
+    ("adam_update_", "step", [torch.ones((), dtype=torch.int64)] * 3),
+    ("adam_update_", "step", [torch.ones(()), torch.ones(()).double(), torch.ones(())]),
+    ("adam_update_", "step", [torch.ones((), device="meta")] * 3),
+    ("adam_update_", "step", steps(2)),
 ]
 
 
 @pytest.mark.parametrize(("op", "name", "value"), OTHERS, ids=str)
 def test_other_arguments(op: str, name: str, value: Any) -> None:
-    assert_refused(op, {**valid(op), name: value}, ValueError, f"{name} ")
+    assert_refused(op, {**valid(op), name: value}, ValueError, rf"{name}(\[\d\])? ")
 
 
 def test_momentum_buffers_exactly_with_momentum() -> None:
@@ -198,9 +212,62 @@ def test_momentum_buffers_exactly_with_momentum() -> None:
         )
 
 
+def half(op: str) -> Arguments:
+    """Valid arguments with master weights."""
+    arguments = valid(op)
+    like_master = ("m", "v", "v_max")
+    for name in LISTS[op]:
+        if name not in like_master:
+            arguments[name] = [t.bfloat16() for t in arguments[name]]
+    arguments["master"] = [t.float() for t in arguments["theta"]]
+    return arguments | ({} if op == "perturb_" else {"saved": []})
+
+
+MASTER_CHANGES: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
+    "float32 weights": (
+        lambda a: {n: [t.float() for t in a[n]] for n in ("theta", "g_p", "g_h", "g_t") if n in a},
+        r"theta\[0\] is torch.float32, expected with master weights torch.bfloat16 or",
+    ),
+    "half master": (
+        lambda a: {"master": [t.half() for t in a["master"]]},
+        r"master\[0\] is torch.float16 .*, expected torch.float32 and otherwise .* as theta\[0\]",
+    ),
+    "transposed": (
+        lambda a: {"master": [t.t().contiguous().t() for t in a["master"]]},
+        r"master\[0\] is .* strides \(1, 2\)",
+    ),
+    "too few": (lambda a: {"master": a["master"][:2]}, "master has 2 tensors, expected 3 as theta"),
+    "sparse": (
+        lambda a: {"master": [t.to_sparse() for t in a["master"]]},
+        r"master\[0\] is torch.sparse_coo, expected a strided",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", MASTER_CHANGES)
+@pytest.mark.parametrize("op", ["perturb_", "sgd_update_", "adam_update_"])
+def test_master_weights(backend_once: Backend, op: str, change: str) -> None:
+    changed, message = MASTER_CHANGES[change]
+    arguments = half(op)
+    assert_refused(op, {**arguments, **changed(arguments)}, (ValueError, TypeError), message)
+    getattr(ops, op)(**half(op))
+
+
+@pytest.mark.parametrize("op", ["sgd_update_", "adam_update_"])
+def test_state_unlike_the_master_weights(op: str) -> None:
+    arguments = half(op)
+    saved = [t.clone() for t in arguments["theta"]]
+    named = "saved has 3 tensors, expected none beside master"
+    assert_refused(op, {**arguments, "saved": saved}, ValueError, named)
+    arguments["m"][1] = arguments["m"][1].bfloat16()
+    assert_refused(
+        op, arguments, ValueError, r"m\[1\] is torch.bfloat16 .*, expected torch.float32"
+    )
+
+
 # ---------------------------------------------------------------- memory shared between tensors
 
-WRITING = ("perturb_", "sgd_update_", "merge_")
+WRITING = ("perturb_", "sgd_update_", "adam_update_", "merge_")
 
 
 @pytest.mark.parametrize("op", WRITING)
@@ -248,9 +315,13 @@ OK = [0, 0]  # replaced by real pointers
 # for one of them and "#x" for how many elements are there.
 POINTER_CALLS: dict[str, tuple[Any, ...]] = {
     "squared_norm": ("g_t", "theta", "&partials", 1),
-    "perturb_": ("theta", "g_t", "&partials", "#partials", 0.1, False, 1),
+    "perturb_": ("theta", "g_t", [], "&partials", "#partials", 0.1, False, 1),
     "sgd_update_": (
-        "theta", "saved", "g_h", "g_p", "m", 0.1, 0.9, 0.0, 0.0, False, False, 1.0, False, 1,
+        "theta", "saved", "g_h", "g_p", "m", [], 0.1, 0.9, 0.0, 0.0, False, False, 1.0, False, 1,
+    ),
+    "adam_update_": (
+        "theta", "saved", "g_h", "g_p", "m", "v", "v_max", [], "step", 0, 0.1, 0.9, 0.999, 1e-8,
+        0.0, True, False, 1.0, False, 1,
     ),
     "merge_": ("theta", "saved", "g_h", "g_p", 1),
     "grad_check": ("g_h", "g_p", "&partials", 1),
@@ -288,7 +359,7 @@ class PointerCall:
 @pytest.mark.parametrize("op", POINTER_CALLS)
 def test_raw_pointers(op: str) -> None:
     call = PointerCall(op)
-    lists = [name for name in call.names if not name.startswith("&")]
+    lists = [name for name in call.names if not name.startswith("&") and name != "step"]
     refused: list[tuple[dict[str, Any], str]] = [
         ({"dtype": 4}, "dtype is 4, expected 0 to 3"),
         ({"dtype": -1}, "dtype is -1, expected 0 to 3"),
@@ -303,6 +374,9 @@ def test_raw_pointers(op: str) -> None:
         ]
     if "&partials" in call.names:
         refused.append(({"&partials": 0}, "partials is a null pointer"))
+    if "step" in call.names:
+        refused.append(({"step": [0, 0]}, r"step\[0\] is a null pointer"))
+        refused.append(({"step": []}, "step has 0 tensors, expected 2"))
     for changes, message in refused:
         with pytest.raises(ValueError, match=f"^{op}: {message}"):
             call(changes)
@@ -317,6 +391,8 @@ def test_raw_pointers(op: str) -> None:
 def test_nothing_to_do_needs_no_memory(op: str, count: int) -> None:
     call = PointerCall(op)
     nothing: dict[str, Any] = {name: [0] * count for name in call.names}
+    step = steps(count)
+    nothing["step"] = [s.data_ptr() for s in step]
     call({**nothing, "numel": [0] * count, "&partials": 0, "#partials": 0})
     assert call.untouched()
 

@@ -16,6 +16,7 @@ from checks import assert_same_bits
 from conftest import Backend, backends
 from samples import (
     DTYPES,
+    KEEPING,
     RHO,
     SHAPES,
     SUMS,
@@ -27,6 +28,7 @@ from samples import (
     misaligned,
     scalar,
     tensors,
+    with_master,
 )
 from test_split_cross_entropy import check
 
@@ -44,13 +46,25 @@ each_case = pytest.mark.parametrize("case", [case for case in SHAPES if case != 
 @each_dtype
 @each_case
 @pytest.mark.parametrize("name", UPDATES)
-def test_updates_equal_the_reference(
+def test_updates_equal_the_cpu_kernels(
     triton_kernels: Backend, name: str, case: str, dtype: torch.dtype
 ) -> None:
-    """No multiply-add is fused, and divisions are exact."""
-    with use_backend("reference"):
+    """No multiply-add is fused, and divisions and roots are exact."""
+    with use_backend("native"):
         expected = UPDATES[name](lists(case, dtype))
     actual = UPDATES[name](lists(case, dtype, triton_kernels.device))
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["odd", "channels_last", "beyond a chunk"])
+@pytest.mark.parametrize("name", KEEPING)
+def test_updates_with_master_weights_equal_the_cpu_kernels(
+    triton_kernels: Backend, name: str, case: str, dtype: torch.dtype
+) -> None:
+    with use_backend("native"):
+        expected = UPDATES[name](with_master(lists(case, dtype)))
+    actual = UPDATES[name](with_master(lists(case, dtype, triton_kernels.device)))
     assert_same_bits(actual, expected)
 
 
@@ -146,7 +160,7 @@ def test_lr_as_number_and_tensor(
     lr = torch.tensor([1 / 3], dtype=torch.float64)
     if lr_as == "tensor":
         lr = lr.to(triton_kernels.device)
-        arguments = "imbsam_fast.kernels.multi_tensor.lr_arguments"
+        arguments = "imbsam_fast.kernels.updates.lr_arguments"
         monkeypatch.setattr(arguments, lambda lr, device: (0.0, lr))
 
     def stepped(backend: str) -> list[torch.Tensor]:

@@ -44,12 +44,13 @@ READ_AND_WRITTEN = {
     "squared_norm": (2, 0),
     "perturb_": (2, 2),
     "sgd_update_": (4, 2),
+    "adam_update_": (6, 4),
     "merge_": (3, 2),
     "grad_check": (2, 0),
     "row_losses": (2, 0),  # the logits, for label smoothing once more
     "backward": (1, 1),
 }
-PHASES = ("squared_norm", "perturb_", "sgd_update_", "merge_", "grad_check")
+PHASES = ("squared_norm", "perturb_", "sgd_update_", "adam_update_", "merge_", "grad_check")
 
 
 def named(kernels: list[dict[str, Any]]) -> list[str]:

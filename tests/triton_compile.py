@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imbsam_fast.kernels import launch, multi_tensor, split_cross_entropy
+from imbsam_fast.kernels import launch, multi_tensor, split_cross_entropy, updates
 from imbsam_fast.reference import arithmetic_dtype
 
 TARGETS = {
@@ -35,6 +35,9 @@ TABLE = {"spans": "*i64", "addresses": "*i64"}
 LISTS = {"SAVED": True, "HEAD": True}
 
 
+# Operations that take master weights.
+KEEPING = ("perturb_", "sgd_update_", "adam_update_")
+
 CROSS_ENTROPY = {
     "row_losses": split_cross_entropy.FORWARD,
     "backward": split_cross_entropy.BACKWARD,
@@ -44,8 +47,13 @@ Arguments = dict[str, Any]  # name -> a type, or a compile-time value
 
 
 def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
-    sgd = {"momentum": "fp64", "one_minus_dampening": "fp64", "weight_decay": "fp64"}
-    sgd |= {"lr": "fp64", "lr_tensor": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32"}
+    step = {"lr": "fp64", "lr_tensor": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32"}
+    step |= {**TABLE, **LISTS, "MAXIMIZE": True}
+    sgd = dict.fromkeys(("momentum", "one_minus_dampening", "weight_decay"), "fp64")
+    adam = dict.fromkeys(
+        ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "coupled", "decoupled"),
+        "fp64",
+    )
     return {
         "squared_norm": (
             multi_tensor.squared_norm_kernel,
@@ -54,11 +62,16 @@ def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
         "perturb_": (
             multi_tensor.perturb_kernel,
             {**TABLE, "partials": "*fp64", "partials_count": "i32", "rho": "fp64",
-             "ADAPTIVE": True, "PARTIALS_BLOCK": multi_tensor.PARTIALS_BLOCK},
+             "ADAPTIVE": True, "MASTER": False,
+             "PARTIALS_BLOCK": multi_tensor.PARTIALS_BLOCK},
         ),
         "sgd_update_": (
-            multi_tensor.sgd_update_kernel,
-            {**TABLE, **LISTS, **sgd, "MOMENTUM": True, "NESTEROV": True, "MAXIMIZE": True},
+            updates.sgd_update_kernel,
+            {**step, **sgd, "MOMENTUM": True, "NESTEROV": True},
+        ),
+        "adam_update_": (
+            updates.adam_update_kernel,
+            {**step, **adam, "counts": "*fp32", "AMSGRAD": True},
         ),
         "merge_": (multi_tensor.merge_kernel, {**TABLE, **LISTS}),
         "grad_check": (
@@ -91,10 +104,14 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
     for torch_dtype in dtypes:
         dtype = launch.DTYPES[torch_dtype]
         arithmetic = launch.DTYPES[arithmetic_dtype(torch_dtype)]
-        types = {"DTYPE": dtype, "ARITHMETIC": arithmetic}
+        types = {"DTYPE": dtype, "KEPT": dtype, "ARITHMETIC": arithmetic}
         for op, (kernel, arguments) in multi_tensor_kernels().items():
             _, block, threads = multi_tensor.CONFIGURATIONS[op]
-            yield op, dtype, kernel, {**types, **arguments, "BLOCK": block}, threads
+            arguments = {**types, **arguments, "BLOCK": block}
+            yield op, dtype, kernel, arguments, threads
+            if op in KEEPING and dtype in (tl.bfloat16, tl.float16):  # with master weights
+                arguments |= {"KEPT": arithmetic, "MASTER": True}
+                yield op, dtype, kernel, arguments, threads
         pointers = f"*{dtype.name}", f"*{arithmetic.name}"
         for op, (kernel, arguments) in cross_entropy_kernels(*pointers).items():
             for _, block, threads in CROSS_ENTROPY[op]:

@@ -140,6 +140,11 @@ const char* at(const void* const* list, int64_t tensor, int64_t element, int64_t
   return list ? (const char*)list[tensor] + element * size : nullptr;
 }
 
+// The size of an element of the base's state, which is kept like the master weights.
+int64_t size_of_state(const Table& table, bool has_master) {
+  return has_master && table.dtype != DType::float64 ? 4 : size_of(table.dtype);
+}
+
 // ---------------------------------------------------------------- caches
 
 // Writing past the caches pays only where the data would not have stayed in them.
@@ -163,8 +168,9 @@ void squared_norm(const Table& table, const void* const* g_t, const void* const*
   });
 }
 
-void perturb_(const Table& table, void* const* theta, void* const* g_t, const double* partials,
-              int64_t partial_count, double rho, bool adaptive, int threads) {
+void perturb_(const Table& table, void* const* theta, void* const* g_t, const void* const* master,
+              const double* partials, int64_t partial_count, double rho, bool adaptive,
+              int threads) {
   double squared_norm = 0;
   for (int64_t i = 0; i < partial_count; ++i) squared_norm += partials[i];
   const double scale = table.dtype == DType::float64
@@ -176,22 +182,42 @@ void perturb_(const Table& table, void* const* theta, void* const* g_t, const do
   parallel(threads, all.total(), [&](int thread, int count) {
     // Backwards: what squared_norm read last is still in the last-level cache.
     all.backward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
-      spans.perturb_(at(theta, i, e, size), at(g_t, i, e, size), n, scale, adaptive);
+      spans.perturb_(at(theta, i, e, size), at(g_t, i, e, size),
+                     at(master, i, e, size_of_state(table, true)), n, scale, adaptive);
     });
   });
 }
 
 void sgd_update_(const Table& table, void* const* theta, const void* const* saved,
                  const void* const* g_h, const void* const* g_p, void* const* m,
-                 const SgdSettings& settings, int threads) {
+                 void* const* master, const SgdSettings& settings, int threads) {
   const Flattened all(table);
-  const int64_t size = size_of(table.dtype);
+  const int64_t size = size_of(table.dtype), state = size_of_state(table, master != nullptr);
   const Spans& spans = spans_for(table.dtype);
   const bool stream = exceeds_cache(table, all.total(), 5);
   parallel(threads, all.total(), [&](int thread, int count) {
     all.forward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
       spans.sgd_update_(at(theta, i, e, size), at(saved, i, e, size), at(g_h, i, e, size),
-                        at(g_p, i, e, size), at(m, i, e, size), n, settings, stream);
+                        at(g_p, i, e, size), at(m, i, e, state), at(master, i, e, state), n,
+                        settings, stream);
+    });
+  });
+}
+
+void adam_update_(const Table& table, void* const* theta, const void* const* saved,
+                  const void* const* g_h, const void* const* g_p, void* const* m, void* const* v,
+                  void* const* v_max, void* const* master, const int64_t* steps,
+                  const AdamSettings& settings, int threads) {
+  const Flattened all(table);
+  const int64_t size = size_of(table.dtype), state = size_of_state(table, master != nullptr);
+  const Spans& spans = spans_for(table.dtype);
+  const bool stream = exceeds_cache(table, all.total(), 6);
+  parallel(threads, all.total(), [&](int thread, int count) {
+    all.forward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
+      spans.adam_update_(at(theta, i, e, size), at(saved, i, e, size), at(g_h, i, e, size),
+                         at(g_p, i, e, size), at(m, i, e, state), at(v, i, e, state),
+                         at(v_max, i, e, state), at(master, i, e, state), n, steps[i], settings,
+                         stream);
     });
   });
 }

@@ -68,152 +68,7 @@ double grad_check(const void* g_h, const void* g_p, int64_t n, bool* finite) {
   return total(sum);
 }
 
-// ---------------------------------------------------------------- updates in place
-
-template <class T>
-void perturb_(void* theta_, void* g_t_, int64_t n, double scale_, bool adaptive) {
-  typedef typename Lanes<T>::S S;
-  constexpr int lanes = Lanes<T>::kLanes;
-  T *theta = (T*)theta_, *g_t = (T*)g_t_;
-  const S scale = (S)scale_;
-  const auto line = [&](T* t, T* g) {
-    const auto start = load(t);
-    const auto moved = perturbed(start, load(g), scale, adaptive);
-    copy(g, t, lanes);
-    store(t, moved);
-  };
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) line(theta + i, g_t + i);
-  if (i < n) {
-    T t[lanes] = {}, g[lanes] = {};
-    copy(t, theta + i, n - i);
-    copy(g, g_t + i, n - i);
-    line(t, g);
-    copy(theta + i, t, n - i);
-    copy(g_t + i, g, n - i);
-  }
-}
-
-// Calls line(i) for whole vectors, and edge(i, n) for the elements before `aligned` is aligned
-// for streaming and for the last ones.
-template <class T, class Line, class Edge>
-IMBSAM_INLINE void for_each_line(const T* aligned, int64_t n, bool align, Line line, Edge edge) {
-  constexpr int lanes = Lanes<T>::kLanes;
-  const int64_t misaligned = ((uintptr_t)aligned / sizeof(T)) % lanes;
-  int64_t i = align && misaligned ? lanes - misaligned : 0;
-  if (i >= n) i = n;
-  if (i) edge(0, i);
-  for (; i + lanes <= n; i += lanes) line(i);
-  if (i < n) edge(i, n - i);
-}
-
-template <class T, bool kSaved, bool kHead, bool kMomentum, bool kStream>
-void sgd_update_lines(T* theta, const T* saved, const T* g_h, const T* g_p, T* m, int64_t n,
-                      const Sgd<typename Lanes<T>::S>& sgd) {
-  typedef typename Lanes<T>::V V;
-  constexpr int lanes = Lanes<T>::kLanes;
-  // Reads one vector of every input, writes the new m, returns the new theta.
-  const auto updated = [&](const T* start_, const T* h, const T* p, T* velocity) -> V {
-    const V start = load(start_);
-    const V d = sgd_direction(start, kHead ? load(h) + load(p) : load(p), sgd);
-    if (!kMomentum) return sgd_step(start, d, d, sgd);
-    const V moved = sgd_momentum(load(velocity), d, sgd);
-    store(velocity, moved);
-    return sgd_step(start, moved, d, sgd);
-  };
-  const T* start = kSaved ? saved : theta;
-  for_each_line(
-      theta, n, kStream,
-      [&](int64_t i) {
-        const V stepped = updated(start + i, g_h + i, g_p + i, m + i);
-        if (kStream)
-          stream(theta + i, stepped);
-        else
-          store(theta + i, stepped);
-      },
-      [&](int64_t i, int64_t count) {
-        T s[lanes] = {}, h[lanes] = {}, p[lanes] = {}, velocity[lanes] = {}, stepped[lanes];
-        copy(s, start + i, count);
-        if (kHead) copy(h, g_h + i, count);
-        copy(p, g_p + i, count);
-        if (kMomentum) copy(velocity, m + i, count);
-        store(stepped, updated(s, h, p, velocity));
-        copy(theta + i, stepped, count);
-        if (kMomentum) copy(m + i, velocity, count);
-      });
-  if (kStream) stream_fence();
-}
-
-template <class T, bool kStream>
-void restore_lines(T* theta, const T* saved, int64_t n) {
-  for_each_line(
-      theta, n, kStream,
-      [&](int64_t i) {
-        if (kStream)
-          stream(theta + i, load(saved + i));
-        else
-          copy(theta + i, saved + i, Lanes<T>::kLanes);
-      },
-      [&](int64_t i, int64_t count) { copy(theta + i, saved + i, count); });
-  if (kStream) stream_fence();
-}
-
-// Calls f with a compile-time true or false.
-struct True { static constexpr bool value = true; };
-struct False { static constexpr bool value = false; };
-template <class F>
-IMBSAM_INLINE void with_bool(bool b, F f) {
-  if (b)
-    f(True());
-  else
-    f(False());
-}
-
-template <class T>
-void sgd_update_(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
-                 int64_t n, const SgdSettings& s, bool stream) {
-  typedef typename Lanes<T>::S S;
-  if (s.skip) {
-    if (saved) restore_lines<T, false>((T*)theta, (const T*)saved, n);
-    return;
-  }
-  const S unscale = S(1) / (S)s.grad_scale;
-  const Sgd<S> sgd = {(S)s.lr, (S)s.momentum, (S)(1 - s.dampening), (S)s.weight_decay,
-                      s.maximize ? -unscale : unscale, m && s.nesterov};
-  with_bool(saved != nullptr, [&](auto has_saved) {
-    with_bool(g_h != nullptr, [&](auto has_head) {
-      with_bool(m != nullptr, [&](auto has_momentum) {
-        // Without `saved`, theta was just read: it is in the cache and streaming does not pay.
-        with_bool(stream && decltype(has_saved)::value, [&](auto streams) {
-          sgd_update_lines<T, decltype(has_saved)::value, decltype(has_head)::value,
-                           decltype(has_momentum)::value, decltype(streams)::value>(
-              (T*)theta, (const T*)saved, (const T*)g_h, (const T*)g_p, (T*)m, n, sgd);
-        });
-      });
-    });
-  });
-}
-
-template <class T>
-void merge_(void* theta, const void* saved, const void* g_h, void* g_p, int64_t n, bool stream) {
-  constexpr int lanes = Lanes<T>::kLanes;
-  if (saved)
-    with_bool(stream, [&](auto streams) {
-      restore_lines<T, decltype(streams)::value>((T*)theta, (const T*)saved, n);
-    });
-  if (!g_h) return;
-  const T* head = (const T*)g_h;
-  T* sum = (T*)g_p;
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store(sum + i, load(head + i) + load(sum + i));
-  if (i < n) {
-    T h[lanes] = {}, p[lanes] = {};
-    copy(h, head + i, n - i);
-    copy(p, sum + i, n - i);
-    store(p, load(h) + load(p));
-    copy(sum + i, p, n - i);
-  }
-}
+#include "updates.h"
 
 // ---------------------------------------------------------------- cross-entropy rows
 
@@ -352,7 +207,7 @@ double bandwidth(Traffic traffic, bool stream, float* a, const float* b, const f
   if (traffic == Traffic::read) return read_lines(b, n);
   with_bool(stream, [&](auto streams) {
     if (traffic == Traffic::copy)
-      restore_lines<float, decltype(streams)::value>(a, b, n);
+      restore_lines<decltype(streams)::value>(a, b, n);
     else
       triad_lines<decltype(streams)::value>(a, b, c, n);
   });
@@ -375,8 +230,9 @@ bool supported() {
 
 template <class T>
 constexpr Spans spans() {
-  return {squared_norm<T>, perturb_<T>, sgd_update_<T>, merge_<T>,
-          grad_check<T>,   row_sums<T>, softmax_gradient<T>, element<T>};
+  return {squared_norm<T>, perturb_<T>,   sgd_update_<T>, adam_update_<T>,
+          merge_<T>,       grad_check<T>, row_sums<T>,    softmax_gradient<T>,
+          element<T>};
 }
 
 }  // namespace

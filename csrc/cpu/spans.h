@@ -20,10 +20,15 @@ struct RowSums {
 struct Spans {
   // Sum of squares of g, or of theta g where theta is not null.
   double (*squared_norm)(const void* g_t, const void* theta, int64_t n);
-  void (*perturb_)(void* theta, void* g_t, int64_t n, double scale, bool adaptive);
-  // Null saved, g_h or m: absent. stream: write theta past the caches.
+  // Null master: absent, and below saved, g_h, m and v_max too.
+  void (*perturb_)(void* theta, void* g_t, const void* master, int64_t n, double scale,
+                   bool adaptive);
+  // stream: write theta past the caches.
   void (*sgd_update_)(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
-                      int64_t n, const SgdSettings&, bool stream);
+                      void* master, int64_t n, const SgdSettings&, bool stream);
+  void (*adam_update_)(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
+                       void* v, void* v_max, void* master, int64_t n, int64_t step,
+                       const AdamSettings&, bool stream);
   void (*merge_)(void* theta, const void* saved, const void* g_h, void* g_p, int64_t n,
                  bool stream);
   // Sum of squares of g_h + g_p; *finite is cleared where an element is not.

@@ -202,6 +202,34 @@ IMBSAM_INLINE double total(const Sum& sum) {
   return lanes[0];
 }
 
+// ---- square roots, rounded to nearest
+
+IMBSAM_INLINE VecF square_root(VecF x) {
+#if defined(__AVX512F__)
+  return (VecF)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (VecF)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < IMBSAM_VECTOR_BYTES / 4; ++i) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+
+IMBSAM_INLINE VecD square_root(VecD x) {
+#if defined(__AVX512F__)
+  return (VecD)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (VecD)_mm256_sqrt_pd((__m256d)x);
+#elif defined(__SSE2__)
+  return (VecD)_mm_sqrt_pd((__m128d)x);
+#else
+  for (int i = 0; i < IMBSAM_VECTOR_BYTES / 8; ++i) x[i] = sqrt(x[i]);
+  return x;
+#endif
+}
+
 // ---- exp(x) for x <= 0 or little above; 0 below the normal range; not-a-number stays
 
 // exp(r) = 1 + r + r^2 P(r) for |r| <= log(2) / 2; P: minimax coefficients of Cephes' expf

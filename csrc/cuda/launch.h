@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "tiles.h"
 
@@ -74,6 +75,17 @@ void with_type(DType dtype, F f) {
     case DType::bfloat16: return f(Type<__nv_bfloat16>());
     case DType::float16: return f(Type<__half>());
   }
+}
+
+// Calls f(Type<T>(), bool constant) with whether there are master weights, which only data of two
+// bytes may have.
+template <class F>
+void with_type_and_master(DType dtype, bool has_master, F f) {
+  with_type(dtype, [&](auto type) {
+    if constexpr (sizeof(typename decltype(type)::T) == 2)
+      if (has_master) return f(type, std::true_type());
+    f(type, std::false_type());
+  });
 }
 
 // Launches an elementwise kernel over all tensors, in as many launches as their table takes.

@@ -28,6 +28,16 @@ struct Arithmetic<double> {
   typedef double S;
 };
 
+// The dtype in which the weights and the base's state are kept.
+template <class T, bool kMaster>
+struct Kept {
+  typedef T W;
+};
+template <class T>
+struct Kept<T, true> {
+  typedef typename Arithmetic<T>::S W;
+};
+
 __device__ __forceinline__ float widened(float x) { return x; }
 __device__ __forceinline__ double widened(double x) { return x; }
 __device__ __forceinline__ float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -49,43 +59,55 @@ __device__ __forceinline__ __half narrowed<__half>(float x) {
 
 // ---------------------------------------------------------------- 16-byte access
 
-template <class T>
+template <class T, int kCount = 16 / (int)sizeof(T)>
 struct Pack {
-  static constexpr int kLanes = 16 / sizeof(T);
+  static constexpr int kLanes = kCount;
   T lanes[kLanes];
 };
 
-// The access to a pack that is whole and aligned to 16 bytes.
+// The access to a pack that is whole and aligned to 16 bytes; with twice as many lanes as fit, for
+// master weights beside data of half their size, to two of them.
 struct Whole {
-  template <class T>
-  __device__ __forceinline__ Pack<T> load(const T* p) const {
-    const uint4 bits = *reinterpret_cast<const uint4*>(p);
-    Pack<T> pack;
-    memcpy(&pack, &bits, sizeof(pack));
+  template <int kCount, class T>
+  __device__ __forceinline__ Pack<T, kCount> load_lanes(const T* p) const {
+    Pack<T, kCount> pack;
+    uint4 bits[sizeof(pack) / 16];
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(pack) / 16); ++i) bits[i] = reinterpret_cast<const uint4*>(p)[i];
+    memcpy(&pack, bits, sizeof(pack));
     return pack;
   }
   template <class T>
-  __device__ __forceinline__ void store(T* p, const Pack<T>& pack) const {
-    uint4 bits;
-    memcpy(&bits, &pack, sizeof(bits));
-    *reinterpret_cast<uint4*>(p) = bits;
+  __device__ __forceinline__ Pack<T> load(const T* p) const {
+    return load_lanes<Pack<T>::kLanes>(p);
+  }
+  template <class T, int kCount>
+  __device__ __forceinline__ void store(T* p, const Pack<T, kCount>& pack) const {
+    uint4 bits[sizeof(pack) / 16];
+    memcpy(bits, &pack, sizeof(pack));
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(pack) / 16); ++i) reinterpret_cast<uint4*>(p)[i] = bits[i];
   }
 };
 
 // The access to the first `count` lanes, one by one; the others read as 0.
 struct Part {
   int count;
-  template <class T>
-  __device__ __forceinline__ Pack<T> load(const T* p) const {
-    Pack<T> pack;
+  template <int kCount, class T>
+  __device__ __forceinline__ Pack<T, kCount> load_lanes(const T* p) const {
+    Pack<T, kCount> pack;
 #pragma unroll
-    for (int j = 0; j < Pack<T>::kLanes; ++j) pack.lanes[j] = j < count ? p[j] : T(0.0f);
+    for (int j = 0; j < kCount; ++j) pack.lanes[j] = j < count ? p[j] : T(0.0f);
     return pack;
   }
   template <class T>
-  __device__ __forceinline__ void store(T* p, const Pack<T>& pack) const {
+  __device__ __forceinline__ Pack<T> load(const T* p) const {
+    return load_lanes<Pack<T>::kLanes>(p);
+  }
+  template <class T, int kCount>
+  __device__ __forceinline__ void store(T* p, const Pack<T, kCount>& pack) const {
 #pragma unroll
-    for (int j = 0; j < Pack<T>::kLanes; ++j)
+    for (int j = 0; j < kCount; ++j)
       if (j < count) p[j] = pack.lanes[j];
   }
 };
@@ -108,15 +130,20 @@ __device__ __forceinline__ void for_each_pack(int elements, bool aligned, F f) {
 
 // ---------------------------------------------------------------- tiles
 
-// One tile with the addresses of its first elements in every list, null in an absent one.
+// One tile with the addresses of its first elements in the first lists, null in an absent one.
 template <class T, int kLists>
 struct Span {
   T* data[kLists];
+  int64_t begin;  // its first element in the tensor
+  int tensor;     // in the table
   int elements;
   bool aligned;  // all addresses, to 16 bytes
 
-  __device__ __forceinline__ Span(const TensorTable<kLists>& table, int tile, int tile_elements) {
+  template <int kTable>
+  __device__ __forceinline__ Span(const TensorTable<kTable>& table, int tile, int tile_elements) {
     const Tile at = locate(table, tile, tile_elements);
+    begin = at.begin;
+    tensor = at.tensor;
     uintptr_t bits = 0;
 #pragma unroll
     for (int l = 0; l < kLists; ++l) {
@@ -127,16 +154,42 @@ struct Span {
     elements = at.elements;
     aligned = bits % 16 == 0;
   }
+
+  // The address in a list that holds elements of another dtype.
+  template <class W>
+  __device__ __forceinline__ W* as(int list) const {
+    return data[list] ? reinterpret_cast<W*>(data[list] - begin) + begin : nullptr;
+  }
 };
 
-// Calls f(span) for this block's tiles: every gridDim.x-th one, in rising or falling order.
-template <class T, bool kReverse, int kLists, class F>
+// Calls f(span) for this block's tiles: every gridDim.x-th one, in rising or falling order. The
+// last kScalarLists lists have one element a tensor, and no part in the span.
+template <class T, bool kReverse, int kScalarLists = 0, int kLists, class F>
 __device__ __forceinline__ void for_each_tile(const TensorTable<kLists>& table, F f) {
   const int tiles = table.first_tile[table.count];
   for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
     const int tile = (int)(kReverse ? tiles - 1 - i : i);
-    f(Span<T, kLists>(table, tile, kTile));
+    f(Span<T, kLists - kScalarLists>(table, tile, kTile));
   }
+}
+
+// Writes to theta, the span's first list, what `from` has for it.
+template <class T, class W, int kLists>
+__device__ __forceinline__ void restore_tile(const Span<T, kLists>& tile, const W* from) {
+  constexpr int lanes = Pack<T>::kLanes;
+  T* theta = tile.data[0];
+  for_each_pack<T, kThreads, 1>(tile.elements, tile.aligned, [&](int e, auto access) {
+    const Pack<W, lanes> start = access.template load_lanes<lanes>(from + e);
+    Pack<T> rounded;
+#pragma unroll
+    for (int j = 0; j < lanes; ++j) {
+      if constexpr (sizeof(T) == sizeof(W))
+        rounded.lanes[j] = start.lanes[j];  // the very bits
+      else
+        rounded.lanes[j] = narrowed<T>(start.lanes[j]);
+    }
+    access.store(theta + e, rounded);
+  });
 }
 
 }  // namespace cuda

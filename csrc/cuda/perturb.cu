@@ -8,26 +8,31 @@ namespace imbsam {
 namespace cuda {
 namespace {
 
-// bytes: 2n read, 2n written. Lists: theta, g_t. Every block adds the partial sums, in one order.
+// bytes: 2n read, 2n written. Lists: theta, g_t; then master, which is read in place of theta, and
+// g_t is not written. Every block adds the partial sums, in one order.
 // Backwards: what squared_norm read last is still in the L2 cache.
-template <class T>
+template <class T, bool kMaster>
 __global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ TensorTable<2> table, const double* partials,
-                   int64_t count, double rho, bool adaptive) {
+    perturb_kernel(const __grid_constant__ TensorTable<kMaster ? 3 : 2> table,
+                   const double* partials, int64_t count, double rho, bool adaptive) {
   typedef typename Arithmetic<T>::S S;
+  typedef typename Kept<T, kMaster>::W W;
+  constexpr int lists = kMaster ? 3 : 2, lanes = Pack<T>::kLanes;
   double squared_norm = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) squared_norm += partials[i];
   const S scale = perturbation_scale<S>(block_sum(squared_norm), rho);
-  for_each_tile<T, true>(table, [&](const Span<T, 2>& tile) {
+  for_each_tile<T, true>(table, [&](const Span<T, lists>& tile) {
     T *theta = tile.data[0], *g_t = tile.data[1];
+    const W* from = tile.template as<W>(kMaster ? 2 : 0);
     for_each_pack<T, kThreads, 1>(tile.elements, tile.aligned, [&](int e, auto access) {
-      const Pack<T> start = access.load(theta + e), g = access.load(g_t + e);
+      const Pack<W, lanes> start = access.template load_lanes<lanes>(from + e);
+      const Pack<T> g = access.load(g_t + e);
       Pack<T> moved;
 #pragma unroll
       for (int j = 0; j < Pack<T>::kLanes; ++j)
         moved.lanes[j] = narrowed<T>(
             perturbed(widened(start.lanes[j]), widened(g.lanes[j]), scale, adaptive));
-      access.store(g_t + e, start);
+      if constexpr (!kMaster) access.store(g_t + e, start);
       access.store(theta + e, moved);
     });
   });
@@ -35,11 +40,17 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void perturb_(const Table& tensors, void* const* theta, void* const* g_t, const double* partials,
-              int64_t partial_count, double rho, bool adaptive, const Stream& stream) {
-  with_type(tensors.dtype, [&](auto type) {
-    launch_over_tiles("perturb_", perturb_kernel<typename decltype(type)::T>, kThreads, kTile,
-                      true, tensors, {theta, g_t}, stream, partials, partial_count, rho, adaptive);
+void perturb_(const Table& tensors, void* const* theta, void* const* g_t,
+              const void* const* master, const double* partials, int64_t partial_count, double rho,
+              bool adaptive, const Stream& stream) {
+  with_type_and_master(tensors.dtype, master != nullptr, [&](auto type, auto has_master) {
+    typedef typename decltype(type)::T T;
+    if constexpr (decltype(has_master)::value)
+      launch_over_tiles("perturb_", perturb_kernel<T, true>, kThreads, kTile, true, tensors,
+                        {theta, g_t, master}, stream, partials, partial_count, rho, adaptive);
+    else
+      launch_over_tiles("perturb_", perturb_kernel<T, false>, kThreads, kTile, true, tensors,
+                        {theta, g_t}, stream, partials, partial_count, rho, adaptive);
   });
 }
 

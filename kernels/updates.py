@@ -1,0 +1,303 @@
+"""sgd_update_ and adam_update_: one launch each over any number of tensors, as in multi_tensor.py.
+
+KEPT is the dtype in which the weights and the state of the base are kept: that of the data, DTYPE,
+or with master weights the arithmetic dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import advance_, arithmetic_dtype, steps_on
+from .launch import DTYPES, launch_options, on, table
+from .multi_tensor import CONFIGURATIONS, all_read, at, read, span_of, write
+
+# ---------------------------------------------------------------- what both need
+
+
+@triton.jit
+def step_scalars(
+    lr, lr_tensor, grad_scale, found_inf, MAXIMIZE: tl.constexpr, ARITHMETIC: tl.constexpr
+):
+    """lr; what undoes the loss scale, negative to maximize; whether only to restore."""
+    lr = tl.full((), lr, ARITHMETIC)
+    if lr_tensor is not None:
+        lr = tl.load(lr_tensor).to(ARITHMETIC)
+    factor = tl.full((), 1.0, ARITHMETIC)
+    if grad_scale is not None:
+        scale = tl.load(grad_scale).to(ARITHMETIC)
+        factor = (1.0 / scale.to(tl.float64)).to(ARITHMETIC)  # as in perturbation_scale
+    if MAXIMIZE:
+        factor = -factor
+    skip = tl.full((), False, tl.int1)
+    if found_inf is not None:
+        skip = tl.load(found_inf) != 0
+    return lr, factor, skip
+
+
+@triton.jit
+def write_weights(
+    theta, kept, offsets, n, start, stepped, skip,
+    DTYPE: tl.constexpr, KEPT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """theta, and where they are kept in another dtype the master weights."""
+    write(theta, offsets, n, tl.where(skip, start.to(DTYPE), stepped.to(DTYPE)), WHOLE)
+    if KEPT != DTYPE:
+        write(kept, offsets, n, tl.where(skip, start, stepped), WHOLE)
+
+
+def on_device(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    """A tensor of one element where the kernel can read it; a copy only from elsewhere."""
+    return scalar if scalar is None else scalar.to(device, non_blocking=True)
+
+
+def lr_arguments(lr: Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """lr as a number where the host has it, which costs no copy, else as a tensor."""
+    if lr.device.type == "cpu":
+        return lr.item(), None
+    return 0.0, on_device(lr, device)
+
+
+# ---------------------------------------------------------------- sgd_update_
+
+
+@triton.jit
+def sgd_update_block(
+    theta, kept, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay, factor,
+    skip, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DTYPE: tl.constexpr, KEPT: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = read(kept if SAVED else theta, offsets, n, WHOLE)
+    d = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+    if HEAD:
+        d = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + d
+    d = d * factor + weight_decay * start.to(ARITHMETIC)
+    update = d
+    if MOMENTUM:
+        before = read(m, offsets, n, WHOLE)
+        velocity = momentum * before.to(ARITHMETIC) + one_minus_dampening * d
+        update = d + momentum * velocity if NESTEROV else velocity
+    stepped = start.to(ARITHMETIC) - lr * update
+    all_read(WHOLE)
+    write_weights(theta, kept, offsets, n, start, stepped, skip, DTYPE, KEPT, WHOLE)
+    if MOMENTUM:
+        write(m, offsets, n, tl.where(skip, before, velocity.to(KEPT)), WHOLE)
+
+
+# LISTS: theta, saved or master, g_h, g_p, m.
+# bytes: 4n read, 2n written with all lists present (3n written with master)
+@triton.jit
+def sgd_update_kernel(
+    spans, addresses, lr: tl.float64, lr_tensor, momentum: tl.float64,
+    one_minus_dampening: tl.float64, weight_decay: tl.float64, grad_scale, found_inf,
+    NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr, SAVED: tl.constexpr, HEAD: tl.constexpr,
+    MOMENTUM: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr, ARITHMETIC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    record, first, n, whole = span_of(tl.program_id(0), spans, addresses, 5, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    kept = at(record, 1, first, KEPT)
+    g_h = at(record, 2, first, DTYPE)
+    g_p = at(record, 3, first, DTYPE)
+    m = at(record, 4, first, KEPT)
+
+    lr, factor, skip = step_scalars(lr, lr_tensor, grad_scale, found_inf, MAXIMIZE, ARITHMETIC)
+    momentum = tl.full((), momentum, ARITHMETIC)
+    one_minus_dampening = tl.full((), one_minus_dampening, ARITHMETIC)
+    weight_decay = tl.full((), weight_decay, ARITHMETIC)
+
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        sgd_update_block(
+            theta, kept, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay,
+            factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, KEPT, ARITHMETIC, True,
+        )  # fmt: skip
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        sgd_update_block(
+            theta, kept, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay,
+            factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, KEPT, ARITHMETIC, False,
+        )  # fmt: skip
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    """See reference.sgd_update_."""
+    span, block, threads = CONFIGURATIONS["sgd_update_"]
+    kept = master or saved
+    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, m))
+    if not programs:
+        return
+    device, dtype = theta[0].device, theta[0].dtype
+    arithmetic = DTYPES[arithmetic_dtype(dtype)]
+    with on(device):
+        sgd_update_kernel[(programs,)](
+            spans, addresses, *lr_arguments(lr, device), momentum, 1 - dampening, weight_decay,
+            on_device(grad_scale, device), on_device(found_inf, device),
+            NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
+            SAVED=len(kept) > 0, HEAD=len(g_h) > 0, MOMENTUM=len(m) > 0, DTYPE=DTYPES[dtype],
+            KEPT=arithmetic if master else DTYPES[dtype], ARITHMETIC=arithmetic, BLOCK=block,
+            **launch_options(threads),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- adam_update_
+
+
+@triton.jit
+def power(base, exponent):
+    """base^exponent by squaring, as in csrc/arithmetic.h."""
+    base = tl.full((), base, tl.float64)  # which the interpreter takes for float32
+    product = tl.full((), 1.0, tl.float64)
+    while exponent > 0:
+        product = tl.where(exponent % 2 == 1, product * base, product)
+        base = base * base
+        exponent = exponent // 2
+    return product
+
+
+@triton.jit
+def quotient_by_root(x, y, factor, eps, ARITHMETIC: tl.constexpr):
+    """x / (sqrt(y) factor + eps), root and quotient rounded to nearest."""
+    if ARITHMETIC.is_fp64():  # where Triton rounds to nearest anyway
+        return x / (tl.sqrt(y) * factor + eps)
+    return tl.div_rn(x, tl.sqrt_rn(y) * factor + eps)
+
+
+@triton.jit
+def adam_update_block(
+    theta, kept, g_h, g_p, m, v, v_max, offsets, n, lr, beta1, one_minus_beta1, beta2,
+    one_minus_beta2, eps, coupled, decoupled, factor, correction, root_correction, skip,
+    SAVED: tl.constexpr, HEAD: tl.constexpr, AMSGRAD: tl.constexpr, DTYPE: tl.constexpr,
+    KEPT: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = read(kept if SAVED else theta, offsets, n, WHOLE)
+    d = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+    if HEAD:
+        d = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + d
+    d = d * factor + coupled * start.to(ARITHMETIC)
+    first_before = read(m, offsets, n, WHOLE)
+    second_before = read(v, offsets, n, WHOLE)
+    first = beta1 * first_before.to(ARITHMETIC) + one_minus_beta1 * d
+    second = beta2 * second_before.to(ARITHMETIC) + one_minus_beta2 * (d * d)
+    bound = second
+    if AMSGRAD:
+        bound_before = read(v_max, offsets, n, WHOLE)
+        largest = bound_before.to(ARITHMETIC)
+        bound = tl.where((largest >= second) | (largest != largest), largest, second)
+    direction = quotient_by_root(first * correction, bound, root_correction, eps, ARITHMETIC)
+    direction += decoupled * start.to(ARITHMETIC)
+    stepped = start.to(ARITHMETIC) - lr * direction
+    all_read(WHOLE)
+    write_weights(theta, kept, offsets, n, start, stepped, skip, DTYPE, KEPT, WHOLE)
+    write(m, offsets, n, tl.where(skip, first_before, first.to(KEPT)), WHOLE)
+    write(v, offsets, n, tl.where(skip, second_before, second.to(KEPT)), WHOLE)
+    if AMSGRAD:
+        write(v_max, offsets, n, tl.where(skip, bound_before, bound.to(KEPT)), WHOLE)
+
+
+# LISTS: theta, saved or master, g_h, g_p, m, v, v_max.
+# bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
+@triton.jit
+def adam_update_kernel(
+    spans, addresses, counts, lr: tl.float64, lr_tensor, beta1: tl.float64,
+    one_minus_beta1: tl.float64, beta2: tl.float64, one_minus_beta2: tl.float64, eps: tl.float64,
+    coupled: tl.float64, decoupled: tl.float64, grad_scale, found_inf,
+    MAXIMIZE: tl.constexpr, SAVED: tl.constexpr, HEAD: tl.constexpr, AMSGRAD: tl.constexpr,
+    DTYPE: tl.constexpr, KEPT: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    record, first, n, whole = span_of(program, spans, addresses, 7, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    kept = at(record, 1, first, KEPT)
+    g_h = at(record, 2, first, DTYPE)
+    g_p = at(record, 3, first, DTYPE)
+    m = at(record, 4, first, KEPT)
+    v = at(record, 5, first, KEPT)
+    v_max = at(record, 6, first, KEPT)
+
+    lr, factor, skip = step_scalars(lr, lr_tensor, grad_scale, found_inf, MAXIMIZE, ARITHMETIC)
+    taken = tl.load(counts + tl.load(spans + 3 * program)).to(tl.int32) + 1
+    correction = (1.0 / (1.0 - power(beta1, taken))).to(ARITHMETIC)
+    root_correction = (1.0 / tl.sqrt(1.0 - power(beta2, taken))).to(ARITHMETIC)
+    beta1 = tl.full((), beta1, ARITHMETIC)
+    one_minus_beta1 = tl.full((), one_minus_beta1, ARITHMETIC)
+    beta2 = tl.full((), beta2, ARITHMETIC)
+    one_minus_beta2 = tl.full((), one_minus_beta2, ARITHMETIC)
+    eps = tl.full((), eps, ARITHMETIC)
+    coupled = tl.full((), coupled, ARITHMETIC)
+    decoupled = tl.full((), decoupled, ARITHMETIC)
+
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        adam_update_block(
+            theta, kept, g_h, g_p, m, v, v_max, offsets, n, lr, beta1, one_minus_beta1, beta2,
+            one_minus_beta2, eps, coupled, decoupled, factor, correction, root_correction, skip,
+            SAVED, HEAD, AMSGRAD, DTYPE, KEPT, ARITHMETIC, True,
+        )  # fmt: skip
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        adam_update_block(
+            theta, kept, g_h, g_p, m, v, v_max, offsets, n, lr, beta1, one_minus_beta1, beta2,
+            one_minus_beta2, eps, coupled, decoupled, factor, correction, root_correction, skip,
+            SAVED, HEAD, AMSGRAD, DTYPE, KEPT, ARITHMETIC, False,
+        )  # fmt: skip
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    """See reference.adam_update_."""
+    span, block, threads = CONFIGURATIONS["adam_update_"]
+    kept = master or saved
+    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, m, v, v_max))
+    device, dtype = theta[0].device, theta[0].dtype
+    arithmetic = DTYPES[arithmetic_dtype(dtype)]
+    if programs:
+        with on(device):
+            adam_update_kernel[(programs,)](
+                spans, addresses, steps_on(device, step), *lr_arguments(lr, device),
+                beta1, 1 - beta1, beta2, 1 - beta2, eps,
+                0.0 if decoupled else weight_decay, weight_decay if decoupled else 0.0,
+                on_device(grad_scale, device), on_device(found_inf, device),
+                MAXIMIZE=maximize, SAVED=len(kept) > 0, HEAD=len(g_h) > 0, AMSGRAD=len(v_max) > 0,
+                DTYPE=DTYPES[dtype], KEPT=arithmetic if master else DTYPES[dtype],
+                ARITHMETIC=arithmetic, BLOCK=block, **launch_options(threads),
+            )  # fmt: skip
+    advance_(step, found_inf)
