@@ -45,7 +45,7 @@ QUICK_SHAPES: dict[str, list[Shape]] = {"quick": [(8, 3, 3, 3), (8,), (5, 8), (5
 def groups(quick: bool) -> Iterator[Group]:
     """Two groups a shape, phases and steps, each with the machine's limits.
 
-    At the largest shape the steps share lists of 6.4 GB in all and need up to three times that.
+    At the largest shape the steps share lists of 8 GB in all and need up to three times that.
     """
     limit_bytes, rotated = (1_000_000, 1) if quick else (160_000_000, ROTATED_BYTES)
     for name, shapes in (QUICK_SHAPES if quick else SHAPES).items():
@@ -57,13 +57,14 @@ def groups(quick: bool) -> Iterator[Group]:
 
 
 def step_operations(shapes: list[Shape], size: str, sets: int) -> list[Operation]:
-    """A step of ImbSAM, of SAM and of SGD, on shared data."""
+    """A step of ImbSAM, of SAM, of SGD and of ImbSAM around AdamW, on shared data."""
     torch._dynamo.reset()  # what was compiled for other shapes counts against torch's limit
     data = StepData(shapes, sets)
     return [
         data.step_operation(IMBSAM, peers.imbsam_contenders(len(shapes)), size),
         data.step_operation(peers.SAM, peers.sam_contenders(), size),
         data.step_operation(peers.SGD, peers.sgd_contenders(), size),
+        data.step_operation(peers.ADAMW, peers.adamw_contenders(), size),
     ]
 
 

@@ -37,11 +37,17 @@ COMPILED = "torch.compile, hand-fused"
 DAVDA = "davda54-style SAM, fused SGD"
 PYTORCH_OPTIMIZER = "pytorch_optimizer's SAM, fused SGD"
 PLAIN_SGD = "SGD(fused=True)"
+MERGED_FUSED = "merge_, then AdamW(fused=True)"
+MERGED_FOREACH = "merge_, then AdamW(foreach=True)"
+AUTHORS_ADAMW = "authors' sequence, AdamW"
+AUTHORS_ADAMW_FUSED = "authors' sequence, AdamW(fused=True)"
 COMPILED_ROW_WEIGHTS = "torch.compile, row weights"
 
 # What is left out of one ImbSAM step for the other two.
 SAM = Rules("SAM optimizer step", ("second_step", "third_step"), 10)
 SGD = Rules("SGD optimizer step", ("third_step",), 5)
+# The same step around AdamW, whose update moves 8n: norm 1, perturb 4.
+ADAMW = Rules("ImbSAM optimizer step, AdamW", IMBSAM.calls, 13)
 
 # Compiling takes a time proportional to the number of tensors: about a minute and a half for 161
 # on one core, which is hours for 10,000.
@@ -213,6 +219,10 @@ class PlainSGD:
         self.base.zero_grad()
 
 
+class OwnStep(torch.optim.AdamW):
+    """AdamW by its own step(), on the gradient that ImbSAM merged for it: as every other base."""
+
+
 # ---------------------------------------------------------------- who takes part
 
 
@@ -256,6 +266,26 @@ def sgd_contenders() -> dict[str, Contender]:
     return {
         ours(): imbsam(backend_name("cpu"), SGD.moves),
         PLAIN_SGD: Contender(lambda base, _: PlainSGD(base), 5, fused=True),
+    }
+
+
+def adamw_contenders() -> dict[str, Contender]:
+    """ImbSAM steps around AdamW, ours first.
+
+    bytes: merge_ moves 5n, what the authors do before their base's step 16n. AdamW(fused=True)
+    moves 7n: it reads theta, g, m and v and writes theta, m and v. foreach and the loop over
+    tensors go operation by operation, 20n: decay 2, m 3, v 2 + 3, root 2, its bias correction 2,
+    eps 2, update 4.
+    """
+    adamw, fewest = torch.optim.AdamW, ADAMW.moves
+    ours_ = imbsam(backend_name("cpu"))
+    theirs = authors()
+    return {
+        ours(): ours_._replace(moves=fewest, adamw=adamw),
+        MERGED_FUSED: ours_._replace(moves=5 + 5 + 7, fused=True, adamw=OwnStep),
+        MERGED_FOREACH: ours_._replace(moves=5 + 5 + 20, foreach=True, adamw=OwnStep),
+        AUTHORS_ADAMW: theirs._replace(moves=16 + 20, adamw=adamw),
+        AUTHORS_ADAMW_FUSED: theirs._replace(moves=16 + 7, fused=True, adamw=adamw),
     }
 
 

@@ -17,7 +17,7 @@ Rows = dict[str, dict[str, Timing]]  # size -> contestant -> timing, in the orde
 
 NO_VALUE = "-"
 PHASES = ("squared_norm", "perturb_", "sgd_update_", "merge_", "grad_check")
-STEPS = (IMBSAM, peers.SAM, peers.SGD)
+STEPS = (IMBSAM, peers.SAM, peers.SGD, peers.ADAMW)
 LOSS = "loss forward, head and tail backward"
 
 

@@ -5,6 +5,7 @@ What returns operations also makes their data, before a clock starts.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ STEP = "ImbSAM optimizer step"
 AUTHORS = "authors' sequence, SGD"
 AUTHORS_FUSED = "authors' sequence, SGD(fused=True)"
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 5e-4, 0.05
+ADAMW_LR = 1e-3
 
 # The data that calls go through in turn: more than a last-level cache keeps.
 ROTATED_BYTES = 256_000_000
@@ -117,16 +119,22 @@ class Workspace:
     held: list[Tensor]
     epsilon: list[Tensor]
 
+    @functools.cached_property
+    def v(self) -> list[Tensor]:
+        """Second moments, for those whose base has them."""
+        return [torch.full_like(t, 1e-6) for t in self.theta]
+
 
 class Contender(NamedTuple):
     """Who takes part in a comparison of optimizers, and how it is made on a workspace."""
 
     # Returns what has the calls first_step, second_step and third_step, or the last of them.
-    make: Callable[[torch.optim.SGD, Workspace], Any]
+    make: Callable[[Any, Workspace], Any]
     moves: int  # times the bytes of all weights, in one step
-    fused: bool = False  # torch.optim.SGD's own settings, of the base that `make` gets
+    fused: bool = False  # settings of the base that `make` gets, an SGD
     foreach: bool = False
     backend: str | None = None
+    adamw: type[torch.optim.AdamW] | None = None  # what the base is instead
 
 
 class Rules(NamedTuple):
@@ -210,12 +218,20 @@ class StepData:
         return contestant
 
 
-def base_on(work: Workspace, contender: Contender) -> torch.optim.SGD:
-    """The contender's SGD on parameters of its own, in the memory of the workspace."""
+def base_on(work: Workspace, contender: Contender) -> torch.optim.Optimizer:
+    """The contender's base on parameters of its own, in the memory of the workspace."""
     params = [t.detach().requires_grad_() for t in work.theta]
-    base = sgd(params, fused=contender.fused or None, foreach=contender.foreach or None)
-    for p, m in zip(params, work.m):
-        base.state[p]["momentum_buffer"] = m
+    fused, foreach = contender.fused or None, contender.foreach or None
+    if contender.adamw is None:
+        base: torch.optim.Optimizer = sgd(params, fused, foreach)
+        for p, m in zip(params, work.m):
+            base.state[p]["momentum_buffer"] = m
+        return base
+    base = contender.adamw(
+        params, lr=ADAMW_LR, weight_decay=WEIGHT_DECAY, fused=fused, foreach=foreach
+    )
+    for p, m, v in zip(params, work.m, work.v):
+        base.state[p].update(step=torch.tensor(100.0), exp_avg=m, exp_avg_sq=v)
     return base
 
 

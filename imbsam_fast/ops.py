@@ -110,8 +110,9 @@ def _perturb_(theta, g_t, partials, rho, adaptive, master):
 
 
 def check_sgd_update(
-    theta, saved, g_h, g_p, m, lr, momentum, *_, grad_scale=None, found_inf=None, master=()
-) -> bool:
+    theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
+    grad_scale=None, found_inf=None, master=(),
+) -> bool:  # fmt: skip
     """Refuse arguments that sgd_update_ would refuse; returns what check_lists does."""
     direct = _check_update("sgd_update_", theta, saved, g_h, g_p, master, m=m)
     if (momentum != 0) != (len(m) > 0):
@@ -153,14 +154,12 @@ def sgd_update_(
     master: Sequence[Tensor] = (),
 ) -> None:
     """See reference.sgd_update_."""
-    direct = check_sgd_update(
-        theta, saved, g_h, g_p, m, lr, momentum, grad_scale=grad_scale, found_inf=found_inf,
-        master=master,
-    )  # fmt: skip
-    (_sgd_update_ if direct else _NAMESPACE.sgd_update_)(
+    arguments = (
         theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
         grad_scale, found_inf, master,
     )  # fmt: skip
+    direct = check_sgd_update(*arguments)
+    (_sgd_update_ if direct else _NAMESPACE.sgd_update_)(*arguments)
 
 
 @_define(
@@ -176,8 +175,9 @@ def _sgd_update_(theta, saved, g_h, g_p, m, *scalars_and_master):
 
 
 def check_adam_update(
-    theta, saved, g_h, g_p, m, v, v_max, step, lr, *_, grad_scale=None, found_inf=None, master=()
-) -> bool:
+    theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
+    maximize, grad_scale=None, found_inf=None, master=(),
+) -> bool:  # fmt: skip
     """Refuse arguments that adam_update_ would refuse; returns what check_lists does."""
     direct = _check_update("adam_update_", theta, saved, g_h, g_p, master, m=m, v=v, v_max=v_max)
     for name, list_ in (("m", m), ("v", v)):
@@ -209,14 +209,12 @@ def adam_update_(
     master: Sequence[Tensor] = (),
 ) -> None:
     """See reference.adam_update_."""
-    direct = check_adam_update(
-        theta, saved, g_h, g_p, m, v, v_max, step, lr, grad_scale=grad_scale, found_inf=found_inf,
-        master=master,
-    )  # fmt: skip
-    (_adam_update_ if direct else _NAMESPACE.adam_update_)(
+    arguments = (
         theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
         maximize, grad_scale, found_inf, master,
     )  # fmt: skip
+    direct = check_adam_update(*arguments)
+    (_adam_update_ if direct else _NAMESPACE.adam_update_)(*arguments)
 
 
 @_define(

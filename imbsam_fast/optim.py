@@ -18,6 +18,7 @@ from .arguments import DTYPES, check_dense, in_layout_of
 from .buckets import Bucket, Slots, buckets, params_of
 from .interrupts import uninterrupted
 from .losses import SplitLoss
+from .master_weights import MasterWeights
 from .two_backwards import backward, compiled_for_two_backwards
 
 # What a group carries besides the base's settings.
@@ -38,34 +39,55 @@ class ImbSAM(torch.optim.Optimizer):
 
     `param_groups` and `state` are the base's own, so schedulers and checkpoints work on
     either; each group carries `rho` and `adaptive` besides the base's settings. A
-    `torch.optim.SGD` base is updated by one fused kernel that writes the base's
-    `momentum_buffer`; any other base runs its own `step()` on the merged gradient.
+    `torch.optim.SGD`, `Adam` or `AdamW` base is updated by one fused kernel that writes the
+    base's own state; any other base, a subclass too, runs its own `step()` on the merged gradient.
+    The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
+    accepted and make no difference, except that Adam's `fused` and `capturable` keep `step` on
+    the device, without which a gradient scaler on a GPU and a CUDA graph want the host.
+
+    Step hooks registered here run once a step, around the update in `third_step` with its
+    arguments, which they may replace: the weights are still perturbed, `p.grad` is g_p and g_h is
+    held. A base with step hooks runs its own `step()`: they find the unperturbed weights and the
+    merged gradient in `p.grad`.
 
     Args:
         base: the optimizer that updates the weights.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM: the perturbation scales with |theta|.
+        master_weights: keep float32 weights of bfloat16 and float16 parameters, and the base's
+            state of these in float32: `state[p]["master_weight"]` is perturbed and updated, and
+            the parameter is its rounding. For SGD, Adam and AdamW.
 
     Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
     order; whatever fails, the weights are back at their unperturbed value.
     """
 
     base: torch.optim.Optimizer
+    master_weights: bool
 
     def __init__(
-        self, base: torch.optim.Optimizer, rho: float = 0.05, adaptive: bool = False
+        self,
+        base: torch.optim.Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        master_weights: bool = False,
     ) -> None:
         _check_base(base)
         _check_rho(rho)
+        if master_weights:
+            _check_fused(base)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
         defaults = {**base.defaults, "rho": rho, "adaptive": bool(adaptive)}
-        self.__setstate__({"base": base, "defaults": defaults})
+        self.__setstate__({
+            "base": base, "defaults": defaults, "master_weights": bool(master_weights)
+        })  # fmt: skip
         params = self._params()
         self._check_params(params)
-        if any(p.dtype == torch.bfloat16 for p in params):
+        if not master_weights and any(p.dtype == torch.bfloat16 for p in params):
             warnings.warn(
-                "bfloat16 parameters round away most of a perturbation of rho = 0.05: keep the "
-                "weights in float32 and run the model under torch.autocast",
+                "bfloat16 parameters round away most of a perturbation of rho = 0.05: use "
+                "master_weights=True, or keep the weights in float32 and run the model under "
+                "torch.autocast",
                 stacklevel=2,
             )
 
@@ -90,7 +112,8 @@ class ImbSAM(torch.optim.Optimizer):
             self._fill_groups()  # the base may have new ones
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
-            buckets = self._buckets(g_t)
+            masters = self._masters.of(g_t)
+            buckets = self._buckets(masters, g_t)
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
@@ -100,11 +123,13 @@ class ImbSAM(torch.optim.Optimizer):
                 sums = _joined(partials, bucket.params[0].device)
                 # Sharpness is the worst loss nearby, which lies downhill for who climbs.
                 rho = -bucket.group["rho"] if bucket.group.get("maximize") else bucket.group["rho"]
-                ops.perturb_(bucket.params, bucket.pick(g_t), sums, rho, bucket.group["adaptive"])
-                for i in bucket.indices:  # their buffers now hold the unperturbed weights
-                    saved[i] = g_t[i]
+                ops.perturb_(
+                    bucket.params, bucket.pick(g_t), sums, rho, bucket.group["adaptive"],
+                    bucket.pick(masters),
+                )  # fmt: skip
+                for i in bucket.indices:  # without master weights, buffers hold the unperturbed
+                    saved[i] = g_t[i] if masters[i] is None else masters[i]
 
-    @torch.no_grad()
     def third_step(
         self,
         grad_scaler: torch.amp.GradScaler | None = None,
@@ -122,7 +147,14 @@ class ImbSAM(torch.optim.Optimizer):
         """
         if max_norm is not None and not 0 < max_norm < float("inf"):
             raise ValueError(f"max_norm is {max_norm!r}, expected a finite number > 0")
-        with self._abandoned_on_failure(), uninterrupted():
+        with self._abandoned_on_failure():
+            self._update(grad_scaler=grad_scaler, max_norm=max_norm)
+
+    @torch.optim.Optimizer.profile_hook_step
+    @torch.no_grad()
+    def _update(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
+        """third_step, between the step hooks."""
+        with uninterrupted():
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
@@ -137,9 +169,14 @@ class ImbSAM(torch.optim.Optimizer):
                     if not torch.compiler.is_compiling():
                         torch.clear_autocast_cache()
             scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
-            if updates.is_fused(self.base):
-                updates.fused_update(self.base, saved, g_h, g_p, *scaling)
+            reason = updates.reason_not_fused(self.base)
+            if reason is None:
+                masters = self._masters.of(g_p, saved)
+                updates.fused_update(self.base, saved, g_h, g_p, masters, *scaling)
+                self._masters.written(masters)
                 self._pending.saved = None  # updated: a failure from here on must not undo it
+            elif self.master_weights:
+                raise RuntimeError(f"{reason}, expected with master_weights=True a fused update")
             else:
                 updates.merge(self.base, saved, g_h, g_p)
                 self._pending.saved = None  # restored: what the base does from here is its own
@@ -175,6 +212,8 @@ class ImbSAM(torch.optim.Optimizer):
             closure().tail.backward()
             self.third_step()
         return SplitLoss(loss.head.detach(), loss.tail.detach())
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's hooks run around _update instead
 
     @property
     def is_perturbed(self) -> bool:
@@ -238,22 +277,35 @@ class ImbSAM(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.require_idle("load_state_dict")
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):  # the base's own checkpoint has no rho
-            own = [{name: group[name] for name in _OWN} for group in self.param_groups]
-            state_dict = {**state_dict, "param_groups": [{**o, **g} for o, g in zip(own, groups)]}
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}  # as the hooks leave it
+        handles = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._masters.load(loaded), prepend=True
+            ),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         self.require_idle("pickling or copying the optimizer")
-        return {"base": self.base, "defaults": self.defaults}
+        return {
+            "base": self.base, "defaults": self.defaults, "master_weights": self.master_weights
+        }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         shared = {k: v for k, v in state.items() if k in ("state", "param_groups")}
         super().__setstate__({k: v for k, v in state.items() if k not in shared})
         if shared:  # from load_state_dict; the base knows what its state needs
+            for group, loaded in zip(self.param_groups, shared["param_groups"]):
+                for name in _OWN:  # the base's own checkpoint has none
+                    loaded.setdefault(name, group[name])
             self.base.__setstate__(shared)
         self._pending = _Pending()
+        self._masters = MasterWeights(self.base, self.master_weights)
         self._fill_groups()
 
     def _fill_groups(self) -> None:
@@ -361,8 +413,17 @@ def _check_base(base: object) -> None:
         raise TypeError(f"base is {type(base).__name__}, expected a plain torch optimizer")
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
-    if base.defaults.get("differentiable"):
+    if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("base has differentiable=True, expected False")
+
+
+def _check_fused(base: torch.optim.Optimizer) -> None:
+    reason = updates.reason_not_fused(base)
+    if reason is not None:
+        names = ", ".join(f"torch.optim.{fused.__name__}" for fused in updates.FUSED_BASES)
+        raise ValueError(
+            f"{reason}, expected with master_weights=True one of {names}, without step hooks"
+        )
 
 
 def _check_rho(rho: object) -> None:

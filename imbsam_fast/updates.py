@@ -1,23 +1,43 @@
 """The update of each base: by one fused kernel, or by its own step() on merged gradients.
 
 Arguments are slots, one entry a parameter: `saved`, the weights that a perturbation left, g_h and
-g_p, and of `ImbSAM._scaling` how many times too large the gradients are, and found_inf.
+g_p, the master weights, and of `ImbSAM._scaling` how many times too large the gradients are, and
+found_inf.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
 from .arguments import in_layout_of
 from .buckets import Slots, buckets, params_of
 
+FUSED_BASES = (SGD, Adam, AdamW)
 
-def is_fused(base: Optimizer) -> bool:
-    """Whether `fused_update` does what base.step() would do."""
-    return type(base) is SGD
+
+def reason_not_fused(base: Optimizer) -> str | None:
+    """None where `fused_update` does what base.step() would do, else why it does not."""
+    if type(base) not in FUSED_BASES:  # a subclass may step otherwise
+        return f"base is {type(base).__name__}"
+    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
+        return "base has step hooks, which may want the merged gradient"
+    if any(isinstance(beta, Tensor) for g in base.param_groups for beta in g.get("betas", ())):
+        return "base has betas that are tensors"
+    return None
+
+
+class _Launch(NamedTuple):
+    """One call of a fused operator, and what checks its arguments."""
+
+    check: Callable[..., Any]
+    operator: Callable[..., None]
+    arguments: tuple[Any, ...]
 
 
 def fused_update(
@@ -25,15 +45,25 @@ def fused_update(
     saved: Slots,
     g_h: Slots,
     g_p: Slots,
+    masters: Slots,
     scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
     """Restore the weights and update them and the base's state with g_h + g_p.
 
     Every launch is checked before the first one, so that a group that is refused keeps the others
-    from being updated.
+    from being updated. New state is stored after the last one.
     """
-    _sgd_update(base, saved, g_h, g_p, scale, found_inf)
+    if any(master is not None for master in masters):  # the saved ones of their parameters
+        saved = [s if master is None else None for s, master in zip(saved, masters)]
+    update = _sgd_update if type(base) is SGD else _adam_update
+    launches, store = update(base, saved, g_h, g_p, masters, scale, found_inf)
+    if len(launches) > 1:
+        for launch in launches:
+            launch.check(*launch.arguments)
+    for launch in launches:
+        launch.operator(*launch.arguments)
+    store()
 
 
 def merge(base: Optimizer, saved: Slots, g_h: Slots, g_p: Slots) -> None:
@@ -56,8 +86,25 @@ def base_step(
     base.zero_grad()
 
 
-def lr_tensor(lr: float | Tensor) -> Tensor:
+Update = tuple[list[_Launch], Callable[[], None]]  # the launches, and what stores new state
+
+
+def _lr_tensor(lr: float | Tensor) -> Tensor:
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+
+
+def _kept(params: list[Tensor], masters: Slots) -> list[Tensor]:
+    """Where the weights are kept: the dtype and the layout of the state."""
+    return [p if master is None else master for p, master in zip(params, masters)]
+
+
+def _fitting(kept: list[Tensor], found: Slots, name: str) -> Slots:
+    """State in the layout of the weights, and in float32 beside master weights."""
+    found = [
+        t.float() if t is not None and w.dtype == torch.float32 != t.dtype else t
+        for t, w in zip(found, kept)
+    ]
+    return in_layout_of(kept, found, name)
 
 
 # ---------------------------------------------------------------- SGD
@@ -68,35 +115,38 @@ def _sgd_update(
     saved: Slots,
     g_h: Slots,
     g_p: Slots,
+    masters: Slots,
     scale: Tensor | None,
     found_inf: Tensor | None,
-) -> None:
+) -> Update:
     params = params_of(base.param_groups)
+    kept = _kept(params, masters)
     found = _momentum_buffers(base, g_p)
-    known = in_layout_of(params, found, "momentum_buffer")
-    m = _made_where_missing(base, known, g_p)
+    known = _fitting(kept, found, "momentum_buffer")
+    m = _made_where_missing(base, known, g_p, kept)
     launches = []
-    for bucket in buckets(base.param_groups, saved, g_h, known, g_p):
+    for bucket in buckets(base.param_groups, masters, saved, g_h, known, g_p):
         group = bucket.group
         is_first = known[bucket.indices[0]] is None
-        launches.append((
+        arguments = (
             bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
-            bucket.pick(m), lr_tensor(group["lr"]), group["momentum"],
+            bucket.pick(m), _lr_tensor(group["lr"]), group["momentum"],
             # The first step of torch.optim.SGD takes the gradient undampened.
             0.0 if is_first else group["dampening"],
             group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
-        ))  # fmt: skip
-    if len(launches) > 1:
-        for arguments in launches:
-            ops.check_sgd_update(*arguments)
-    for arguments in launches:
-        ops.sgd_update_(*arguments)
-    dampened = any(group["dampening"] for group in base.param_groups)
-    if dampened and found_inf is not None and found_inf.item():
-        return  # the next step is still the first one
-    for p, buffer, before in zip(params, m, found):
-        if buffer is not before:
-            base.state[p]["momentum_buffer"] = buffer
+            bucket.pick(masters),
+        )  # fmt: skip
+        launches.append(_Launch(ops.check_sgd_update, ops.sgd_update_, arguments))
+
+    def store() -> None:
+        dampened = any(group["dampening"] for group in base.param_groups)
+        if dampened and found_inf is not None and found_inf.item():
+            return  # the next step is still the first one
+        for p, buffer, before in zip(params, m, found):
+            if buffer is not before:
+                base.state[p]["momentum_buffer"] = buffer
+
+    return launches, store
 
 
 def _momentum_buffers(base: Optimizer, g_p: Slots) -> Slots:
@@ -112,12 +162,89 @@ def _momentum_buffers(base: Optimizer, g_p: Slots) -> Slots:
     return found
 
 
-def _made_where_missing(base: Optimizer, m: Slots, g_p: Slots) -> Slots:
+def _made_where_missing(base: Optimizer, m: Slots, g_p: Slots, kept: list[Tensor]) -> Slots:
     """The momentum buffers with zeros for those that a first step needs."""
     made: Slots = []
     for group in base.param_groups:
-        for p in group["params"]:
+        for _ in group["params"]:
             i = len(made)
             missing = m[i] is None and g_p[i] is not None and group["momentum"] != 0
-            made.append(torch.zeros_like(p) if missing else m[i])
+            made.append(torch.zeros_like(kept[i]) if missing else m[i])
     return made
+
+
+# ---------------------------------------------------------------- Adam and AdamW
+
+
+def _adam_update(
+    base: Optimizer,
+    saved: Slots,
+    g_h: Slots,
+    g_p: Slots,
+    masters: Slots,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> Update:
+    params = params_of(base.param_groups)
+    kept = _kept(params, masters)
+    state = {
+        "exp_avg": _moments(base, "exp_avg", g_p, kept),
+        "exp_avg_sq": _moments(base, "exp_avg_sq", g_p, kept),
+        "max_exp_avg_sq": _moments(base, "max_exp_avg_sq", g_p, kept),
+        "step": _step_counts(base, g_p),
+    }
+    m, v, v_max, step = state.values()
+    launches = []
+    for bucket in buckets(base.param_groups, masters, saved, g_h, g_p):
+        group = bucket.group
+        arguments = (
+            bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
+            bucket.pick(m), bucket.pick(v), bucket.pick(v_max), bucket.pick(step),
+            _lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
+            # torch before 2.7 has AdamW beside Adam, and no such setting.
+            group.get("decoupled_weight_decay", type(base) is AdamW), group["maximize"],
+            scale, found_inf, bucket.pick(masters),
+        )  # fmt: skip
+        launches.append(_Launch(ops.check_adam_update, ops.adam_update_, arguments))
+
+    def store() -> None:
+        for name, slots in state.items():
+            for p, t in zip(params, slots):
+                if t is not None:
+                    base.state[p][name] = t
+
+    return launches, store
+
+
+def _moments(base: Optimizer, name: str, g_p: Slots, kept: list[Tensor]) -> Slots:
+    """What the base has of this name for parameters with a gradient; zeros where it has none."""
+    found: Slots = []
+    for group in base.param_groups:
+        wanted = group["amsgrad"] or name != "max_exp_avg_sq"
+        for p in group["params"]:
+            i = len(found)
+            if g_p[i] is None or not wanted:
+                found.append(None)
+                continue
+            known = base.state[p].get(name) if p in base.state else None
+            found.append(torch.zeros_like(kept[i]) if known is None else known)
+    return _fitting(kept, found, name)
+
+
+def _step_counts(base: Optimizer, g_p: Slots) -> Slots:
+    """The steps taken, for parameters with a gradient: new ones where torch has them."""
+    # Of a new count on the CPU; those on the device are float32 in every case.
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    found: Slots = []
+    for group in base.param_groups:
+        on_device = group["capturable"] or group["fused"]
+        for p in group["params"]:
+            count = base.state[p].get("step") if p in base.state else None
+            if g_p[len(found)] is not None and count is None:
+                count = (
+                    torch.zeros((), dtype=torch.float32, device=p.device)
+                    if on_device
+                    else torch.zeros((), dtype=dtype, device="cpu")
+                )
+            found.append(count if g_p[len(found)] is not None else None)
+    return found

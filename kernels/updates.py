@@ -178,9 +178,11 @@ def power(base, exponent):
 @triton.jit
 def quotient_by_root(x, y, factor, eps, ARITHMETIC: tl.constexpr):
     """x / (sqrt(y) factor + eps), root and quotient rounded to nearest."""
-    if ARITHMETIC.is_fp64():  # where Triton rounds to nearest anyway
-        return x / (tl.sqrt(y) * factor + eps)
-    return tl.div_rn(x, tl.sqrt_rn(y) * factor + eps)
+    if tl.float64 == ARITHMETIC:  # where Triton rounds to nearest anyway
+        quotient = x / (tl.sqrt(y) * factor + eps)
+    else:
+        quotient = tl.div_rn(x, tl.sqrt_rn(y) * factor + eps)
+    return quotient
 
 
 @triton.jit

@@ -101,6 +101,7 @@ def all_contenders() -> list:
         *((IMBSAM, name) for name in peers.imbsam_contenders(len(SHAPES))),
         *((peers.SAM, name) for name in peers.sam_contenders()),
         *((peers.SGD, name) for name in peers.sgd_contenders()),
+        *((peers.ADAMW, name) for name in peers.adamw_contenders()),
     ]
 
 
@@ -109,13 +110,15 @@ def contender(rules: Rules, name: str) -> Contender:
         IMBSAM: lambda: peers.imbsam_contenders(len(SHAPES)),
         peers.SAM: peers.sam_contenders,
         peers.SGD: peers.sgd_contenders,
+        peers.ADAMW: peers.adamw_contenders,
     }
     return found[rules]()[name]
 
 
 @pytest.mark.parametrize("rules, name", all_contenders(), ids=lambda x: getattr(x, "name", x))
 def test_everybody_ends_at_the_weights_of_the_reference(rules, name):
-    expected = weights_after(imbsam("reference"), rules)
+    adamw = torch.optim.AdamW if rules is peers.ADAMW else None
+    expected = weights_after(imbsam("reference")._replace(adamw=adamw), rules)
     # pytorch_optimizer computes the norm in float32.
     rtol = 1e-6 if name == peers.PYTORCH_OPTIMIZER else 1e-12
     for actual, p in zip(weights_after(contender(rules, name), rules), expected):

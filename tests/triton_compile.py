@@ -111,7 +111,7 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
             yield op, dtype, kernel, arguments, threads
             if op in KEEPING and dtype in (tl.bfloat16, tl.float16):  # with master weights
                 arguments |= {"KEPT": arithmetic, "MASTER": True}
-                yield op, dtype, kernel, arguments, threads
+                yield f"{op} master", dtype, kernel, arguments, threads
         pointers = f"*{dtype.name}", f"*{arithmetic.name}"
         for op, (kernel, arguments) in cross_entropy_kernels(*pointers).items():
             for _, block, threads in CROSS_ENTROPY[op]:

@@ -1,0 +1,76 @@
+"""Float32 master weights of bfloat16 and float16 parameters, in the base's state.
+
+`state[p]["master_weight"]` is what is perturbed and updated; the parameter is its rounding. What
+the base keeps of such a parameter is in float32 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .buckets import Slots, params_of
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+NAME = "master_weight"
+
+
+class MasterWeights:
+    """The master weights of one base; none at all where they are not enabled."""
+
+    def __init__(self, base: Optimizer, enabled: bool) -> None:
+        self.base, self.enabled = base, enabled
+        # The version of each parameter after our last write: others may write too.
+        self.versions: dict[Tensor, int] = {}
+
+    def of(self, needed: Slots, saved: Slots | None = None) -> Slots:
+        """The master weights of half-precision parameters with a tensor in `needed`.
+
+        `saved` has them of those that are perturbed. They are made where there are none, and
+        follow elements of a parameter that someone loaded or changed since the last step.
+        """
+        if not self.enabled:
+            return [None] * len(needed)
+        params = params_of(self.base.param_groups)
+        known = saved or [None] * len(params)
+        return [
+            (self._of(p) if master is None else master)
+            if t is not None and p.dtype in HALF_DTYPES
+            else None
+            for p, t, master in zip(params, needed, known)
+        ]
+
+    def _of(self, p: Tensor) -> Tensor:
+        state = self.base.state[p]
+        if NAME not in state:
+            state[NAME] = p.detach().float()
+        master = state[NAME]
+        if not torch.compiler.is_compiling() and self.versions.get(p) != p._version:
+            master.copy_(torch.where(master.to(p.dtype) == p, master, p))
+            self.versions[p] = p._version
+        return master
+
+    def written(self, masters: Slots) -> None:
+        """Take note that the parameters with these master weights are their rounding."""
+        if self.enabled and not torch.compiler.is_compiling():
+            for p, master in zip(params_of(self.base.param_groups), masters):
+                if master is not None:
+                    self.versions[p] = p._version
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """What torch rounded to the parameters' dtype when it loaded `state_dict`, in float32."""
+        self.versions.clear()
+        if not self.enabled:
+            return
+        indices: Iterable[int] = chain.from_iterable(
+            group["params"] for group in state_dict["param_groups"]
+        )
+        for i, p in zip(indices, params_of(self.base.param_groups)):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if p.dtype in HALF_DTYPES and isinstance(value, Tensor) and name != "step":
+                    self.base.state[p][name] = value.detach().to(p.device, torch.float32, copy=True)
