@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import updates
 from .buckets import Slots, params_of
 from .data_parallel import average_
 from .interrupts import uninterrupted
@@ -40,7 +41,8 @@ class TailGradient:
     Args:
         optimizer: whose state it is kept in.
         group: the ranks that keep the mean of their gradients, None where each keeps its own.
-        shared: whether the update writes to the gradients it gets, so that copies are kept.
+        shared: whether others write to the gradients, so that copies are kept; those of a base
+            whose update is not fused are copied anyway.
     """
 
     def __init__(self, optimizer: ImbSAM, group: dist.ProcessGroup | None, shared: bool) -> None:
@@ -66,7 +68,7 @@ class TailGradient:
             return self._averaged(gradients, self.group)
         if all(g is None for g in gradients):
             return None
-        if self.shared:
+        if self.shared or updates.reason_not_fused(self.optimizer.base) is not None:
             gradients = [None if g is None else g.clone() for g in gradients]
         return Seen(gradients, is_void=None)
 

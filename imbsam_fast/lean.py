@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import in_layout_of
 from .buckets import Slots
 from .interrupts import uninterrupted
 from .optim import ImbSAM
-from .updates import lr_tensor
+from .updates import lr_tensor, reason_not_fused
 
 
 class LeanImbSAM(ImbSAM):
@@ -76,17 +77,14 @@ class LeanImbSAM(ImbSAM):
                     take = partial(self._take, group, i)
                     self._hooks.append(p.register_post_accumulate_grad_hook(take))
 
+    @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def third_step(
-        self,
-        grad_scaler: torch.amp.GradScaler | None = None,
-        max_norm: float | None = None,
-    ) -> None:
+    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
         """theta <- saved - lr m, with what is left in `p.grad` taken up before.
 
         Raises ValueError for a gradient scaler (a disabled one is ignored) or max_norm.
         """
-        with self._abandoned_on_failure(), uninterrupted():
+        with uninterrupted():
             check_whole_gradient(grad_scaler, max_norm)
             self._check_groups()
             self._remove_hooks()
@@ -94,7 +92,7 @@ class LeanImbSAM(ImbSAM):
             if self._pending.held is None:
                 self._pending.held = [None] * len(params)
             self._absorb_all(self._take_gradients())
-            m = ops.in_layout_of(params, self._pending.held, "momentum_buffer")
+            m = in_layout_of(params, self._pending.held, "momentum_buffer")
             saved = self._pending.saved or [None] * len(params)
             for p, start, velocity in zip(params, saved, m):
                 if start is not None and velocity is None:  # perturbed, then without any gradient
@@ -197,6 +195,10 @@ class LeanImbSAM(ImbSAM):
                 f"base is {type(self.base).__name__}, expected torch.optim.SGD, whose momentum "
                 "can take up gradients one by one"
             )
+        if (reason := reason_not_fused(self.base)) is not None:
+            raise ValueError(f"{reason}, expected none: a LeanImbSAM never has that gradient")
+        if self.master_weights:
+            raise ValueError("master_weights is True, expected False with a LeanImbSAM")
         for i, group in enumerate(self.param_groups):
             if group["momentum"] == 0:
                 raise ValueError(

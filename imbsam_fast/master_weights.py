@@ -19,6 +19,9 @@ from .buckets import Slots, params_of
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 NAME = "master_weight"
 
+# What is kept in float32: the master weights and the base's state beside them.
+KEPT = (NAME, "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
 
 class MasterWeights:
     """The master weights of one base; none at all where they are not enabled."""
@@ -71,6 +74,8 @@ class MasterWeights:
             group["params"] for group in state_dict["param_groups"]
         )
         for i, p in zip(indices, params_of(self.base.param_groups)):
-            for name, value in state_dict["state"].get(i, {}).items():
-                if p.dtype in HALF_DTYPES and isinstance(value, Tensor) and name != "step":
-                    self.base.state[p][name] = value.detach().to(p.device, torch.float32, copy=True)
+            state = state_dict["state"].get(i, {}) if p.dtype in HALF_DTYPES else {}
+            for name, value in state.items():
+                if name in KEPT and isinstance(value, Tensor):
+                    loaded = value.detach().to(p.device, torch.float32, copy=True)
+                    self.base.state[p][name] = loaded

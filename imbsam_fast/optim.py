@@ -148,11 +148,11 @@ class ImbSAM(torch.optim.Optimizer):
         if max_norm is not None and not 0 < max_norm < float("inf"):
             raise ValueError(f"max_norm is {max_norm!r}, expected a finite number > 0")
         with self._abandoned_on_failure():
-            self._update(grad_scaler=grad_scaler, max_norm=max_norm)
+            self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
 
     @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _update(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
+    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
         """third_step, between the step hooks."""
         with uninterrupted():
             g_p = self._take_gradients()
@@ -213,7 +213,7 @@ class ImbSAM(torch.optim.Optimizer):
             self.third_step()
         return SplitLoss(loss.head.detach(), loss.tail.detach())
 
-    step.hooked = True  # type: ignore[attr-defined]  # torch's hooks run around _update instead
+    step.hooked = True  # type: ignore[attr-defined]  # torch's hooks run around _end_step instead
 
     @property
     def is_perturbed(self) -> bool:

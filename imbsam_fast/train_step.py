@@ -221,7 +221,7 @@ class TrainStep:
 
     def _tail_gradient(self) -> TailGradient:
         common = self.perturbation == "global"
-        shared = self.group is not None or type(self.optimizer.base) is not torch.optim.SGD
+        shared = self.group is not None
         return TailGradient(self.optimizer, self.group if common else None, shared)
 
     def _planned(self, rows: Rows) -> Plan:

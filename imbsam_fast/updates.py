@@ -89,7 +89,7 @@ def base_step(
 Update = tuple[list[_Launch], Callable[[], None]]  # the launches, and what stores new state
 
 
-def _lr_tensor(lr: float | Tensor) -> Tensor:
+def lr_tensor(lr: float | Tensor) -> Tensor:
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
 
 
@@ -130,7 +130,7 @@ def _sgd_update(
         is_first = known[bucket.indices[0]] is None
         arguments = (
             bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
-            bucket.pick(m), _lr_tensor(group["lr"]), group["momentum"],
+            bucket.pick(m), lr_tensor(group["lr"]), group["momentum"],
             # The first step of torch.optim.SGD takes the gradient undampened.
             0.0 if is_first else group["dampening"],
             group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
@@ -200,7 +200,7 @@ def _adam_update(
         arguments = (
             bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
             bucket.pick(m), bucket.pick(v), bucket.pick(v_max), bucket.pick(step),
-            _lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
+            lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
             # torch before 2.7 has AdamW beside Adam, and no such setting.
             group.get("decoupled_weight_decay", type(base) is AdamW), group["maximize"],
             scale, found_inf, bucket.pick(masters),

@@ -146,10 +146,10 @@ def test_another_base_keeps_the_tail_gradient_and_not_the_merged_one(plan):
 
 
 def test_bases_that_take_any_state_for_their_own():
-    """AdamW: found_inf in the first step, and a parameter whose first gradient comes late."""
+    """NAdam: found_inf in the first step, and a parameter whose first gradient comes late."""
     model = network("group")
     late = nn.Parameter(torch.zeros((), dtype=torch.float64))
-    optimizer = ImbSAM(torch.optim.AdamW([*model.parameters(), late], 0.01))
+    optimizer = ImbSAM(torch.optim.NAdam([*model.parameters(), late], 0.01))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     step = lagging(model, optimizer, plan="joint", grad_scaler=scaler)
     # The steps of two passes each: skipped, the first, skipped with `late` in it, ordinary.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.lean import LeanImbSAM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,6 +152,27 @@ def test_checkpoints_keep_float32_and_resume_bit_for_bit(base):
     assert equal(masters(other), masters(optimizer)) and equal(resumed, params)
 
 
+def test_a_lagged_run_resumes_bit_for_bit():
+    """Its tail gradient stays in the dtype of the parameter, the rest in float32."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 12, generator=generator).bfloat16()
+    y = torch.randint(0, 6, (32,), generator=generator)
+    criterion = SplitCrossEntropy(ClassSplit.from_counts([500, 300, 200, 50, 20, 5]))
+
+    def step_on(model: nn.Module) -> TrainStep:
+        base = AdamW(model.parameters(), lr=0.01)
+        return TrainStep(model, criterion, ImbSAM(base, master_weights=True), lagged=True)
+
+    model = network(torch.bfloat16)
+    step = step_on(model)
+    step(x, y), step(x, y)
+    resumed = copy.deepcopy(model)
+    other = step_on(resumed)
+    other.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+    step(x, y), other(x, y)
+    assert equal(masters(other.optimizer), masters(step.optimizer))
+
+
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
@@ -231,6 +253,8 @@ def test_other_bases_and_hooks_are_refused():
     for base in (RMSprop(params), type("MySGD", (SGD,), {})(params, lr=0.1)):
         with pytest.raises(ValueError, match=r"base is .*, expected with master_weights=True one"):
             ImbSAM(base, master_weights=True)
+    with pytest.raises(ValueError, match="master_weights is True, expected False with a Lean"):
+        LeanImbSAM(SGD(params, lr=0.1, momentum=0.9), master_weights=True)
     base = SGD(params, lr=0.1)
     optimizer = ImbSAM(base, master_weights=True)
     before = snapshot(params)

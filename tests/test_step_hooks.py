@@ -7,7 +7,8 @@ import torch
 from phases import classifier, equal, fill, gradients, one_step, parameters, snapshot
 from torch.optim import SGD, AdamW, RMSprop
 
-from imbsam_fast import ImbSAM
+from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.lean import LeanImbSAM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,6 +88,41 @@ def test_hooks_of_the_base_find_what_torch_gives_them(base):
         fill(expected, [g / 2 for g in merged])
         plain.step()
     assert posts == [1, 1] and equal(params, expected)
+
+
+def test_the_lean_mode_runs_its_own_hooks_and_refuses_those_of_the_base():
+    params = parameters()
+    base = SGD(params, lr=0.1, momentum=0.9)
+    optimizer = LeanImbSAM(base)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("post"))
+    fill(params, gradients(0))
+    optimizer.first_step()
+    optimizer.third_step()
+    assert seen == ["pre", "post"]
+    base.register_step_pre_hook(lambda *_: None)
+    before = snapshot(params)
+    fill(params, gradients(0))
+    with pytest.raises(ValueError, match=r"base has step hooks.*, expected none"):
+        optimizer.first_step()
+    assert equal(params, before)
+
+
+def test_a_lagged_step_keeps_the_tail_gradient_that_a_base_with_hooks_merges_into():
+    """The same steps as without hooks, where the base is fused."""
+    ends = []
+    for hooked in (False, True):
+        model, _, x, y = classifier()
+        criterion = SplitCrossEntropy(ClassSplit.from_counts([500, 200, 50, 10]))
+        base = SGD(model.parameters(), lr=0.1)
+        step = TrainStep(model, criterion, ImbSAM(base, rho=0.5), plan="joint", lagged=True)
+        if hooked:
+            base.register_step_pre_hook(lambda *_: None)
+        for _ in range(4):
+            step(x, y)
+        ends.append(snapshot(model.parameters()))
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-13)
 
 
 def test_hooks_of_all_optimizers_run_once_for_the_wrapper():
