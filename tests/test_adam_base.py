@@ -107,13 +107,21 @@ def test_differentiable_is_refused_in_any_group():
         ImbSAM(base)
 
 
-def test_new_state_has_the_kind_of_step_that_torch_makes():
+@pytest.fixture
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_new_state_has_the_kind_of_step_that_torch_makes(float64_by_default):
+    """float64 on the CPU then, but float32 where it may be on a GPU."""
     for flags in ({}, {"fused": True}, {"capturable": True}):
         params, theirs = parameters(torch.float32), parameters(torch.float32)
         optimizer = ImbSAM(AdamW(params, **flags))
         one_step(optimizer, params)
-        # torch has capturable for GPUs only, but makes the same state for it.
-        plain = AdamW(theirs, **({} if "capturable" in flags else flags))
+        # torch has capturable for GPUs only, but makes the same state for it as for fused.
+        plain = AdamW(theirs, fused=bool(flags))
         fill(theirs, gradients(0, torch.float32))
         plain.step()
         assert [(s.dtype, s.shape, s.device) for s in state_of(optimizer)] == [
