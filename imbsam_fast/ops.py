@@ -169,6 +169,11 @@ def _mutated(*lists: Sequence[Tensor]) -> None:
     torch.clear_autocast_cache()
 
 
+def computes_in_place(device: torch.device) -> bool:
+    """Whether the operators on `device` write without memory of their own for the results."""
+    return dispatch.backend_name(device.type) != "reference"
+
+
 # ---------------------------------------------------------------- the optimizer phases
 
 

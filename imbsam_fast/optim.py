@@ -46,7 +46,8 @@ class ImbSAM(torch.optim.Optimizer):
         adaptive: ASAM: the perturbation scales with |theta|.
 
     Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
-    order; whatever fails, the weights are back at their unperturbed value.
+    order; whatever fails, weights and state are what they were before the step. A base that
+    fails inside its own step() leaves what it leaves without ImbSAM.
     """
 
     base: torch.optim.Optimizer

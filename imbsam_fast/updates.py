@@ -6,6 +6,9 @@ g_p, and of `ImbSAM._scaling` how many times too large the gradients are, and fo
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
@@ -55,6 +58,22 @@ def base_step(
     base.zero_grad()
 
 
+@contextmanager
+def all_or_none(written: Sequence[list[Tensor]]) -> Iterator[None]:
+    """What several launches write inside the block, put back where a later one fails.
+
+    Only the reference can fail there, out of memory: it keeps copies.
+    """
+    may_fail = len(written) > 1 and not ops.computes_in_place(written[0][0].device)
+    kept = [(t, t.clone()) for tensors in written[:-1] for t in tensors] if may_fail else []
+    try:
+        yield
+    except BaseException:
+        for t, before in kept:
+            t.copy_(before)
+        raise
+
+
 def lr_tensor(lr: float | Tensor) -> Tensor:
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
 
@@ -88,8 +107,9 @@ def _sgd_update(
     if len(launches) > 1:
         for arguments in launches:
             ops.check_sgd_update(*arguments)
-    for arguments in launches:
-        ops.sgd_update_(*arguments)
+    with all_or_none([[*theta, *m] for theta, _, _, _, m, *_ in launches]):
+        for arguments in launches:
+            ops.sgd_update_(*arguments)
     dampened = any(group["dampening"] for group in base.param_groups)
     if dampened and found_inf is not None and found_inf.item():
         return  # the next step is still the first one
