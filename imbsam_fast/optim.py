@@ -182,6 +182,12 @@ class ImbSAM(torch.optim.Optimizer):
         return self._pending.saved is not None
 
     @torch.no_grad()
+    def perturbation_is_finite(self) -> Tensor:
+        """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
+        device = self._params()[0].device
+        return _joined(self._pending.partials, device).isfinite().all()
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with uninterrupted():
@@ -312,6 +318,8 @@ class ImbSAM(torch.optim.Optimizer):
         """How many times too large the gradients are, clipping included, and found_inf."""
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
+        if grad_scaler is not None:
+            _check_scaler(grad_scaler, self)
         if grad_scaler is None and max_norm is None:
             return None, None
         buckets = self._buckets(g_h, g_p)
@@ -323,9 +331,9 @@ class ImbSAM(torch.optim.Optimizer):
         if grad_scaler is not None:
             scale = grad_scaler._get_scale_async().to(device)  # type: ignore[union-attr]
             found_inf = _joined([found for _, found in checks], device).amax()
-            if self._pending.partials:  # of g_t
-                sums = _joined(self._pending.partials, device)
-                found_inf = torch.maximum(found_inf, (~sums.isfinite().all()).float())
+            if self._pending.partials:
+                overflowed = ~self.perturbation_is_finite()
+                found_inf = torch.maximum(found_inf, overflowed.float().to(device))
             # What GradScaler.step would have left for GradScaler.update.
             state = grad_scaler._per_optimizer_states[id(self)]
             state["found_inf_per_device"] = {device: found_inf}
@@ -363,6 +371,20 @@ def _check_base(base: object) -> None:
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
     if base.defaults.get("differentiable"):
         raise ValueError("base has differentiable=True, expected False")
+
+
+def _check_scaler(grad_scaler: torch.amp.GradScaler, optimizer: ImbSAM) -> None:
+    if grad_scaler._get_scale_async() is None:
+        raise RuntimeError(
+            "grad_scaler has scaled no loss yet, expected every loss of the step to go through "
+            "grad_scaler.scale"
+        )
+    stage = grad_scaler._per_optimizer_states[id(optimizer)]["stage"]
+    if stage.name != "READY":
+        raise RuntimeError(
+            f"grad_scaler is {stage.name} for this optimizer, expected neither its unscale_ nor "
+            "its step to be called: third_step undoes the scale"
+        )
 
 
 def _check_rho(rho: object) -> None:

@@ -85,8 +85,9 @@ class TrainStep:
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
     alike, as with DDP itself.
 
-    A batch without tail rows costs one SGD step. If anything fails, the weights are at their
-    unperturbed value. Trainable parameters of the model that `optimizer` does not hold gather
+    A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
+    are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
+    failed step of SGD. Trainable parameters of the model that `optimizer` does not hold gather
     the gradients of all passes, and it does not clear them.
     """
 
@@ -270,12 +271,21 @@ class TrainStep:
         """
         # The backward is inside: under activation checkpointing it runs the model again.
         frozen = self.batch_norm == "once" and only is None
-        with frozen_batch_norm_statistics(self.model) if frozen else nullcontext():
+        with self._perturbed_statistics(frozen):
             for x, y in self.micro_batches(inputs, targets):
                 outputs, loss = self.forward(x, y, counted)
                 self.backward(loss.tail)
                 if only is not None:
                     only.add(outputs, tail=loss.tail)
+
+    def _perturbed_statistics(self, frozen: bool) -> AbstractContextManager:
+        if frozen:
+            return frozen_batch_norm_statistics(self.model)
+        # A gradient that overflowed skips the step, and must not reach the statistics either.
+        may_overflow = self.grad_scaler is not None and self.optimizer.is_perturbed
+        if not may_overflow:
+            return nullcontext()
+        return _statistics_where(self.optimizer.perturbation_is_finite(), self.model)
 
     def perturb(self, has_tail: bool) -> None:
         """Ranks without tail rows follow the others where the perturbation is a common one."""
@@ -323,14 +333,31 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
     Training-mode layers still normalise by the batch. Nests, and restores after exceptions.
     """
-    tracking = [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
-    for m in tracking:
-        m.track_running_stats = False
+    tracking = _tracking(model)
     try:
+        for m in tracking:
+            m.track_running_stats = False
         yield
     finally:
         for m in tracking:
             m.track_running_stats = True
+
+
+@contextmanager
+def _statistics_where(finite: Tensor, model: nn.Module) -> Iterator[None]:
+    """The running statistics of `model` keep what happens inside the block only where `finite`."""
+    buffers = [b for m in _tracking(model) for b in m.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, kept in zip(buffers, before):
+            b.copy_(torch.where(finite.to(b.device), b, kept))
+
+
+def _tracking(model: nn.Module) -> list[_NormBase]:
+    """The layers whose running statistics a forward pass updates now."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
 
 
 def _check_batch_norm_is_visible(model: nn.Module) -> None:
