@@ -223,9 +223,18 @@ class ImbSAM(torch.optim.Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = param_groups
+        self._fill_groups()
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.require_idle("add_param_group")

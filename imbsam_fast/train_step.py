@@ -45,8 +45,8 @@ class TrainStep:
     Args:
         model: any module, compiled or not.
         criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
-        optimizer: an `ImbSAM`, or a `LeanImbSAM` for the least memory, which excludes
-            grad_scaler, max_norm, cuda_graph, lagged and DistributedDataParallel; under the joint
+        optimizer: an `ImbSAM`, also as Accelerate or Lightning wrapped it, or a `LeanImbSAM` for
+            the least memory, which excludes grad_scaler, max_norm, cuda_graph, lagged and DistributedDataParallel; under the joint
             plan micro-batches cost it n more, since both gradients are summed at once.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
             perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
@@ -106,8 +106,7 @@ class TrainStep:
         cuda_graph: bool = False,
         lagged: bool = False,
     ) -> None:
-        if not isinstance(optimizer, ImbSAM):
-            raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
+        optimizer = _unwrapped(optimizer)
         if not hasattr(criterion, "split"):
             raise TypeError(
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
@@ -358,6 +357,14 @@ def _statistics_where(finite: Tensor, model: nn.Module) -> Iterator[None]:
 def _tracking(model: nn.Module) -> list[_NormBase]:
     """The layers whose running statistics a forward pass updates now."""
     return [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
+
+
+def _unwrapped(optimizer: object) -> ImbSAM:
+    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, ImbSAM):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
+    return inner
 
 
 def _check_batch_norm_is_visible(model: nn.Module) -> None:

@@ -54,6 +54,22 @@ def test_stale_gradients_do_not_leak_into_the_step():
     assert distance(model, expected) == 0
 
 
+class Wrapper(torch.optim.Optimizer):
+    """Holds the optimizer as those of Accelerate and Lightning do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def test_an_optimizer_may_be_wrapped():
+    model = network()
+    optimizer = imbsam(model)
+    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
+    assert TrainStep(model, criterion, Wrapper(optimizer)).optimizer is optimizer
+    with pytest.raises(TypeError, match="optimizer is Wrapper, expected an ImbSAM"):
+        TrainStep(model, criterion, Wrapper(optimizer.base))
+
+
 class TwoInputs(nn.Module):
     def __init__(self) -> None:
         super().__init__()
