@@ -207,7 +207,7 @@ def perturb_(
 ) -> None:
     """See reference.perturb_."""
     direct = check_lists("perturb_", theta=theta, g_t=g_t)
-    if not math.isfinite(rho):
+    if not isinstance(rho, (int, float)) or not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
         raise ValueError(
@@ -375,7 +375,8 @@ def _check_cross_entropy(
         raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}, expected 0 to 1")
-    if batch_size is not None and not 1 <= batch_size < math.inf:
+    fits = isinstance(batch_size, (int, float)) and 1 <= batch_size < math.inf
+    if batch_size is not None and not fits:
         raise ValueError(f"{op}: batch_size is {batch_size!r}, expected a finite number >= 1")
 
 

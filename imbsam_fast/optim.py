@@ -16,8 +16,17 @@ from torch import Tensor
 from . import ops, updates
 from .buckets import Bucket, Slots, buckets, params_of
 from .interrupts import uninterrupted
-from .losses import SplitLoss
+from .losses import SplitLoss, check_split_loss
 from .two_backwards import backward, compiled_for_two_backwards
+from .validation import (
+    check_bool,
+    check_grad_scaler,
+    check_group,
+    check_max_norm,
+    check_memory,
+    check_ready,
+    check_rho,
+)
 
 # What a group carries besides the base's settings.
 _OWN = ("rho", "adaptive")
@@ -56,9 +65,12 @@ class ImbSAM(torch.optim.Optimizer):
         self, base: torch.optim.Optimizer, rho: float = 0.05, adaptive: bool = False
     ) -> None:
         _check_base(base)
-        _check_rho(rho)
+        check_rho(rho)
+        check_bool("adaptive", adaptive)
+        for i, group in enumerate(base.param_groups):
+            check_group(f"param_groups[{i}]", group, base)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
-        defaults = {**base.defaults, "rho": rho, "adaptive": bool(adaptive)}
+        defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
         self.__setstate__({"base": base, "defaults": defaults})
         params = self._params()
         self._check_params(params)
@@ -120,12 +132,14 @@ class ImbSAM(torch.optim.Optimizer):
             max_norm: clip g_h + g_p to this norm over all parameters, as
                 torch.nn.utils.clip_grad_norm_ does.
         """
-        if max_norm is not None and not 0 < max_norm < float("inf"):
-            raise ValueError(f"max_norm is {max_norm!r}, expected a finite number > 0")
+        check_max_norm(max_norm)
+        check_grad_scaler(grad_scaler)
         with self._abandoned_on_failure(), uninterrupted():
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
+            if all(g is None for g in (*g_h, *g_p)):
+                raise RuntimeError("third_step found no gradient; a backward comes first")
             # A gradient missing in one pass is zero; one missing in both leaves the weight be.
             g_h, g_p = (
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
@@ -158,9 +172,9 @@ class ImbSAM(torch.optim.Optimizer):
 
         Returns the loss at theta.
         """
-        if closure is None:
+        if not callable(closure):
             raise TypeError(
-                "step needs a closure that returns a SplitLoss; "
+                f"closure is {closure!r}; step needs a closure that returns a SplitLoss; "
                 "or call first_step, second_step and third_step after your own backwards"
             )
         self.require_idle("a step")
@@ -168,11 +182,14 @@ class ImbSAM(torch.optim.Optimizer):
         with self._abandoned_on_failure(), torch.enable_grad():
             with compiled_for_two_backwards():
                 loss = closure()
+            check_split_loss("closure", loss)
             backward(loss.head, retain_graph=True)
             self.first_step()
             backward(loss.tail)
             self.second_step()
-            closure().tail.backward()
+            perturbed = closure()
+            check_split_loss("closure", perturbed)
+            perturbed.tail.backward()
             self.third_step()
         return SplitLoss(loss.head.detach(), loss.tail.detach())
 
@@ -238,7 +255,9 @@ class ImbSAM(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.require_idle("add_param_group")
-        _check_rho(param_group.get("rho", self.defaults["rho"]))
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
+        check_group("param_group", param_group, self.base)
         self.base.add_param_group(param_group)
         try:
             self._check_params(self.param_groups[-1]["params"])
@@ -253,7 +272,13 @@ class ImbSAM(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.require_idle("load_state_dict")
+        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError(
+                f"state_dict is {state_dict!r:.80}, expected a dict with 'state' and 'param_groups'"
+            )
         groups = state_dict["param_groups"]
+        for i, group in enumerate(groups):
+            check_group(f"state_dict['param_groups'][{i}]", group, self.base)
         if len(groups) == len(self.param_groups):  # the base's own checkpoint has no rho
             own = [{name: group[name] for name in _OWN} for group in self.param_groups]
             state_dict = {**state_dict, "param_groups": [{**o, **g} for o, g in zip(own, groups)]}
@@ -289,6 +314,7 @@ class ImbSAM(torch.optim.Optimizer):
                     f"of {', '.join(map(str, ops.DTYPES))}"
                 )
             ops.check_dense(f"parameter {i}", p)
+        check_memory(self._params())
 
     def require_idle(self, action: str) -> None:
         if self._pending.held is not None or self._pending.saved is not None:
@@ -328,7 +354,7 @@ class ImbSAM(torch.optim.Optimizer):
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
         if grad_scaler is not None:
-            _check_scaler(grad_scaler, self)
+            check_ready(grad_scaler, id(self))
         if grad_scaler is None and max_norm is None:
             return None, None
         buckets = self._buckets(g_h, g_p)
@@ -380,24 +406,3 @@ def _check_base(base: object) -> None:
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
     if base.defaults.get("differentiable"):
         raise ValueError("base has differentiable=True, expected False")
-
-
-def _check_scaler(grad_scaler: torch.amp.GradScaler, optimizer: ImbSAM) -> None:
-    if grad_scaler._get_scale_async() is None:
-        raise RuntimeError(
-            "grad_scaler has scaled no loss yet, expected every loss of the step to go through "
-            "grad_scaler.scale"
-        )
-    stage = grad_scaler._per_optimizer_states[id(optimizer)]["stage"]
-    if stage.name != "READY":
-        raise RuntimeError(
-            f"grad_scaler is {stage.name} for this optimizer, expected neither its unscale_ nor "
-            "its step to be called: third_step undoes the scale"
-        )
-
-
-def _check_rho(rho: object) -> None:
-    if not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
-        hint = "; ImbSAM takes no model" if isinstance(rho, torch.nn.Module) else ""
-        name = type(rho).__name__ if hint else repr(rho)
-        raise ValueError(f"rho is {name}, expected a finite number >= 0{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from .cuda_graph import GraphedSteps
 from .data_parallel import average_, process_group
 from .lagged import TailGradient
 from .lean import LeanImbSAM, check_whole_gradient
-from .losses import SplitLoss
+from .losses import SplitLoss, check_split_loss
 from .optim import ImbSAM
 from .plans import (
     Plan,
@@ -28,7 +29,9 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .split import ClassSplit
 from .two_backwards import backward
+from .validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
 
 PLANS = ("auto", "joint", "split")
 BATCH_NORM_UPDATES = ("once", "twice")
@@ -46,8 +49,9 @@ class TrainStep:
         model: any module, compiled or not.
         criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
         optimizer: an `ImbSAM`, also as Accelerate or Lightning wrapped it, or a `LeanImbSAM` for
-            the least memory, which excludes grad_scaler, max_norm, cuda_graph, lagged and DistributedDataParallel; under the joint
-            plan micro-batches cost it n more, since both gradients are summed at once.
+            the least memory, which excludes grad_scaler, max_norm, cuda_graph, lagged and
+            DistributedDataParallel; under the joint plan micro-batches cost it n more, since both
+            gradients are summed at once.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
             perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
@@ -106,8 +110,10 @@ class TrainStep:
         cuda_graph: bool = False,
         lagged: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
         optimizer = _unwrapped(optimizer)
-        if not hasattr(criterion, "split"):
+        if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
             raise TypeError(
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
                 "as .split, such as SplitCrossEntropy or what split_loss returns"
@@ -122,8 +128,13 @@ class TrainStep:
             raise ValueError(
                 f"perturbation is {perturbation!r}, expected one of {', '.join(PERTURBATIONS)}"
             )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size!r}, expected at least 1")
+        if micro_batch_size is not None:
+            check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
+        _check_autocast(autocast)
+        check_bool("cuda_graph", cuda_graph)
+        check_grad_scaler(grad_scaler)
+        check_max_norm(max_norm)
+        _check_holds_some(optimizer, model)
         _check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
@@ -253,7 +264,9 @@ class TrainStep:
         """The model's outputs and their loss, as a part of a batch with `counted` rows."""
         with self.autocast:
             outputs = self.model(inputs)
-            return outputs, self.criterion(outputs, targets, batch_size=counted or None)
+            loss = self.criterion(outputs, targets, batch_size=counted or None)
+            check_split_loss("criterion", loss)
+            return outputs, loss
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self.grad_scaler is not None:
@@ -332,6 +345,8 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
     Training-mode layers still normalise by the batch. Nests, and restores after exceptions.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
     tracking = _tracking(model)
     try:
         for m in tracking:
@@ -365,6 +380,22 @@ def _unwrapped(optimizer: object) -> ImbSAM:
     if not isinstance(inner, ImbSAM):
         raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
     return inner
+
+
+def _check_autocast(autocast: object) -> None:
+    if autocast is not None and not isinstance(autocast, AbstractContextManager):
+        raise TypeError(f"autocast is {autocast!r}, expected a context manager")
+    if isinstance(autocast, contextlib._GeneratorContextManager):
+        raise TypeError(
+            f"autocast is {autocast!r}, expected one that can be entered for every pass, such "
+            "as torch.autocast"
+        )
+
+
+def _check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError("optimizer holds no parameter of model, expected those that are trained")
 
 
 def _check_batch_norm_is_visible(model: nn.Module) -> None:

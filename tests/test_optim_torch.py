@@ -133,7 +133,7 @@ def test_unusable_arguments_are_named():
         with pytest.raises(error, match=message):
             build()
     optimizer = ImbSAM(torch.optim.SGD(parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="rho is 'big'"):
+    with pytest.raises(ValueError, match=r"param_group\['rho'\] is 'big'"):
         optimizer.add_param_group({"params": parameters(seed=1), "rho": "big"})
     assert len(optimizer.param_groups) == 1
 

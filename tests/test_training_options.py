@@ -230,7 +230,7 @@ def test_passes_in_pieces(plan, rows):
 def test_an_unusable_size_is_named():
     model = network("group")
     criterion = SplitCrossEntropy(ClassSplit.all_tail())
-    with pytest.raises(ValueError, match="micro_batch_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="micro_batch_size is 0, expected an integer >= 1"):
         TrainStep(model, criterion, imbsam(model), micro_batch_size=0)
 
 
