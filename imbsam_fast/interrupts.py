@@ -33,8 +33,13 @@ def uninterrupted() -> Iterator[None]:
             _signal.signal(number, lambda *signal_: arrived.append(signal_))
         yield
     finally:
-        for number, handler in handlers.items():
-            _signal.signal(number, handler)
-        with ExitStack() as all_of_them:  # also where one raises
-            for signum, frame in reversed(arrived):
-                all_of_them.callback(handlers[signum], signum, frame)
+        with ExitStack() as last:  # every one of them, also where one raises
+            last.callback(_run, arrived, handlers)
+            for number, handler in handlers.items():
+                last.callback(_signal.signal, number, handler)
+
+
+def _run(arrived: list[tuple[int, Any]], handlers: dict[int, Any]) -> None:
+    with ExitStack() as all_of_them:
+        for number, frame in reversed(arrived):
+            all_of_them.callback(handlers[number], number, frame)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import ops
 from .reference import arithmetic_dtype
 from .split import ClassSplit
+from .validation import check_number, check_weights, check_whole_number
 
 
 class SplitLoss(NamedTuple):
@@ -29,6 +30,17 @@ class SplitLoss(NamedTuple):
     def total(self) -> Tensor:
         """head + tail."""
         return self.head + self.tail
+
+
+def check_split_loss(name: str, loss: object) -> None:
+    """Refuse what has no head and tail, each a scalar tensor."""
+    parts = [getattr(loss, part, None) for part in ("head", "tail")]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(f"{name} returned {type(loss).__name__}, expected a SplitLoss")
+    for part, tensor in zip(("head", "tail"), parts):
+        if tensor.dim() != 0:  # type: ignore[union-attr]
+            shape = tuple(tensor.shape)  # type: ignore[union-attr]
+            raise ValueError(f"{name} returned a {part} of shape {shape}, expected a scalar")
 
 
 class SplitCrossEntropy(nn.Module):
@@ -62,21 +74,29 @@ class SplitCrossEntropy(nn.Module):
     ) -> None:
         super().__init__()
         _check_split(split)
-        if not 0 <= label_smoothing <= 1:
-            raise ValueError(f"label_smoothing is {label_smoothing!r}, expected 0 to 1")
-        if weight is not None and not (weight.dim() == 1 and weight.is_floating_point()):
-            raise ValueError(
-                f"weight is {weight.dtype} {tuple(weight.shape)}, expected floating point (K,)"
-            )
+        smoothing = check_number(
+            "label_smoothing", label_smoothing, "0 to 1", lambda x: 0 <= x <= 1
+        )
+        if weight is not None:
+            check_weights("weight", weight)
+            if split.num_classes not in (None, len(weight)):
+                raise ValueError(
+                    f"weight has {len(weight)} classes, expected {split.num_classes} as in split"
+                )
         self.split = split
         self.register_buffer("weight", weight)
-        self.label_smoothing = float(label_smoothing)
-        self.ignore_index = int(ignore_index)
+        self.label_smoothing = smoothing
+        self.ignore_index = _checked_ignore_index(ignore_index)
         self.tail_weight = _checked_tail_weight(tail_weight)
 
     def forward(
         self, logits: Tensor, targets: Tensor, batch_size: float | None = None
     ) -> SplitLoss:
+        for name, tensor in (("logits", logits), ("targets", targets)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is {type(tensor).__name__}, expected a tensor")
+        if logits.dim() != 2:
+            raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, K)")
         dtype = arithmetic_dtype(logits.dtype)
         plain, sharp = self.split.weights(logits.shape[-1], logits.device, dtype)
         weight = None if self.weight is None else self.weight.to(logits.device, dtype)
@@ -114,6 +134,10 @@ class _SplitPerSampleLoss(nn.Module):
     ) -> SplitLoss:
         targets = targets.to(outputs.device, non_blocking=True)
         losses = self.per_sample_loss(outputs, targets)
+        if not isinstance(losses, Tensor):
+            raise TypeError(
+                f"per_sample_loss returned {type(losses).__name__}, expected a tensor like targets"
+            )
         if losses.shape != targets.shape:
             raise ValueError(
                 f"per_sample_loss returned shape {tuple(losses.shape)}, expected "
@@ -155,7 +179,9 @@ def split_loss(
     if not callable(per_sample_loss):
         raise TypeError(f"per_sample_loss is {per_sample_loss!r}, expected a callable")
     tail_weight = _checked_tail_weight(tail_weight)
-    return _SplitPerSampleLoss(per_sample_loss, split, tail_weight, int(ignore_index))
+    return _SplitPerSampleLoss(
+        per_sample_loss, split, tail_weight, _checked_ignore_index(ignore_index)
+    )
 
 
 def _check_split(split: object) -> None:
@@ -164,6 +190,10 @@ def _check_split(split: object) -> None:
 
 
 def _checked_tail_weight(tail_weight: float) -> float:
-    if not 0 < tail_weight < float("inf"):
-        raise ValueError(f"tail_weight is {tail_weight!r}, expected a finite number > 0")
-    return float(tail_weight)
+    return check_number(
+        "tail_weight", tail_weight, "a finite number > 0", lambda x: 0 < x < float("inf")
+    )
+
+
+def _checked_ignore_index(ignore_index: int) -> int:
+    return check_whole_number("ignore_index", ignore_index, "an integer")

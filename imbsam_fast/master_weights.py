@@ -30,6 +30,7 @@ class MasterWeights:
         self.base, self.enabled = base, enabled
         # The version of each parameter after our last write: others may write too.
         self.versions: dict[Tensor, int] = {}
+        self.new: list[Tensor] = []  # parameters whose first step has not ended
 
     def of(self, needed: Slots, saved: Slots | None = None) -> Slots:
         """The master weights of half-precision parameters with a tensor in `needed`.
@@ -52,6 +53,7 @@ class MasterWeights:
         state = self.base.state[p]
         if NAME not in state:
             state[NAME] = p.detach().float()
+            self.new.append(p)
         master = state[NAME]
         if not torch.compiler.is_compiling() and self.versions.get(p) != p._version:
             master.copy_(torch.where(master.to(p.dtype) == p, master, p))
@@ -60,10 +62,20 @@ class MasterWeights:
 
     def written(self, masters: Slots) -> None:
         """Take note that the parameters with these master weights are their rounding."""
+        self.new.clear()
         if self.enabled and not torch.compiler.is_compiling():
             for p, master in zip(params_of(self.base.param_groups), masters):
                 if master is not None:
                     self.versions[p] = p._version
+
+    def abandon(self) -> None:
+        """Forget those that were made in a step that failed."""
+        while self.new:
+            p = self.new.pop()
+            state = self.base.state[p]
+            state.pop(NAME, None)
+            if not state:
+                del self.base.state[p]
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """What torch rounded to the parameters' dtype when it loaded `state_dict`, in float32."""

@@ -51,6 +51,11 @@ def _mutated(*lists: Sequence[Tensor]) -> None:
     torch.clear_autocast_cache()
 
 
+def computes_in_place(device: torch.device) -> bool:
+    """Whether the operators on `device` write without memory of their own for the results."""
+    return dispatch.backend_name(device.type) != "reference"
+
+
 # ---------------------------------------------------------------- the optimizer phases
 
 
@@ -87,7 +92,7 @@ def perturb_(
     direct = check_lists("perturb_", theta=theta, g_t=g_t)
     if master:
         direct &= check_master("perturb_", theta, master=master)
-    if not math.isfinite(rho):
+    if not isinstance(rho, (int, float)) or not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
         raise ValueError(
@@ -320,7 +325,8 @@ def _check_cross_entropy(
         raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}, expected 0 to 1")
-    if batch_size is not None and not 1 <= batch_size < math.inf:
+    fits = isinstance(batch_size, (int, float)) and 1 <= batch_size < math.inf
+    if batch_size is not None and not fits:
         raise ValueError(f"{op}: batch_size is {batch_size!r}, expected a finite number >= 1")
 
 

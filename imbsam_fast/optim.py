@@ -17,9 +17,19 @@ from . import ops, updates
 from .arguments import DTYPES, check_dense, in_layout_of
 from .buckets import Bucket, Slots, buckets, params_of
 from .interrupts import uninterrupted
-from .losses import SplitLoss
+from .losses import SplitLoss, check_split_loss
 from .master_weights import MasterWeights
 from .two_backwards import backward, compiled_for_two_backwards
+from .validation import (
+    check_bool,
+    check_grad_scaler,
+    check_group,
+    check_max_norm,
+    check_memory,
+    check_ready,
+    check_rho,
+    check_state_dict,
+)
 
 # What a group carries besides the base's settings.
 _OWN = ("rho", "adaptive")
@@ -59,7 +69,8 @@ class ImbSAM(torch.optim.Optimizer):
             the parameter is its rounding. For SGD, Adam and AdamW.
 
     Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
-    order; whatever fails, the weights are back at their unperturbed value.
+    order; whatever fails, weights and state are what they were before the step. A base that
+    fails inside its own step() leaves what it leaves without ImbSAM.
     """
 
     base: torch.optim.Optimizer
@@ -73,14 +84,15 @@ class ImbSAM(torch.optim.Optimizer):
         master_weights: bool = False,
     ) -> None:
         _check_base(base)
-        _check_rho(rho)
-        if master_weights:
-            _check_fused(base)
+        check_rho(rho)
+        check_bool("adaptive", adaptive)
+        if check_bool("master_weights", master_weights):
+            updates.check_fused(base)
+        for i, group in enumerate(base.param_groups):
+            check_group(f"param_groups[{i}]", group, base)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
-        defaults = {**base.defaults, "rho": rho, "adaptive": bool(adaptive)}
-        self.__setstate__({
-            "base": base, "defaults": defaults, "master_weights": bool(master_weights)
-        })  # fmt: skip
+        defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
+        self.__setstate__({"base": base, "defaults": defaults, "master_weights": master_weights})
         params = self._params()
         self._check_params(params)
         if not master_weights and any(p.dtype == torch.bfloat16 for p in params):
@@ -145,8 +157,8 @@ class ImbSAM(torch.optim.Optimizer):
             max_norm: clip g_h + g_p to this norm over all parameters, as
                 torch.nn.utils.clip_grad_norm_ does.
         """
-        if max_norm is not None and not 0 < max_norm < float("inf"):
-            raise ValueError(f"max_norm is {max_norm!r}, expected a finite number > 0")
+        check_max_norm(max_norm)
+        check_grad_scaler(grad_scaler)
         with self._abandoned_on_failure():
             self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
 
@@ -154,10 +166,14 @@ class ImbSAM(torch.optim.Optimizer):
     @torch.no_grad()
     def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
         """third_step, between the step hooks."""
+        check_max_norm(max_norm)  # again: a hook may have replaced it
+        check_grad_scaler(grad_scaler)
         with uninterrupted():
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
+            if all(g is None for g in (*g_h, *g_p)):
+                raise RuntimeError("third_step found no gradient; a backward comes first")
             # A gradient missing in one pass is zero; one missing in both leaves the weight be.
             g_h, g_p = (
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
@@ -195,9 +211,9 @@ class ImbSAM(torch.optim.Optimizer):
 
         Returns the loss at theta.
         """
-        if closure is None:
+        if not callable(closure):
             raise TypeError(
-                "step needs a closure that returns a SplitLoss; "
+                f"closure is {closure!r}; step needs a closure that returns a SplitLoss; "
                 "or call first_step, second_step and third_step after your own backwards"
             )
         self.require_idle("a step")
@@ -205,11 +221,14 @@ class ImbSAM(torch.optim.Optimizer):
         with self._abandoned_on_failure(), torch.enable_grad():
             with compiled_for_two_backwards():
                 loss = closure()
+            check_split_loss("closure", loss)
             backward(loss.head, retain_graph=True)
             self.first_step()
             backward(loss.tail)
             self.second_step()
-            closure().tail.backward()
+            perturbed = closure()
+            check_split_loss("closure", perturbed)
+            perturbed.tail.backward()
             self.third_step()
         return SplitLoss(loss.head.detach(), loss.tail.detach())
 
@@ -221,6 +240,12 @@ class ImbSAM(torch.optim.Optimizer):
         return self._pending.saved is not None
 
     @torch.no_grad()
+    def perturbation_is_finite(self) -> Tensor:
+        """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
+        device = self._params()[0].device
+        return _joined(self._pending.partials, device).isfinite().all()
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with uninterrupted():
@@ -228,6 +253,7 @@ class ImbSAM(torch.optim.Optimizer):
                 if saved is not None:
                     p.copy_(saved)
             torch.clear_autocast_cache()  # which knows nothing of writes in place
+            self._masters.abandon()
             self._pending.clear()
             self.zero_grad()
 
@@ -256,13 +282,24 @@ class ImbSAM(torch.optim.Optimizer):
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return self.base.param_groups
 
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = param_groups
+        self._fill_groups()
+
     @property
     def state(self) -> Any:  # type: ignore[override]
         return self.base.state
 
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.require_idle("add_param_group")
-        _check_rho(param_group.get("rho", self.defaults["rho"]))
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
+        check_group("param_group", param_group, self.base)
         self.base.add_param_group(param_group)
         try:
             self._check_params(self.param_groups[-1]["params"])
@@ -277,9 +314,16 @@ class ImbSAM(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.require_idle("load_state_dict")
+        if not isinstance(state_dict, dict):
+            check_state_dict(state_dict, self.base)
         loaded: dict[str, Any] = {}  # as the hooks leave it
+
+        def look_at(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
+            check_state_dict(given, self.base)
+            loaded.update(given)
+
         handles = [
-            self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+            self.register_load_state_dict_pre_hook(look_at),
             self.register_load_state_dict_post_hook(
                 lambda _: self._masters.load(loaded), prepend=True
             ),
@@ -326,6 +370,7 @@ class ImbSAM(torch.optim.Optimizer):
                     f"of {', '.join(map(str, DTYPES))}"
                 )
             check_dense(f"parameter {i}", p)
+        check_memory(self._params())
 
     def require_idle(self, action: str) -> None:
         if self._pending.held is not None or self._pending.saved is not None:
@@ -364,6 +409,8 @@ class ImbSAM(torch.optim.Optimizer):
         """How many times too large the gradients are, clipping included, and found_inf."""
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
+        if grad_scaler is not None:
+            check_ready(grad_scaler, id(self))
         if grad_scaler is None and max_norm is None:
             return None, None
         buckets = self._buckets(g_h, g_p)
@@ -375,9 +422,9 @@ class ImbSAM(torch.optim.Optimizer):
         if grad_scaler is not None:
             scale = grad_scaler._get_scale_async().to(device)  # type: ignore[union-attr]
             found_inf = _joined([found for _, found in checks], device).amax()
-            if self._pending.partials:  # of g_t
-                sums = _joined(self._pending.partials, device)
-                found_inf = torch.maximum(found_inf, (~sums.isfinite().all()).float())
+            if self._pending.partials:
+                overflowed = ~self.perturbation_is_finite()
+                found_inf = torch.maximum(found_inf, overflowed.float().to(device))
             # What GradScaler.step would have left for GradScaler.update.
             state = grad_scaler._per_optimizer_states[id(self)]
             state["found_inf_per_device"] = {device: found_inf}
@@ -415,19 +462,3 @@ def _check_base(base: object) -> None:
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("base has differentiable=True, expected False")
-
-
-def _check_fused(base: torch.optim.Optimizer) -> None:
-    reason = updates.reason_not_fused(base)
-    if reason is not None:
-        names = ", ".join(f"torch.optim.{fused.__name__}" for fused in updates.FUSED_BASES)
-        raise ValueError(
-            f"{reason}, expected with master_weights=True one of {names}, without step hooks"
-        )
-
-
-def _check_rho(rho: object) -> None:
-    if not isinstance(rho, (int, float)) or not 0 <= rho < float("inf"):
-        hint = "; ImbSAM takes no model" if isinstance(rho, torch.nn.Module) else ""
-        name = type(rho).__name__ if hint else repr(rho)
-        raise ValueError(f"rho is {name}, expected a finite number >= 0{hint}")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .validation import check_bool, check_number, check_weights, check_whole_number
+
 Counts = Sequence[int] | Tensor
 
 
@@ -32,13 +34,7 @@ class ClassSplit(nn.Module):
     def __init__(self, plain: Tensor, sharp: Tensor, counts: Counts | None = None) -> None:
         super().__init__()
         for name, weights in (("plain", plain), ("sharp", sharp)):
-            if weights.dim() != 1 or len(weights) == 0 or not weights.is_floating_point():
-                raise ValueError(
-                    f"{name} is {weights.dtype} {tuple(weights.shape)}, "
-                    "expected floating point (K,)"
-                )
-            if not (weights.isfinite() & (weights >= 0)).all():
-                raise ValueError(f"{name} is {weights}, expected finite weights >= 0")
+            check_weights(name, weights)
         if plain.shape != sharp.shape:
             raise ValueError(
                 f"plain has {len(plain)} classes and sharp {len(sharp)}, expected the same number"
@@ -63,8 +59,8 @@ class ClassSplit(nn.Module):
                 released code does.
         """
         counts = _checked_counts(counts)
-        if not eta >= 0:
-            raise ValueError(f"eta is {eta!r}, expected a number >= 0")
+        check_number("eta", eta, "a number >= 0", lambda x: x >= 0)
+        check_bool("inclusive", inclusive)
         tail = counts <= eta if inclusive else counts < eta
         return cls((~tail).double(), tail.double(), counts)
 
@@ -81,6 +77,8 @@ class ClassSplit(nn.Module):
         Give `num_classes` where the last classes may have no training image.
         """
         labels = _checked_counts(targets, "targets")
+        if num_classes is not None:
+            check_whole_number("num_classes", num_classes, "an integer >= 1", 1)
         if num_classes is not None and len(labels) and int(labels.max()) >= num_classes:
             raise ValueError(
                 f"targets holds label {int(labels.max())}, expected labels below num_classes, "
@@ -106,10 +104,8 @@ class ClassSplit(nn.Module):
         pi_k is the share of class k among the training images; gamma >= 0, 0 <= lam <= 1.
         """
         counts = _checked_counts(counts)
-        if not gamma >= 0:
-            raise ValueError(f"gamma is {gamma!r}, expected a number >= 0")
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam is {lam!r}, expected a number between 0 and 1")
+        check_number("gamma", gamma, "a finite number >= 0", lambda x: 0 <= x < float("inf"))
+        check_number("lam", lam, "a number between 0 and 1", lambda x: 0 <= x <= 1)
         share = counts.double() / _positive_total(counts)
         sharp = lam * (1 - share) ** gamma
         return cls(1 - sharp, sharp, counts)
@@ -153,6 +149,10 @@ class ClassSplit(nn.Module):
         return self._mask("sharp", targets)
 
     def _mask(self, name: str, targets: Tensor) -> Tensor:
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets is {type(targets).__name__}, expected integer labels")
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            raise ValueError(f"targets is {targets.dtype}, expected integer labels")
         last = len(self.plain) - 1
         positive = self._cached(name, targets.device, torch.bool, last + 1)
         labels = targets.long()
@@ -211,13 +211,16 @@ def _positive_total(counts: Tensor) -> int:
 def _checked_counts(counts: Counts, name: str = "counts") -> Tensor:
     """`counts` as an int64 CPU tensor (K,) of values >= 0."""
     if isinstance(counts, Tensor):
+        if counts.is_meta:
+            raise ValueError(f"{name} is on meta, expected a tensor with values")
         values = counts.detach().cpu().clone()  # the caller's tensor stays the caller's
     else:
         try:
             values = torch.tensor([operator.index(c) for c in counts], dtype=torch.int64)
-        except TypeError as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # torch: beyond int64
             raise ValueError(f"{name} is {counts!r}, expected integers") from error
-    if values.dim() != 1 or values.is_floating_point() or values.is_complex():
+    whole = not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    if values.dim() != 1 or not whole:
         raise ValueError(f"{name} is {values.dtype} {tuple(values.shape)}, expected integers (K,)")
     if len(values) == 0:
         raise ValueError(f"{name} is empty, expected at least one entry")

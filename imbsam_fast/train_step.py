@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,7 +17,7 @@ from .cuda_graph import GraphedSteps
 from .data_parallel import average_, process_group
 from .lagged import TailGradient
 from .lean import LeanImbSAM, check_whole_gradient
-from .losses import SplitLoss
+from .losses import SplitLoss, check_split_loss
 from .optim import ImbSAM
 from .plans import (
     Plan,
@@ -28,7 +29,9 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .split import ClassSplit
 from .two_backwards import backward
+from .validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
 
 PLANS = ("auto", "joint", "split")
 BATCH_NORM_UPDATES = ("once", "twice")
@@ -45,9 +48,10 @@ class TrainStep:
     Args:
         model: any module, compiled or not.
         criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
-        optimizer: an `ImbSAM`, or a `LeanImbSAM` for the least memory, which excludes
-            grad_scaler, max_norm, cuda_graph, lagged and DistributedDataParallel; under the joint
-            plan micro-batches cost it n more, since both gradients are summed at once.
+        optimizer: an `ImbSAM`, also as Accelerate or Lightning wrapped it, or a `LeanImbSAM` for
+            the least memory, which excludes grad_scaler, max_norm, cuda_graph, lagged and
+            DistributedDataParallel; under the joint plan micro-batches cost it n more, since both
+            gradients are summed at once.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
             perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
@@ -85,8 +89,9 @@ class TrainStep:
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
     alike, as with DDP itself.
 
-    A batch without tail rows costs one SGD step. If anything fails, the weights are at their
-    unperturbed value. Trainable parameters of the model that `optimizer` does not hold gather
+    A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
+    are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
+    failed step of SGD. Trainable parameters of the model that `optimizer` does not hold gather
     the gradients of all passes, and it does not clear them.
     """
 
@@ -105,9 +110,10 @@ class TrainStep:
         cuda_graph: bool = False,
         lagged: bool = False,
     ) -> None:
-        if not isinstance(optimizer, ImbSAM):
-            raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
-        if not hasattr(criterion, "split"):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
+        optimizer = _unwrapped(optimizer)
+        if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
             raise TypeError(
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
                 "as .split, such as SplitCrossEntropy or what split_loss returns"
@@ -122,8 +128,13 @@ class TrainStep:
             raise ValueError(
                 f"perturbation is {perturbation!r}, expected one of {', '.join(PERTURBATIONS)}"
             )
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size is {micro_batch_size!r}, expected at least 1")
+        if micro_batch_size is not None:
+            check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
+        _check_autocast(autocast)
+        check_bool("cuda_graph", cuda_graph)
+        check_grad_scaler(grad_scaler)
+        check_max_norm(max_norm)
+        _check_holds_some(optimizer, model)
         _check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
@@ -253,7 +264,9 @@ class TrainStep:
         """The model's outputs and their loss, as a part of a batch with `counted` rows."""
         with self.autocast:
             outputs = self.model(inputs)
-            return outputs, self.criterion(outputs, targets, batch_size=counted or None)
+            loss = self.criterion(outputs, targets, batch_size=counted or None)
+            check_split_loss("criterion", loss)
+            return outputs, loss
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self.grad_scaler is not None:
@@ -270,12 +283,21 @@ class TrainStep:
         """
         # The backward is inside: under activation checkpointing it runs the model again.
         frozen = self.batch_norm == "once" and only is None
-        with frozen_batch_norm_statistics(self.model) if frozen else nullcontext():
+        with self._perturbed_statistics(frozen):
             for x, y in self.micro_batches(inputs, targets):
                 outputs, loss = self.forward(x, y, counted)
                 self.backward(loss.tail)
                 if only is not None:
                     only.add(outputs, tail=loss.tail)
+
+    def _perturbed_statistics(self, frozen: bool) -> AbstractContextManager:
+        if frozen:
+            return frozen_batch_norm_statistics(self.model)
+        # A gradient that overflowed skips the step, and must not reach the statistics either.
+        may_overflow = self.grad_scaler is not None and self.optimizer.is_perturbed
+        if not may_overflow:
+            return nullcontext()
+        return _statistics_where(self.optimizer.perturbation_is_finite(), self.model)
 
     def perturb(self, has_tail: bool) -> None:
         """Ranks without tail rows follow the others where the perturbation is a common one."""
@@ -323,14 +345,57 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
     Training-mode layers still normalise by the batch. Nests, and restores after exceptions.
     """
-    tracking = [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
-    for m in tracking:
-        m.track_running_stats = False
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
+    tracking = _tracking(model)
     try:
+        for m in tracking:
+            m.track_running_stats = False
         yield
     finally:
         for m in tracking:
             m.track_running_stats = True
+
+
+@contextmanager
+def _statistics_where(finite: Tensor, model: nn.Module) -> Iterator[None]:
+    """The running statistics of `model` keep what happens inside the block only where `finite`."""
+    buffers = [b for m in _tracking(model) for b in m.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        for b, kept in zip(buffers, before):
+            b.copy_(torch.where(finite.to(b.device), b, kept))
+
+
+def _tracking(model: nn.Module) -> list[_NormBase]:
+    """The layers whose running statistics a forward pass updates now."""
+    return [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
+
+
+def _unwrapped(optimizer: object) -> ImbSAM:
+    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, ImbSAM):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
+    return inner
+
+
+def _check_autocast(autocast: object) -> None:
+    if autocast is not None and not isinstance(autocast, AbstractContextManager):
+        raise TypeError(f"autocast is {autocast!r}, expected a context manager")
+    if isinstance(autocast, contextlib._GeneratorContextManager):
+        raise TypeError(
+            f"autocast is {autocast!r}, expected one that can be entered for every pass, such "
+            "as torch.autocast"
+        )
+
+
+def _check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError("optimizer holds no parameter of model, expected those that are trained")
 
 
 def _check_batch_norm_is_visible(model: nn.Module) -> None:

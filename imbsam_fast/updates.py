@@ -7,7 +7,8 @@ found_inf.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +33,23 @@ def reason_not_fused(base: Optimizer) -> str | None:
     return None
 
 
+def check_fused(base: Optimizer) -> None:
+    """Refuse a base around which there can be no master weights."""
+    reason = reason_not_fused(base)
+    if reason is not None:
+        names = ", ".join(f"torch.optim.{fused.__name__}" for fused in FUSED_BASES)
+        raise ValueError(
+            f"{reason}, expected with master_weights=True one of {names}, without step hooks"
+        )
+
+
 class _Launch(NamedTuple):
-    """One call of a fused operator, and what checks its arguments."""
+    """One call of a fused operator, what checks its arguments, and what it writes."""
 
     check: Callable[..., Any]
     operator: Callable[..., None]
     arguments: tuple[Any, ...]
+    written: list[Tensor]
 
 
 def fused_update(
@@ -61,8 +73,9 @@ def fused_update(
     if len(launches) > 1:
         for launch in launches:
             launch.check(*launch.arguments)
-    for launch in launches:
-        launch.operator(*launch.arguments)
+    with all_or_none([launch.written for launch in launches]):
+        for launch in launches:
+            launch.operator(*launch.arguments)
     store()
 
 
@@ -84,6 +97,22 @@ def base_step(
     if found_inf is None or not found_inf.item():
         base.step()
     base.zero_grad()
+
+
+@contextmanager
+def all_or_none(written: Sequence[list[Tensor]]) -> Iterator[None]:
+    """What several launches write inside the block, put back where a later one fails.
+
+    Only the reference can fail there, out of memory: it keeps copies.
+    """
+    may_fail = len(written) > 1 and not ops.computes_in_place(written[0][0].device)
+    kept = [(t, t.clone()) for tensors in written[:-1] for t in tensors] if may_fail else []
+    try:
+        yield
+    except BaseException:
+        for t, before in kept:
+            t.copy_(before)
+        raise
 
 
 Update = tuple[list[_Launch], Callable[[], None]]  # the launches, and what stores new state
@@ -128,6 +157,7 @@ def _sgd_update(
     for bucket in buckets(base.param_groups, masters, saved, g_h, known, g_p):
         group = bucket.group
         is_first = known[bucket.indices[0]] is None
+        written = [*bucket.params, *bucket.pick(m), *bucket.pick(masters)]
         arguments = (
             bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
             bucket.pick(m), lr_tensor(group["lr"]), group["momentum"],
@@ -136,7 +166,7 @@ def _sgd_update(
             group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
             bucket.pick(masters),
         )  # fmt: skip
-        launches.append(_Launch(ops.check_sgd_update, ops.sgd_update_, arguments))
+        launches.append(_Launch(ops.check_sgd_update, ops.sgd_update_, arguments, written))
 
     def store() -> None:
         dampened = any(group["dampening"] for group in base.param_groups)
@@ -197,6 +227,8 @@ def _adam_update(
     launches = []
     for bucket in buckets(base.param_groups, masters, saved, g_h, g_p):
         group = bucket.group
+        kinds = (m, v, v_max, step, masters)
+        written = [*bucket.params, *(t for slots in kinds for t in bucket.pick(slots))]
         arguments = (
             bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
             bucket.pick(m), bucket.pick(v), bucket.pick(v_max), bucket.pick(step),
@@ -205,7 +237,7 @@ def _adam_update(
             group.get("decoupled_weight_decay", type(base) is AdamW), group["maximize"],
             scale, found_inf, bucket.pick(masters),
         )  # fmt: skip
-        launches.append(_Launch(ops.check_adam_update, ops.adam_update_, arguments))
+        launches.append(_Launch(ops.check_adam_update, ops.adam_update_, arguments, written))
 
     def store() -> None:
         for name, slots in state.items():

@@ -67,6 +67,10 @@ def test_the_master_weights_are_those_of_float32_training(base, dtype):
 @each_half
 def test_the_perturbation_is_that_of_the_master_weights(dtype):
     optimizer, params, plain, floats = pair("SGD", dtype)
+    fill(params, gradients(4, dtype))
+    optimizer.second_step()
+    optimizer.restore()
+    assert not optimizer.state and equal(params, parameters(dtype))
     step_both(optimizer, params, plain, floats, 0)
     for o, p in ((optimizer, params), (plain, floats)):
         fill(p, [g.to(p[0].dtype) for g in gradients(4, dtype)])

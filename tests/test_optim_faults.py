@@ -12,7 +12,7 @@ import torch
 from phases import equal, fill, gradients, one_step, parameters, snapshot
 from torch import Tensor, nn
 
-from imbsam_fast import ImbSAM, ops, reference
+from imbsam_fast import ImbSAM, interrupts, ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,6 +157,29 @@ def test_other_signal_handlers_wait_for_a_safe_moment_too(monkeypatch, name):
         signal.signal(number, previous)
     assert equal(params, before)
     assert not optimizer.is_perturbed
+
+
+def test_ctrl_c_while_handlers_are_put_back_still_puts_back_all(monkeypatch):
+    """Else SIGTERM would be collected for ever, and nothing could end the program."""
+
+    def interrupted(number, handler):
+        set_(number, handler)
+        if handler is signal.default_int_handler:
+            signal.raise_signal(signal.SIGINT)
+
+    def handler(signum, frame):
+        raise TimeoutError(signum)
+
+    previous = signal.signal(signal.SIGTERM, handler)
+    set_ = interrupts._signal.signal
+    try:
+        with pytest.raises(KeyboardInterrupt), interrupts.uninterrupted():
+            monkeypatch.setattr(interrupts._signal, "signal", interrupted)
+        assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        monkeypatch.undo()
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_a_group_that_is_refused_keeps_the_others_from_being_updated():

@@ -30,6 +30,18 @@ def test_groups_and_state_are_the_bases():
     assert set(sgd.state) == set(params)
 
 
+def test_groups_and_state_may_be_replaced():
+    """As Accelerate does through its own optimizer."""
+    params, others = parameters(), parameters(seed=1)
+    optimizer = ImbSAM(torch.optim.SGD(params, lr=0.1, momentum=0.9), rho=0.2)
+    optimizer.param_groups = [{**optimizer.param_groups[0], "params": others}]
+    optimizer.state = type(optimizer.state)(dict)
+    one_step(optimizer, others)
+    assert optimizer.param_groups is optimizer.base.param_groups
+    assert set(optimizer.base.state) == set(others)
+    assert equal(params, parameters()) and not equal(others, parameters(seed=1))
+
+
 @pytest.mark.parametrize("on_base", [False, True])
 def test_schedulers_work_on_either_without_a_warning(on_base):
     params = parameters()
@@ -121,7 +133,7 @@ def test_unusable_arguments_are_named():
         with pytest.raises(error, match=message):
             build()
     optimizer = ImbSAM(torch.optim.SGD(parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="rho is 'big'"):
+    with pytest.raises(ValueError, match=r"param_group\['rho'\] is 'big'"):
         optimizer.add_param_group({"params": parameters(seed=1), "rho": "big"})
     assert len(optimizer.param_groups) == 1
 

@@ -128,6 +128,21 @@ def test_float16_training_recovers_from_a_scale_that_is_too_large():
     assert losses[-1] < losses[0] and not equal(list(model.parameters()), before)
 
 
+@each_base
+@pytest.mark.parametrize("misuse", ["unscale_", "no scale"])
+def test_a_grad_scaler_that_is_not_ready_is_refused(base, misuse):
+    params = parameters()
+    optimizer, grad_scaler = ImbSAM(BASES[base](params)), scaler()
+    fill(params, gradients(0))
+    if misuse == "unscale_":
+        grad_scaler.scale(torch.zeros(()))
+        grad_scaler.unscale_(optimizer)
+    message = "UNSCALED for this optimizer" if misuse == "unscale_" else "has scaled no loss yet"
+    with pytest.raises(RuntimeError, match=f"grad_scaler .*{message}"):
+        optimizer.third_step(grad_scaler)
+    assert equal(params, parameters()) and not optimizer.state
+
+
 # ---------------------------------------------------------------- clipping
 
 
@@ -215,7 +230,7 @@ def test_passes_in_pieces(plan, rows):
 def test_an_unusable_size_is_named():
     model = network("group")
     criterion = SplitCrossEntropy(ClassSplit.all_tail())
-    with pytest.raises(ValueError, match="micro_batch_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="micro_batch_size is 0, expected an integer >= 1"):
         TrainStep(model, criterion, imbsam(model), micro_batch_size=0)
 
 

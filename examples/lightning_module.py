@@ -1,0 +1,86 @@
+"""ImbSAM in a LightningModule, by manual optimisation: Lightning knows one backward a step.
+
+    python examples/lightning_module.py --precision bf16-mixed
+
+On one device: under Lightning's `ddp` nothing would average the gradients of the ranks, which
+plain DistributedDataParallel and Accelerate do. Needs the extra `examples`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.recipes import digits
+from imbsam_fast.recipes.models import ConvNet
+
+
+class LongTailed(lightning.LightningModule):
+    """A classifier; `counts` are the training images of each class."""
+
+    def __init__(self, counts: list[int]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = ConvNet("group", num_classes=len(counts))
+        self.criterion = SplitCrossEntropy(ClassSplit.from_counts(counts, eta=20))
+
+    def configure_optimizers(self) -> dict:
+        sgd = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+        optimizer = ImbSAM(sgd, rho=0.05)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=15, gamma=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_fit_start(self) -> None:
+        if self.trainer.world_size > 1:
+            raise RuntimeError(f"world_size is {self.trainer.world_size}, expected one device")
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of precision 16-mixed
+        self.step = TrainStep(self.model, self.criterion, self.optimizers(), grad_scaler=scaler)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        # Lightning counts the steps of its own wrapper; global_step and checkpoints rely on it.
+        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        steps.increment_ready()
+        result = self.step(*batch)  # under the autocast of the Trainer's precision
+        steps.increment_completed()
+        self.log("loss", result.loss, on_epoch=True, batch_size=len(batch[1]))
+
+    def on_train_epoch_end(self) -> None:
+        self.lr_schedulers().step()
+        loss = self.trainer.callback_metrics["loss_epoch"]
+        print(f"epoch {self.current_epoch + 1}: loss {loss:.4f}")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        images, targets = batch
+        right = self.model(images).argmax(1) == targets
+        self.log("accuracy", right.float().mean(), batch_size=len(targets))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--precision", default="32-true", help="as for lightning.Trainer")
+    parser.add_argument("--accelerator", default="auto", help="as for lightning.Trainer")
+    args = parser.parse_args()
+
+    lightning.seed_everything(0, verbose=False)
+    data = digits.load(imbalance_factor=50, seed=0)
+    train = DataLoader(TensorDataset(data.train_images, data.train_targets), 64, shuffle=True)
+    test = DataLoader(TensorDataset(data.test_images, data.test_targets), 500)
+    module = LongTailed(data.counts)
+    trainer = lightning.Trainer(
+        max_epochs=args.epochs, precision=args.precision, accelerator=args.accelerator, devices=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, train)
+    accuracy = trainer.test(module, test, verbose=False)[0]["accuracy"]
+    print(f"{trainer.global_step} steps, accuracy {accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    main()
