@@ -138,6 +138,20 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert torch.equal(weights(run), weights(tmp_path / "b" / run.name))
 
 
+def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
+    argv = [*packed(tmp_path / "data", monkeypatch), "--data-dir", str(tmp_path / "data")]
+    argv += ["--norm", "group", "--optimizer", "imbsam", "--batch-size", "6"]  # of 18 images
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "imbsam_fast", "train", *argv, "--distributed", "ddp"]
+    subprocess.run([*command, "--save", str(tmp_path / "two")], check=True, capture_output=True)
+    assert train(*argv, "--save", str(tmp_path / "one")) == 0
+    (two,), (one,) = find_runs([tmp_path / "two"]), find_runs([tmp_path / "one"])
+    torch.testing.assert_close(weights(two.path), weights(one.path), rtol=1e-3, atol=1e-5)
+    losses = [[row["loss"] for row in run.log()] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert two.result()["last"] == one.result()["last"]
+
+
 # ---------------------------------------------------------------- configuration files
 
 

@@ -69,6 +69,14 @@ def test_random_numbers_depend_on_key_and_position_alone(images):
     assert not torch.equal(whole[0], other[0])
 
 
+def test_a_part_of_a_batch_is_made_of_the_same_images(images):
+    batches = [torch.arange(5), torch.arange(1, 6)]
+    whole = list(images.batches(batches, key=(3,)))
+    part = list(images.batches(batches, key=(3,), part=slice(1, None, 2)))
+    for (x, y), (some_x, some_y) in zip(whole, part, strict=True):
+        assert torch.equal(x[1::2], some_x) and torch.equal(y[1::2], some_y)
+
+
 def test_long_tailed_keeps_first_images_and_validates_on_the_next_ones():
     targets = torch.tensor([0, 1] * 5)
     pixels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 8, 8)
@@ -179,11 +187,13 @@ def listed(tmp_path) -> ImageList:
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_do_not_change_the_images(listed, workers):
-    batches = [torch.tensor([0, 5, 2]), torch.tensor([1]), torch.tensor([3, 4])]
+    batches = [torch.tensor([0, 5, 2]), torch.tensor([1, 1, 3]), torch.tensor([3, 4, 0])]
     here = list(FileImages(listed, options()).batches(batches, (7,)))
     there = list(FileImages(listed, options(workers=workers)).batches(batches, (7,), start=1))
     for (x, y), (other_x, other_y) in zip(here[1:], there, strict=True):
         assert torch.equal(x, other_x) and torch.equal(y, other_y)
+    third = list(FileImages(listed, options()).batches(batches, (7,), part=slice(2, None)))
+    assert torch.equal(third[0][0], here[0][0][2:])
     assert here[0][0].shape == (3, 3, 16, 16) and here[0][1].tolist() == [0, 1, 0]
 
 

@@ -21,6 +21,7 @@ from imbsam_fast.recipes.image_models import MODELS, classifier, make_model
 from imbsam_fast.recipes.image_run import InterruptedRun, load_model, run_to_the_end
 from imbsam_fast.recipes.image_training import ImageTraining
 from imbsam_fast.recipes.methods import sharpness_split
+from imbsam_fast.recipes.ranks import Ranks, RanksError
 from imbsam_fast.recipes.run_directory import RunDirectory, RunDirectoryError, find_runs
 from imbsam_fast.recipes.schedule import cosine_with_warmup
 from imbsam_fast.recipes.stop_signals import StopSignals
@@ -208,6 +209,22 @@ def test_stage_two_of_another_run_changes_the_classifier_only(method, changed, d
     assert evaluate(model, data.test, COUNTS, (200, 1000)) == {
         key: result["last"][key] for key in ("plain", "flip")
     }
+
+
+def test_a_first_stage_of_another_network_is_refused(data, tmp_path):
+    first, _ = trained(settings(epochs=1), data, tmp_path / "ce")
+    chosen = settings(method="wb", stage1=str(first.path), model="resnet14")
+    with pytest.raises(RunDirectoryError, match=r"--stage1 is .* expected a run .*resnet14"):
+        ImageTraining(chosen, data)
+
+
+@pytest.mark.parametrize("batch_size", [7, 20])
+def test_ranks_share_a_batch_alike_or_not_at_all(batch_size, data):
+    ranks = Ranks("ddp", rank=0, world=2)
+    with pytest.raises(
+        RanksError, match=f"--batch-size is {batch_size}, .* multiple of the 2 .*19"
+    ):
+        ImageTraining(settings(batch_size=batch_size), data, ranks)
 
 
 def test_scales_multiply_the_logits_bias_included():

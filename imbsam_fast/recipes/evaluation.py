@@ -13,7 +13,7 @@ from .image_data import Images
 from .metrics import BORDERS, group_accuracies, shares
 from .ranks import ALONE, Ranks
 
-BATCH_SIZE = 500  # images of all ranks
+BATCH_SIZE = 500  # images of a rank
 
 
 @torch.no_grad()
@@ -52,13 +52,12 @@ def _batches(images: Images, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor, Ten
     Every rank gets as many batches: what is missing is filled with rows that do not count.
     """
     n = len(images)
-    order = torch.arange(-(-n // ranks.world) * ranks.world)
-    shares_of_batches = [ranks.share(rows) for rows in order.split(BATCH_SIZE)]
-    shares_of_batches = [rows for rows in shares_of_batches if len(rows)]
-    wrapped = [rows % n for rows in shares_of_batches]
-    for rows, (x, targets) in zip(shares_of_batches, images.batches(wrapped)):
+    order = torch.arange(-(-n // ranks.world) * ranks.world).split(BATCH_SIZE * ranks.world)
+    found = images.batches([rows % n for rows in order], part=ranks.part)
+    for rows, (x, targets) in zip(order, found):
         # Fewer images than rows: corrupt ones were left out.
-        counted = rows < n if len(rows) == len(targets) else torch.ones_like(targets).bool()
+        whole = len(rows[ranks.part]) == len(targets)
+        counted = rows[ranks.part] < n if whole else torch.ones_like(targets).bool()
         yield x.to(ranks.device), targets.to(ranks.device), counted.to(ranks.device)
 
 

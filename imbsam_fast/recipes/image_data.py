@@ -18,6 +18,9 @@ CIFAR10_STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2
 CIFAR100_STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
+WHOLE = slice(None)
+
+
 class DataError(Exception):
     """Files of a data set are missing or damaged; the text names them and says what to do."""
 
@@ -33,7 +36,11 @@ class Images(ABC):
 
     @abstractmethod
     def batches(
-        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+        self,
+        batches: Sequence[Tensor],
+        key: tuple[int, ...] | None = None,
+        start: int = 0,
+        part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 (b, 3, H, W), normalised, and targets int64 (b,), an entry at a time.
 
@@ -42,6 +49,7 @@ class Images(ABC):
             key: augment, with random numbers that depend on the key and the position in
                 `batches` alone; None for no augmentation.
             start: the first entry to give; those before it are left out.
+            part: which rows of each entry to give, the same images as if all were given.
         """
 
     @abstractmethod
@@ -135,13 +143,17 @@ class MemoryImages(Images):
         return MemoryImages(self.pixels[rows], self.targets[rows], self.statistics)
 
     def batches(
-        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+        self,
+        batches: Sequence[Tensor],
+        key: tuple[int, ...] | None = None,
+        start: int = 0,
+        part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for i, rows in enumerate(batches[start:], start):
             random = None if key is None else generator(*key, i)
-            yield self._normalised(self._cropped(rows, random)), self.targets[rows]
+            yield self._normalised(self._cropped(rows, random, part)), self.targets[rows[part]]
 
-    def _cropped(self, rows: Tensor, random: torch.Generator | None) -> Tensor:
+    def _cropped(self, rows: Tensor, random: torch.Generator | None, part: slice) -> Tensor:
         """uint8 (b, H, W, 3)."""
         height, width = self.pixels.shape[2:]
         ys, xs = torch.arange(height), torch.arange(width)
@@ -153,7 +165,8 @@ class MemoryImages(Images):
             top, left = offsets
             flip = torch.randint(2, (len(rows), 1), generator=random).bool()
             xs = torch.where(flip, xs.flip(0), xs)
-        return self._padded[rows[:, None, None], (top + ys)[:, :, None], (left + xs)[:, None, :]]
+        rows, ys, xs = rows[part], (top + ys)[part], (left + xs)[part]
+        return self._padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return (pixels * self._scale + self._shift).permute(0, 3, 1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .image_data import DataError, Images, Statistics, decode, generator
+from .image_data import WHOLE, DataError, Images, Statistics, decode, generator
 from .image_lists import ImageList
 
 
@@ -46,11 +46,15 @@ class FileImages(Images):
         return FileImages(ImageList(*kept, names), self.options)
 
     def batches(
-        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+        self,
+        batches: Sequence[Tensor],
+        key: tuple[int, ...] | None = None,
+        start: int = 0,
+        part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         # The row's position in the epoch goes with it: its random numbers depend on it.
         requests = [
-            [(int(row), None if key is None else (*key, i, j)) for j, row in enumerate(rows)]
+            [(int(row), None if key is None else (*key, i, j)) for j, row in enumerate(rows)][part]
             for i, rows in enumerate(batches)
         ][start:]
         loader = DataLoader(

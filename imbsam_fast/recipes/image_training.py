@@ -21,7 +21,7 @@ from .image_data import LongTailImages, generator
 from .image_models import classifier, make_model
 from .methods import StepOptions, make_trainer
 from .ranks import ALONE, Ranks, load_state, state_of
-from .run_directory import RunDirectory
+from .run_directory import RunDirectory, RunDirectoryError
 from .schedule import cosine_with_warmup
 from .stages import Stage, norm_cap, project_norms, stages_of
 from .training import TrainingDivergedError
@@ -38,7 +38,8 @@ class ImageTraining:
         data: what `datasets.load(config)` returned.
         ranks: the processes that share the run.
 
-    Raises RunDirectoryError where `config.stage1` is no run of this network.
+    Raises RunDirectoryError where `config.stage1` is no run of this network, and RanksError for a
+    batch that the ranks cannot share alike.
     """
 
     def __init__(self, config: RunConfig, data: LongTailImages, ranks: Ranks = ALONE) -> None:
@@ -46,15 +47,26 @@ class ImageTraining:
         self.data = data
         self.ranks = ranks
         self.stages = stages_of(config)
+        for stage in self.stages:
+            ranks.check_batch(stage.config.batch_size, len(data.train))
         self.epoch = 0  # complete epochs, over all stages
         self.position = 0  # steps taken in the epoch that is not complete
         self.tail = config.split(data.counts).sharp > 0
         self.sums = self._new_sums()
         self.model = make_model(config.model, len(data.counts), config.norm, config.seed)
         if config.stage1:
-            first = RunDirectory.open(Path(config.stage1)).load_checkpoint()
-            self.model.load_state_dict(first["model"])
+            self._load_stage1(Path(config.stage1))
         self._start_stage(0)
+
+    def _load_stage1(self, run: Path) -> None:
+        first = RunDirectory.open(run).load_checkpoint()
+        try:
+            self.model.load_state_dict(first["model"])
+        except RuntimeError as error:
+            raise RunDirectoryError(
+                f"--stage1 is '{run}', expected a run of --method ce with --model "
+                f"{self.config.model}: its weights do not fit"
+            ) from error
 
     @property
     def epochs(self) -> int:
@@ -69,7 +81,7 @@ class ImageTraining:
     def steps_per_epoch(self) -> int:
         """Several ranks leave out the last batch where it is not whole."""
         size, rows = self.stage.config.batch_size, len(self.data.train)
-        return max(rows // size, 1) if self.ranks.world > 1 else -(-rows // size)
+        return rows // size if self.ranks.world > 1 else -(-rows // size)
 
     def _start_stage(self, index: int) -> None:
         self.stage_index = index
@@ -141,10 +153,8 @@ class ImageTraining:
             generator(self.config.seed, ORDER, self.epoch),
         )
         batches = order.split(self.stage.config.batch_size)[: self.steps_per_epoch]
-        key = (self.config.seed, AUGMENTATION, self.epoch, self.ranks.rank)
-        return self.data.train.batches(
-            [self.ranks.share(rows) for rows in batches], key, self.position
-        )
+        key = (self.config.seed, AUGMENTATION, self.epoch)
+        return self.data.train.batches(batches, key, self.position, self.ranks.part)
 
     def _placed(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format

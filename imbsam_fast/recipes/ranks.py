@@ -42,9 +42,18 @@ class Ranks(NamedTuple):
             fully_shard(model)
         return model
 
-    def share(self, rows: Tensor) -> Tensor:
+    def check_batch(self, batch_size: int, images: int) -> None:
+        """Raise RanksError where the ranks' shares of a batch could differ in size."""
+        if self.world > 1 and (batch_size % self.world or batch_size > images):
+            raise RanksError(
+                f"--batch-size is {batch_size}, expected a multiple of the {self.world} processes "
+                f"and at most {images}, the training images"
+            )
+
+    @property
+    def part(self) -> slice:
         """This rank's rows of a batch."""
-        return rows[self.rank :: self.world]
+        return slice(self.rank, None, self.world)
 
     def sum_(self, values: Tensor) -> Tensor:
         """`values` summed over the ranks, in place."""
