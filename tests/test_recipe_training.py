@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,18 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(number, data, tm
     assert (state["epoch"], state["position"]) == (0, 2)
     assert state["config"]["optimizer"] == "imbsam"
     assert run.result() is None
+
+
+def test_compiled_runs_follow_one_another(data, tmp_path, monkeypatch):
+    compiled = nn.Module.compile
+    # As torch.compile does it, without the minutes that Inductor would take.
+    monkeypatch.setattr(nn.Module, "compile", lambda m: compiled(m, backend="aot_eager"))
+    for optimizer in ("sgd", "imbsam"):
+        chosen = settings(optimizer=optimizer, epochs=1, batch_size=19, compile=True)
+        run, _ = trained(chosen, data, tmp_path / optimizer)
+        plain, _ = trained(replace(chosen, compile=False), data, tmp_path / f"plain-{optimizer}")
+        assert run.log()[0]["loss"] == pytest.approx(plain.log()[0]["loss"], rel=1e-4)
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------- files

@@ -93,6 +93,7 @@ class ImageTraining:
         self.cap = norm_cap(classifier(self.model)) if stage.name == "classifier" else None
         self._set_mode()
         if config.compile:
+            torch._dynamo.reset()  # graphs of other runs may be made for a single backward
             self.model.compile()
         self.grad_scaler = None
         if config.amp == "fp16":
