@@ -6,7 +6,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # me
 
 CIFAR10_STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+WHOLE = slice(None)
 
 
 class DataError(Exception):
@@ -31,7 +36,11 @@ class Images(ABC):
 
     @abstractmethod
     def batches(
-        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+        self,
+        batches: Sequence[Tensor],
+        key: tuple[int, ...] | None = None,
+        start: int = 0,
+        part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Images float32 (b, 3, H, W), normalised, and targets int64 (b,), an entry at a time.
 
@@ -40,6 +49,7 @@ class Images(ABC):
             key: augment, with random numbers that depend on the key and the position in
                 `batches` alone; None for no augmentation.
             start: the first entry to give; those before it are left out.
+            part: which rows of each entry to give, the same images as if all were given.
         """
 
     @abstractmethod
@@ -49,10 +59,11 @@ class Images(ABC):
 
 @dataclass(frozen=True)
 class LongTailImages:
-    """A long-tailed training set and its test set."""
+    """A long-tailed training set, its test set, and perhaps a validation set."""
 
     train: Images
     test: Images
+    validation: Images | None
     counts: list[int]  # training images per class
     class_names: list[str] | None
 
@@ -63,22 +74,46 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def decode(file: str | BinaryIO) -> Tensor:
+    """An image file as uint8 (3, H, W), RGB. Raises OSError or ValueError where it is damaged."""
+    from PIL import Image  # comes with torchvision, whose own decoders are deprecated
+
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def class_counts(targets: Tensor, num_classes: int) -> list[int]:
     return torch.bincount(targets, minlength=num_classes).tolist()
 
 
-def first_of_each_class(targets: Tensor, counts: Sequence[int]) -> Tensor:
-    """Rows of the first counts[k] images of every class k, in their order, int64.
+def rows_of_each_class(targets: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Rows starts[k] .. starts[k] + counts[k] - 1 of every class k's, in their order, int64.
 
-    Raises DataError where a class has fewer.
+    Raises DataError where a class has too few.
     """
     kept = []
-    for k, count in enumerate(counts):
+    for k, (start, count) in enumerate(zip(starts, counts, strict=True)):
         rows = (targets == k).nonzero().squeeze(1)
-        if len(rows) < count:
-            raise DataError(f"class {k} has {len(rows)} images, expected at least {count}")
-        kept.append(rows[:count])
+        if len(rows) < start + count:
+            raise DataError(
+                f"class {k} has {len(rows)} images, expected at least {start + count}: {start} "
+                f"others and {count} more"
+            )
+        kept.append(rows[start : start + count])
     return torch.cat(kept).sort().values
+
+
+def long_tailed(
+    source: Images, test: Images, counts: Sequence[int], validation: int, names: list[str] | None
+) -> LongTailImages:
+    """The first counts[k] images of class k for training, the next `validation` of each beside."""
+    train = rows_of_each_class(source.targets, [0] * len(counts), counts)
+    held_out = None
+    if validation:
+        held_out = source.subset(
+            rows_of_each_class(source.targets, counts, [validation] * len(counts))
+        )
+    return LongTailImages(source.subset(train), test, held_out, list(counts), names)
 
 
 class MemoryImages(Images):
@@ -108,13 +143,17 @@ class MemoryImages(Images):
         return MemoryImages(self.pixels[rows], self.targets[rows], self.statistics)
 
     def batches(
-        self, batches: Sequence[Tensor], key: tuple[int, ...] | None = None, start: int = 0
+        self,
+        batches: Sequence[Tensor],
+        key: tuple[int, ...] | None = None,
+        start: int = 0,
+        part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for i, rows in enumerate(batches[start:], start):
             random = None if key is None else generator(*key, i)
-            yield self._normalised(self._cropped(rows, random)), self.targets[rows]
+            yield self._normalised(self._cropped(rows, random, part)), self.targets[rows[part]]
 
-    def _cropped(self, rows: Tensor, random: torch.Generator | None) -> Tensor:
+    def _cropped(self, rows: Tensor, random: torch.Generator | None, part: slice) -> Tensor:
         """uint8 (b, H, W, 3)."""
         height, width = self.pixels.shape[2:]
         ys, xs = torch.arange(height), torch.arange(width)
@@ -126,7 +165,8 @@ class MemoryImages(Images):
             top, left = offsets
             flip = torch.randint(2, (len(rows), 1), generator=random).bool()
             xs = torch.where(flip, xs.flip(0), xs)
-        return self._padded[rows[:, None, None], (top + ys)[:, :, None], (left + xs)[:, None, :]]
+        rows, ys, xs = rows[part], (top + ys)[part], (left + xs)[part]
+        return self._padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return (pixels * self._scale + self._shift).permute(0, 3, 1, 2)

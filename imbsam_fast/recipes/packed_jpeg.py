@@ -7,8 +7,10 @@ images of class k at IF = 100.
 
 from __future__ import annotations
 
+import io
 import itertools
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,41 +22,34 @@ from .image_data import (
     DataError,
     LongTailImages,
     MemoryImages,
-    class_counts,
-    first_of_each_class,
+    decode,
+    long_tailed,
 )
 
 TRAIN_FILE = "cifar10_train_if100.npz"
 TEST_FILE = "cifar10_test.npz"
 
 
-def load(directory: Path, counts: list[int] | None) -> LongTailImages:
-    """CIFAR10-LT from the archives in `directory`, reduced to counts[k] images of class k.
+def load(directory: Path, counts: Sequence[int], validation: int) -> LongTailImages:
+    """CIFAR10-LT from the archives in `directory`, with the first counts[k] images of class k.
 
-    Raises DataError for a file that is missing, damaged or smaller than `counts` asks for.
+    `validation` images of each class after those are set aside. Raises DataError for a file that
+    is missing, damaged or smaller than asked for.
     """
     pixels, targets, names = read(directory / TRAIN_FILE)
-    if counts is not None:
-        rows = first_of_each_class(targets, counts)
-        pixels, targets = pixels[rows], targets[rows]
     test_pixels, test_targets, _ = read(directory / TEST_FILE)
-    return LongTailImages(
-        MemoryImages(pixels, targets, CIFAR10_STATISTICS),
-        MemoryImages(test_pixels, test_targets, CIFAR10_STATISTICS),
-        class_counts(targets, len(names)),
-        names,
-    )
+    train = MemoryImages(pixels, targets, CIFAR10_STATISTICS)
+    test = MemoryImages(test_pixels, test_targets, CIFAR10_STATISTICS)
+    return long_tailed(train, test, counts, validation, names)
 
 
 def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Pixels uint8 (n, 3, H, W), targets int64 (n,) and class names of one archive."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     if not path.exists():
         raise DataError(f"'{path}' does not exist, expected a packed JPEG archive; see --data-dir")
     try:
         with np.load(path) as archive:
-            jpeg, offsets = torch.from_numpy(archive["jpeg"]), archive["offsets"]
+            jpeg, offsets = archive["jpeg"], archive["offsets"]
             targets = torch.from_numpy(archive["labels"]).long()
             names = [str(name) for name in archive["class_names"]]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
@@ -65,9 +60,9 @@ def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     images = []
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         try:
-            images.append(decode_jpeg(jpeg[start:end], mode=ImageReadMode.RGB))
-        except RuntimeError as error:
+            images.append(decode(io.BytesIO(jpeg[start:end].tobytes())))
+        except (OSError, ValueError) as error:
             raise DataError(
-                f"image {i} of '{path}' is no JPEG file ({error}); copy the archive again"
+                f"image {i} of '{path}' is damaged ({error}); copy the archive again"
             ) from error
     return torch.stack(images), targets, names
