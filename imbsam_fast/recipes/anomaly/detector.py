@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ class TrainingDivergedError(ValueError):
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
-class Detector(BaseEstimator):
+class Detector(BaseEstimator, ABC):
     """What DeepSAD and DevNet share; see there.
 
     Args:
@@ -158,12 +158,17 @@ class Detector(BaseEstimator):
         self._check_params()
         features = self._checked_features(X, fitting=True)
         labels = self._checked_labels(y, len(features))
-        self.n_features_in_ = features.shape[1]
-        self._set_scale(features)
-        rows = self._scaled(features)
-        self.network_ = start(rows)
-        self.train_loss_ = self._train(rows, labels)
-        self._set_threshold(self._scores(rows))
+        before = dict(vars(self))
+        try:
+            self.n_features_in_ = features.shape[1]
+            self._set_scale(features)
+            rows = self._scaled(features)
+            self.network_ = start(rows)
+            self.train_loss_ = self._train(rows, labels)
+            self._set_threshold(self._scores(rows))
+        except BaseException:  # what was fitted before stays usable
+            self.__dict__ = before
+            raise
         return self
 
     def _train(self, rows: Tensor, labels: Tensor) -> float:
