@@ -105,6 +105,14 @@ class DeepSAD(Detector):
     def _to_scores(self, outputs: Tensor) -> Tensor:
         return squared_distance(outputs, self.centre_)
 
+    def _check_params(self) -> None:
+        super()._check_params()
+        if self.plan == "split":
+            raise ValueError(
+                "plan is 'split', expected auto or joint for DeepSAD: its BatchNorm cannot "
+                "normalise the one or two anomalies of a batch by themselves"
+            )
+
     def _ranges(self) -> Iterator[tuple[str, float, float, type]]:
         yield from super()._ranges()
         yield from (

@@ -23,6 +23,7 @@ from .training import BASES, Method, make_base, make_step
 FORMAT = 1  # of saved detectors
 
 T = TypeVar("T")
+V = TypeVar("V", float, np.ndarray)
 
 # The ends of the range of positive finite numbers.
 SMALL = float(np.finfo(np.float64).tiny)
@@ -30,7 +31,7 @@ LARGE = float(np.finfo(np.float64).max)
 
 
 class TrainingDivergedError(ValueError):
-    """The training loss is no longer a finite number."""
+    """Losses or scores are no longer finite numbers."""
 
 
 @dataclass(kw_only=True, repr=False, eq=False)
@@ -165,7 +166,7 @@ class Detector(BaseEstimator, ABC):
             rows = self._scaled(features)
             self.network_ = start(rows)
             self.train_loss_ = self._train(rows, labels)
-            self._set_threshold(self._scores(rows))
+            self._set_threshold(self._finite(self._scores(rows)))
         except BaseException:  # what was fitted before stays usable
             self.__dict__ = before
             raise
@@ -179,16 +180,21 @@ class Detector(BaseEstimator, ABC):
         order = torch.Generator().manual_seed(self.random_state)
         self.network_.train()
         mean = float("nan")
-        for epoch in range(self.epochs):
+        for _ in range(self.epochs):
             losses = [step(rows[b], labels[b]) for b in self._epoch(labels, order)]
-            mean = torch.stack(losses).mean().item()
-            if not np.isfinite(mean):
-                raise TrainingDivergedError(
-                    f"the training loss is {mean} in epoch {epoch + 1}, expected a finite number; "
-                    f"try an lr below {method.lr:g}"
-                )
+            mean = self._finite(torch.stack(losses).mean().item())
         self.network_.eval()
         return mean
+
+    def _finite(self, values: V) -> V:
+        """`values`, losses or scores, if they are finite."""
+        if not np.isfinite(values).all():
+            lr = self._method().lr
+            raise TrainingDivergedError(
+                f"{type(self).__name__}'s losses and scores are no longer finite numbers; try an "
+                f"lr below {lr:g}"
+            )
+        return values
 
     def _method(self) -> Method:
         lr = self._default_lr[self.base] if self.lr is None else self.lr

@@ -106,6 +106,10 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.keep_detectors and args.save is None:
         raise UsageError("--keep-detectors is given without --save, expected a directory for them")
+    if args.plan == "split" and "deepsad" in args.detector:
+        raise UsageError(
+            "--plan is 'split', expected auto or joint for DeepSAD, which has BatchNorm"
+        )
     settings = Settings(
         args.base, args.lr, args.momentum, args.rho, args.plan, args.epochs,
         args.batch_size, args.pretrain_epochs,

@@ -17,10 +17,11 @@ from . import grid
 from .plots import aucpr_figure
 from .settings import Fit, Settings
 from .store import Store
-from .tables import HEADER, tables
+from .tables import HEADER, Table, tables
 
 RESULTS_FILE = "results.json"
 DETECTORS_FOLDER = "detectors"
+TERMINAL_FIELDS = ("aucroc", "paper", "aucroc_difference", "aucpr_anomaly", "aucpr_normal")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> list[Fit]:
     _make(todo, plan, store, console)
     wanted = [fit for fit in store.fits if _is_wanted(fit, plan)]
     for table in tables(wanted, settings):
-        _print(console, table.title, table.rows)
+        _print(console, table)
     if plan.save is not None:
         _save(plan.save, store, settings, console)
     return wanted
@@ -85,17 +86,21 @@ def _is_wanted(fit: Fit, plan: Plan) -> bool:
     )
 
 
-def _print(console: Console, title: str, rows: list[tuple[str, ...]]) -> None:
-    table = RichTable(title=title, box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for i, name in enumerate(HEADER):
-        table.add_column(name, justify="left" if i < 2 else "right")
-    previous = None
-    for name, *cells in rows:
-        if previous not in (None, name):
-            table.add_section()
-        table.add_row("" if name == previous else name, *cells)
-        previous = name
-    console.print(table)
+def _print(console: Console, table: Table) -> None:
+    """Without the columns that a terminal has no room for; documents have all of them."""
+    shown = RichTable(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    shown.add_column(HEADER.method, no_wrap=True)
+    for field in TERMINAL_FIELDS:
+        title = getattr(HEADER, field).replace(" ", "\n")
+        shown.add_column(title, justify="right", no_wrap=True)
+    sets = None
+    for row in table.rows:
+        if row.sets != sets:
+            shown.add_row(f"[bold]{row.sets}")
+            sets = row.sets
+        shown.add_row(row.method, *(getattr(row, field) for field in TERMINAL_FIELDS))
+    console.print(f"\n[bold]{table.title}")
+    console.print(shown)
 
 
 def results_dict(store: Store, settings: Settings) -> dict[str, Any]:

@@ -50,9 +50,8 @@ class Settings:
 
     def label(self, method: str) -> str:
         optimizer, weight = parsed_method(method)
-        plus = {"sgd": "", "sam": " + SAM", "imbsam": " + ImbSAM"}[optimizer]
-        heavier = "" if weight == 1 else f", tail weight {weight:g}"
-        return f"{BASE_NAMES[self.base]}{plus}{heavier}"
+        name = {"sgd": BASE_NAMES[self.base], "sam": "SAM", "imbsam": "ImbSAM"}[optimizer]
+        return name if weight == 1 else f"{name}, weight {weight:g}"
 
     def detector_params(self, detector: str, method: str, seed: int) -> dict[str, Any]:
         """The arguments of a detector's class."""

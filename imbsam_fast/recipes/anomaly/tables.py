@@ -6,38 +6,48 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import paper
-from .settings import DETECTOR_NAMES, Fit, Settings, method_order
+from .settings import BASE_NAMES, DETECTOR_NAMES, Fit, Settings, method_order
 from .summary import Areas, Difference, Value, areas, common_seeds, difference, over_seeds
 
-HEADER = (
-    "sets",
-    "method",
-    "AUCROC",
-    "paper",
-    "AUCROC minus base",
-    "sets better",
-    "AUCPR anomaly",
-    "AUCPR anomaly minus base",
-    "AUCPR normal",
-)
 NO_VALUE = "-"
 
 
+class Row(NamedTuple):
+    """Areas in % as "mean ± std over seeds", differences as "mean ± standard error"."""
+
+    sets: str
+    method: str
+    aucroc: str
+    paper: str  # the paper's AUCROC
+    aucroc_difference: str  # to the base
+    sets_better: str  # in AUCROC
+    aucpr_anomaly: str
+    aucpr_anomaly_difference: str
+    aucpr_normal: str
+
+
+HEADER = Row(
+    "sets", "method", "AUCROC", "paper", "minus base", "sets better", "AUCPR anomaly",
+    "minus base", "AUCPR normal",
+)  # fmt: skip
+
+
 class Table(NamedTuple):
-    """One detector under one protocol at one ratio; cells as in HEADER."""
+    """One detector under one protocol at one ratio."""
 
     detector: str
     protocol: str
     ratio: float
-    seeds: int
-    rows: list[tuple[str, ...]]
+    seeds: int  # the fewest that a family has
+    base: str
+    rows: list[Row]
 
     @property
     def title(self) -> str:
         seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
         return (
             f"{DETECTOR_NAMES[self.detector]}, {self.protocol} protocol, "
-            f"{100 * self.ratio:g} % of the anomalies labelled, {seeds}"
+            f"{100 * self.ratio:g} % of the anomalies labelled, base {self.base}, {seeds}"
         )
 
 
@@ -46,16 +56,16 @@ def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
     keys = dict.fromkeys((f.detector, f.protocol, f.ratio) for f in fits)
     for key in sorted(keys):
         own = [f for f in fits if (f.detector, f.protocol, f.ratio) == key]
-        rows: list[tuple[str, ...]] = []
+        rows: list[Row] = []
         seeds = []
         for family in dict.fromkeys(sorted(map(paper.family, {f.set for f in own}))):
             of_family = [f for f in own if paper.family(f.set) == family]
             seeds.append(len(common_seeds([areas(of_family, "aucroc")])))
             rows += _family_rows(family, of_family, settings)
-        yield Table(*key, min(seeds), rows)
+        yield Table(*key, min(seeds), BASE_NAMES[settings.base], rows)
 
 
-def _family_rows(family: str, fits: list[Fit], settings: Settings) -> Iterator[tuple[str, ...]]:
+def _family_rows(family: str, fits: list[Fit], settings: Settings) -> Iterator[Row]:
     names = sorted({f.set for f in fits})
     name = names[0] if len(names) == 1 else f"{family}, {len(names)} sets"
     for method in sorted({f.method for f in fits}, key=method_order):
@@ -65,7 +75,7 @@ def _family_rows(family: str, fits: list[Fit], settings: Settings) -> Iterator[t
             _difference(areas(own, metric), areas(base, metric), method)
             for metric in ("aucroc", "aucpr_anomaly")
         )
-        yield (
+        yield Row(
             name,
             settings.label(method),
             value(over_seeds(areas(own, "aucroc"))),
