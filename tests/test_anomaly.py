@@ -91,6 +91,17 @@ def test_the_centre_is_the_mean_code_kept_away_from_zero():
     torch.testing.assert_close(_centre(identity, rows), expected)
 
 
+def test_the_centre_is_taken_in_eval_mode():
+    torch.manual_seed(0)
+    encoder, rows = Encoder(8), 3 * torch.randn(6, 8)
+    before = encoder[0].norm.running_mean.clone()
+    expected = encoder.eval()(rows).mean(dim=0)
+    centre = _centre(encoder.train(), rows)
+    far = expected.abs() >= 0.1
+    assert far.any() and torch.equal(centre[far], expected[far])
+    assert torch.equal(encoder[0].norm.running_mean, before)
+
+
 # ---------------------------------------------------------------- batches
 
 
@@ -450,6 +461,13 @@ def test_a_saved_detector_scores_as_before(kind, tmp_path):
     assert np.array_equal(loaded.labels_, detector.labels_)
     assert loaded.threshold_ == detector.threshold_
     assert loaded.fit(X, y).train_loss_ == detector.train_loss_
+
+
+def test_numbers_of_numpy_are_parameters_too(tmp_path):
+    X, y = features()
+    given = {"lr": np.float64(0.01), "epochs": np.int64(2), "random_state": np.int32(1)}
+    quick(DevNet, **given).fit(X, y).save(tmp_path / "detector.pt")
+    assert {name: getattr(load(tmp_path / "detector.pt"), name) for name in given} == given
 
 
 def test_an_unfitted_detector_is_not_saved(tmp_path):

@@ -70,7 +70,7 @@ class DeepSAD(Detector):
             weight_decay=self.weight_decay,
             fused=True,  # a third of the time of the step with networks so small
         )
-        order = torch.Generator().manual_seed(self.random_state)
+        order = torch.Generator().manual_seed(int(self.random_state))
         for _ in range(self.pretrain_epochs):
             for batch in shuffled_batches(len(rows), self.batch_size, order):
                 loss = F.mse_loss(autoencoder(rows[batch]), rows[batch])

@@ -96,7 +96,7 @@ class Detector(BaseEstimator, ABC):
         content = {
             "format": FORMAT,
             "detector": type(self).__name__,
-            "params": self.get_params(),
+            "params": {name: _plain(value) for name, value in self.get_params().items()},
             "low": torch.from_numpy(self.low_),
             "span": torch.from_numpy(self.span_),
             "decision_scores": torch.from_numpy(self.decision_scores_),
@@ -177,7 +177,7 @@ class Detector(BaseEstimator, ABC):
         method = self._method()
         loss = self._make_loss(rows)
         step = make_step(method, self.network_, loss, make_base(method, self._parameter_groups()))
-        order = torch.Generator().manual_seed(self.random_state)
+        order = torch.Generator().manual_seed(int(self.random_state))
         self.network_.train()
         mean = float("nan")
         for _ in range(self.epochs):
@@ -205,7 +205,7 @@ class Detector(BaseEstimator, ABC):
     def _seeded(self, make: Callable[[], T]) -> T:
         """What `make` returns, with weights in it that depend on random_state alone."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.random_state)
+            torch.manual_seed(int(self.random_state))
             return make()
 
     @torch.no_grad()
@@ -279,3 +279,8 @@ class Detector(BaseEstimator, ABC):
             ("contamination", SMALL, 0.5, float),
             ("random_state", 0, 2**63 - 1, int),
         )
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy as Python's: torch.load takes no other with weights_only."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -37,7 +37,7 @@ class DevNet(Detector):
         return self._seeded(lambda: self._make_network(rows.shape[1]))
 
     def _make_loss(self, rows: Tensor) -> PerSampleLoss:
-        generator = torch.Generator().manual_seed(self.random_state)
+        generator = torch.Generator().manual_seed(int(self.random_state))
         scores = torch.randn(REFERENCE_SCORES, generator=generator)
         return deviation_loss(scores.mean().item(), scores.std(correction=0).item())
 
