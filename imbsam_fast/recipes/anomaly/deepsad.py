@@ -68,7 +68,7 @@ class DeepSAD(Detector):
             autoencoder.parameters(),
             self.pretrain_lr,
             weight_decay=self.weight_decay,
-            fused=True,  # a third of the time of the step with networks so small
+            fused=True,  # a third of Adam's time with networks so small
         )
         order = torch.Generator().manual_seed(int(self.random_state))
         for _ in range(self.pretrain_epochs):
