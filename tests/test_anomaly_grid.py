@@ -310,6 +310,7 @@ def test_methods_bring_the_control_of_a_tail_weight():
 
 def test_the_picture_has_a_line_a_detector_and_method():
     fits = [f._replace(ratio=r, aucpr_anomaly=100 * r) for f in TWO_SETS for r in (0.5, 0.01)]
+    fits.append(fit("sgd", 0, 90.0, "at one ratio alone", ratio=0.5))
     figure = aucpr_figure(fits, SETTINGS, "clean")
     anomaly, normal = figure.axes
     labels = [line.get_label() for line in anomaly.containers]

@@ -18,13 +18,15 @@ PANELS = {"aucpr_anomaly": "AUCPR of anomalies (%)", "aucpr_normal": "AUCPR of n
 def aucpr_figure(fits: Sequence[Fit], settings: Settings, protocol: str) -> Figure:
     """A panel for anomalies and one for normal rows; a line a detector and method.
 
-    Points are means over sets and seeds, every set counting alike; bars, the standard deviation
-    over seeds. Ratios are spread evenly, as in the paper.
+    Points are means over seeds and over the sets that were run at every ratio, each counting
+    alike; bars, the standard deviation over seeds. Ratios are spread evenly, as in the paper.
     """
     from matplotlib.figure import Figure
 
     own = [fit for fit in fits if fit.protocol == protocol]
     ratios = sorted({fit.ratio for fit in own})
+    everywhere = set.intersection(*({f.set for f in own if f.ratio == r} for r in ratios))
+    own = [fit for fit in own if fit.set in everywhere]
     detectors = sorted({fit.detector for fit in own})
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), PANELS.items()):
@@ -38,8 +40,8 @@ def aucpr_figure(fits: Sequence[Fit], settings: Settings, protocol: str) -> Figu
         axes.grid(axis="y", color="#e4e4e4")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    sets = len({fit.set for fit in own})
-    figure.suptitle(f"{sets} sets, {protocol} protocol, mean ± std over seeds", fontsize="medium")
+    title = f"{len(everywhere)} sets, {protocol} protocol, mean ± std over seeds"
+    figure.suptitle(title, fontsize="medium")
     return figure
 
 
