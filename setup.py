@@ -35,6 +35,11 @@ class CMakeBuild(build_ext):
 setup(
     ext_modules=[Extension("imbsam_fast._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    packages=["imbsam_fast", "imbsam_fast.recipes", "imbsam_fast.kernels"],
+    packages=[
+        "imbsam_fast",
+        "imbsam_fast.recipes",
+        "imbsam_fast.recipes.anomaly",
+        "imbsam_fast.kernels",
+    ],
     package_dir={"imbsam_fast.kernels": "kernels"},
 )

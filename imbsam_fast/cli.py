@@ -1,4 +1,4 @@
-"""The command `imbsam-fast`: train, bench and info."""
+"""The command `imbsam-fast`: train, anomaly, bench and info."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a recipe with SGD, SAM and ImbSAM", "imbsam_fast.recipes.options"),
+    "anomaly": Command(
+        "train anomaly detectors with SGD, SAM and ImbSAM", "imbsam_fast.recipes.anomaly.options"
+    ),
     "bench": Command("measure the operations and whole steps", "imbsam_fast.bench"),
     "info": Command("show versions, devices and which backend runs", "imbsam_fast.info"),
 }

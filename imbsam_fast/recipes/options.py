@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.recipe != "digits":
             return image_options.main(args)
-        _require_extras(["sklearn"] + (["matplotlib"] if args.save else []))
+        require_extras(["sklearn"] + (["matplotlib"] if args.save else []))
         settings = _settings(args)
         if args.save is not None:
             _prepare_directory(args.save)
@@ -136,7 +136,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def _require_extras(modules: list[str]) -> None:
+def require_extras(modules: list[str]) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         names = " and ".join("scikit-learn" if m == "sklearn" else m for m in missing)

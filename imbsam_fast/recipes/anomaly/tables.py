@@ -1,0 +1,107 @@
+"""The rows of result tables, as text, for the terminal and for documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from . import paper
+from .settings import BASE_NAMES, DETECTOR_NAMES, Fit, Settings, method_order
+from .summary import Areas, Difference, Value, areas, common_seeds, difference, over_seeds
+
+NO_VALUE = "-"
+
+
+class Row(NamedTuple):
+    """Areas in % as "mean ± std over seeds", differences as "mean ± standard error"."""
+
+    sets: str
+    method: str
+    aucroc: str
+    paper: str  # the paper's AUCROC
+    aucroc_difference: str  # to the base
+    sets_better: str  # in AUCROC
+    aucpr_anomaly: str
+    aucpr_anomaly_difference: str
+    aucpr_normal: str
+
+
+HEADER = Row(
+    "sets", "method", "AUCROC", "paper", "minus base", "sets better", "AUCPR anomaly",
+    "minus base", "AUCPR normal",
+)  # fmt: skip
+
+
+class Table(NamedTuple):
+    """One detector under one protocol at one ratio."""
+
+    detector: str
+    protocol: str
+    ratio: float
+    seeds: int  # the fewest that a family has
+    base: str
+    rows: list[Row]
+
+    @property
+    def title(self) -> str:
+        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        return (
+            f"{DETECTOR_NAMES[self.detector]}, {self.protocol} protocol, "
+            f"{100 * self.ratio:g} % of the anomalies labelled, base {self.base}, {seeds}"
+        )
+
+
+def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
+    """A table for each detector, protocol and ratio, with whatever methods and sets it has."""
+    keys = dict.fromkeys((f.detector, f.protocol, f.ratio) for f in fits)
+    for key in sorted(keys):
+        own = [f for f in fits if (f.detector, f.protocol, f.ratio) == key]
+        rows: list[Row] = []
+        seeds = []
+        for family in dict.fromkeys(sorted(map(paper.family, {f.set for f in own}))):
+            of_family = [f for f in own if paper.family(f.set) == family]
+            seeds.append(len(common_seeds([areas(of_family, "aucroc")])))
+            rows += _family_rows(family, of_family, settings)
+        yield Table(*key, min(seeds), BASE_NAMES[settings.base], rows)
+
+
+def _family_rows(family: str, fits: list[Fit], settings: Settings) -> Iterator[Row]:
+    names = sorted({f.set for f in fits})
+    name = names[0] if len(names) == 1 else f"{family}, {len(names)} sets"
+    for method in sorted({f.method for f in fits}, key=method_order):
+        own = [f for f in fits if f.method == method]
+        base = [f for f in fits if f.method == "sgd"]
+        roc, anomaly = (
+            _difference(areas(own, metric), areas(base, metric), method)
+            for metric in ("aucroc", "aucpr_anomaly")
+        )
+        yield Row(
+            name,
+            settings.label(method),
+            value(over_seeds(areas(own, "aucroc"))),
+            _paper(own[0], method, family),
+            NO_VALUE if roc is None else signed(roc),
+            NO_VALUE if roc is None else f"{roc.sets_better} of {roc.sets}",
+            value(over_seeds(areas(own, "aucpr_anomaly"))),
+            NO_VALUE if anomaly is None else signed(anomaly),
+            value(over_seeds(areas(own, "aucpr_normal"))),
+        )
+
+
+def _difference(own: Areas, base: Areas, method: str) -> Difference | None:
+    if method == "sgd" or own.keys() != base.keys():
+        return None
+    return difference(own, base)
+
+
+def _paper(fit: Fit, method: str, family: str) -> str:
+    found = paper.reported(fit.detector, method, family, fit.ratio)
+    return NO_VALUE if found is None else f"{found:.1f}"
+
+
+def value(v: Value) -> str:
+    return f"{v.mean:.1f}" if v.std is None else f"{v.mean:.1f} ± {v.std:.1f}"
+
+
+def signed(d: Difference) -> str:
+    return f"{d.mean:+.2f}" if d.error is None else f"{d.mean:+.2f} ± {d.error:.2f}"

@@ -1,0 +1,94 @@
+"""What the detectors share in training: base optimizers and the step of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import ClassSplit, ImbSAM, TrainStep, split_loss
+from .losses import PerSampleLoss
+
+BASES = ("sgd", "adam", "rmsprop")
+
+# (features, labels) -> the loss before the step, ()
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class Method(NamedTuple):
+    """How a network is trained, whatever its loss is."""
+
+    optimizer: str  # "sgd", "sam" or "imbsam"
+    base: str  # one of BASES
+    lr: float
+    momentum: float  # of the base "sgd"
+    rho: float
+    tail_weight: float  # factor on the anomalies' loss, for SGD too; SAM's is 1
+    plan: str  # of TrainStep
+
+
+def make_base(method: Method, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The base optimizer over parameter groups that carry their own weight decay."""
+    groups = list(groups)
+    if method.base == "sgd":
+        return torch.optim.SGD(groups, method.lr, method.momentum)
+    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[method.base]
+    return kind(groups, method.lr)
+
+
+def anomalies_are_tail() -> ClassSplit:
+    """Class 0, unlabelled rows, is head; class 1, labelled anomalies, is tail."""
+    return ClassSplit(plain=torch.tensor([1.0, 0.0]), sharp=torch.tensor([0.0, 1.0]))
+
+
+def make_step(
+    method: Method, network: nn.Module, loss: PerSampleLoss, base: torch.optim.Optimizer
+) -> Step:
+    """The training step of `method`. With the optimizer "sgd" it is the base's own step."""
+    if method.optimizer == "sam":
+        criterion = split_loss(loss, ClassSplit.all_tail())
+    else:
+        criterion = split_loss(loss, anomalies_are_tail(), method.tail_weight)
+    if method.optimizer == "sgd":
+        return _plain_step(network, criterion, base)
+    step = TrainStep(network, criterion, ImbSAM(base, method.rho), method.plan)
+    return lambda features, labels: step(features, labels).loss
+
+
+def _plain_step(network: nn.Module, criterion: nn.Module, base: torch.optim.Optimizer) -> Step:
+    def step(features: Tensor, labels: Tensor) -> Tensor:
+        loss = criterion(network(features), labels).total
+        base.zero_grad()
+        loss.backward()
+        base.step()
+        return loss.detach()
+
+    return step
+
+
+def shuffled_batches(rows: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    """Row numbers of one epoch in random order, `size` at a time.
+
+    A single row that would be left over joins the batch before it: BatchNorm needs two.
+    """
+    batches = list(torch.randperm(rows, generator=generator).split(size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def balanced_batches(
+    labels: Tensor, size: int, count: int, generator: torch.Generator
+) -> list[Tensor]:
+    """`count` batches of row numbers, drawn with replacement, unlabelled and anomaly in turn."""
+    unlabelled, anomalies = ((labels == k).nonzero().squeeze(1) for k in (0, 1))
+
+    def drawn(rows: Tensor, number: int) -> Tensor:
+        return rows[torch.randint(len(rows), (count, number), generator=generator)]
+
+    batches = torch.empty(count, size, dtype=torch.int64)
+    batches[:, ::2] = drawn(unlabelled, (size + 1) // 2)
+    batches[:, 1::2] = drawn(anomalies, size // 2)
+    return list(batches)
