@@ -1,4 +1,4 @@
-"""The settings of one training run, with the defaults of every data set and preset."""
+"""The settings of one training run, with the defaults of every data set, method and preset."""
 
 from __future__ import annotations
 
@@ -15,18 +15,61 @@ PERTURBING = ("sam", "imbsam", "focal-sam")
 METHODS = ("ce", "wb", "lws")
 SMALL, FULL = "small", "full"
 
-
 COMMON_DEFAULTS: dict[str, Any] = {
     "method": "ce",
+    "images": FULL,
+    "imbalance_factor": 100.0,
+    "train_list": None,
+    "test_list": None,
+    "validation_list": None,
+    "image_root": None,
+    "image_size": 224,
+    "color_jitter": 0.0,
+    "skip_corrupt": False,
+    "workers": 4,
+    "validation": 0,
+    # Ours, in the range that the authors of Focal-SAM search.
     "gamma": 1.0,
     "lam": 0.8,
     "plan": "auto",
-    "validation": 0,
+    "lagged": False,
+    "norm": "batch",
+    "epochs": 200,
+    "warmup_epochs": 0,
+    "momentum": 0.9,
+    "group_borders": (20, 100),
+    "stage1": None,
+    "beta": 0.9999,
     "amp": "off",
     "channels_last": True,
     "compile": False,
+    "distributed": "off",
+    "tensorboard": False,
     "threads": 1,
     "device": "cpu",
+}
+
+# What the methods add to the data set's settings; "weight_decay" is that of stage one.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ce": {
+        "stage2_epochs": 0,
+        "stage2_lr": 0.0,
+        "stage2_weight_decay": 0.0,
+        "stage2_batch_size": 0,
+    },
+    "wb": {
+        "weight_decay": 5e-3,
+        "stage2_epochs": 10,
+        "stage2_lr": 0.01,
+        "stage2_weight_decay": 0.1,
+        "stage2_batch_size": 64,
+    },
+    "lws": {
+        "stage2_epochs": 5,
+        "stage2_lr": 0.2,
+        "stage2_weight_decay": 5e-4,
+        "stage2_batch_size": 512,
+    },
 }
 
 
@@ -37,7 +80,8 @@ class Dataset:
     help: str
     load: Callable[[RunConfig], LongTailImages]
     defaults: dict[str, Any]
-    # Settings that follow from the value of `images`.
+    lists: bool = False  # whether it is read from lists of image files
+    # Settings that follow from the value of `images`; empty where there is no such option.
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -45,29 +89,47 @@ class Dataset:
 class RunConfig(MethodSettings):
     """Every setting of one run; a run is one optimizer and one seed.
 
-    `lr` is that of the first step after warm-up; epochs are counted over all stages.
+    `lr`, `weight_decay`, `epochs` and `batch_size` are those of stage one; `batch_size` counts
+    the images of all ranks. None stands for a path that was not given.
     """
 
     dataset: str
     data_dir: str
-    images: str  # "small" or "full"
+    images: str  # small or full
     imbalance_factor: float
+    train_list: str | None
+    test_list: str | None
+    validation_list: str | None
+    image_root: str | None
+    image_size: int  # pixels
+    color_jitter: float
+    skip_corrupt: bool
+    workers: int  # processes that read image files
+    validation: int  # images of each class
     method: str
     optimizer: str
     preset: str
     gamma: float
     lam: float
+    lagged: bool
     model: str
     norm: str
     epochs: int
     warmup_epochs: int
     batch_size: int
+    stage1: str | None  # a run directory whose network stage two starts from
+    stage2_epochs: int
+    stage2_lr: float
+    stage2_weight_decay: float
+    stage2_batch_size: int
+    beta: float
     group_borders: tuple[int, int]
-    validation: int
     seed: int
     amp: str
     channels_last: bool
     compile: bool
+    distributed: str
+    tensorboard: bool
     threads: int
 
     @property
@@ -83,8 +145,8 @@ class RunConfig(MethodSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        names = [field.name for field in fields(cls)]
-        settings = {name: values[name] for name in names}
+        """What `to_dict` returned. Raises KeyError for a setting that is missing."""
+        settings = {setting.name: values[setting.name] for setting in fields(cls)}
         settings["group_borders"] = tuple(settings["group_borders"])
         return cls(**settings)
 
@@ -113,6 +175,8 @@ class RunConfig(MethodSettings):
                 parts.append((f"rho{self.rho:g}", f"rho {self.rho:g}"))
             if self.plan != "auto":
                 parts.append((self.plan, f"{self.plan} plan"))
+            if self.lagged:
+                parts.append(("lagged", "lagged"))
         return parts
 
 
@@ -125,11 +189,12 @@ def default_tail_weight(optimizer: str, preset: str) -> float:
 
 def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
     """A full configuration: what is given, then the data set's settings, then the preset's."""
-    values: dict[str, Any] = {**COMMON_DEFAULTS, **dataset.defaults}
-    preset = PRESETS[given.get("preset", "paper")]
+    values: dict[str, Any] = {**COMMON_DEFAULTS}
+    preset = PRESETS[given.get("preset", PAPER.name)]
     values.update(preset=preset.name, eta=preset.eta, inclusive=preset.inclusive)
     values.update(batch_norm=preset.batch_norm, rho=preset.rho)
     values["tail_weight"] = default_tail_weight(given["optimizer"], preset.name)
-    images = given.get("images", values["images"])
-    values.update(dataset.variants.get(images, {}))
+    values.update(dataset.defaults)
+    values.update(dataset.variants.get(given.get("images", values["images"]), {}))
+    values.update(METHOD_DEFAULTS[given.get("method", "ce")])
     return RunConfig.from_dict({**values, **given})

@@ -10,31 +10,56 @@ import torch
 from torch import Tensor, nn
 
 from .image_data import Images
-from .metrics import group_accuracies, per_class_accuracy
+from .metrics import BORDERS, group_accuracies, shares
+from .ranks import ALONE, Ranks
 
-BATCH_SIZE = 500
+BATCH_SIZE = 500  # images of all ranks
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: Images, counts: Sequence[int], borders: tuple[int, int]
+    model: nn.Module,
+    images: Images,
+    counts: Sequence[int],
+    borders: tuple[int, int] = BORDERS,
+    ranks: Ranks = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """{"plain": groups, "flip": groups} as run_directory.py describes them, in %.
 
     "flip" averages the logits of an image and of its mirror image, as the authors' code does. The
-    model runs in eval mode, in its own dtype, and its mode is left as it was.
+    model runs in eval mode, in its own dtype, and its mode is left as it was. Every rank tests
+    its share. Raises ValueError where a class has no image.
     """
-    plain, flip = [], []
-    order = torch.arange(len(images)).split(BATCH_SIZE)
+    hits = torch.zeros(3, len(counts), dtype=torch.float64, device=ranks.device)
     with in_eval_mode(model):
-        for x, _ in images.batches(order):
-            logits, mirrored = model(x), model(x.flip(3))
-            plain.append(logits.argmax(dim=1))
-            flip.append((logits + mirrored).argmax(dim=1))
+        for x, targets, counted in _batches(images, ranks):
+            logits = model(x)
+            averaged = logits + model(x.flip(3))
+            for i, right in enumerate(
+                (counted, logits.argmax(dim=1) == targets, averaged.argmax(dim=1) == targets)
+            ):
+                hits[i] += torch.bincount(targets[right & counted], minlength=len(counts))
+    rows, plain, flip = ranks.sum_(hits).cpu()
     return {
-        "plain": _groups(torch.cat(plain).cpu(), images.targets, counts, borders),
-        "flip": _groups(torch.cat(flip).cpu(), images.targets, counts, borders),
+        name: {"per_class": accuracy, **group_accuracies(accuracy, counts, borders)}
+        for name, accuracy in (("plain", shares(plain, rows)), ("flip", shares(flip, rows)))
     }
+
+
+def _batches(images: Images, ranks: Ranks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, targets and which rows count, (b,) bool, on the rank's device.
+
+    Every rank gets as many batches: what is missing is filled with rows that do not count.
+    """
+    n = len(images)
+    order = torch.arange(-(-n // ranks.world) * ranks.world)
+    shares_of_batches = [ranks.share(rows) for rows in order.split(BATCH_SIZE)]
+    shares_of_batches = [rows for rows in shares_of_batches if len(rows)]
+    wrapped = [rows % n for rows in shares_of_batches]
+    for rows, (x, targets) in zip(shares_of_batches, images.batches(wrapped)):
+        # Fewer images than rows: corrupt ones were left out.
+        counted = rows < n if len(rows) == len(targets) else torch.ones_like(targets).bool()
+        yield x.to(ranks.device), targets.to(ranks.device), counted.to(ranks.device)
 
 
 @contextmanager
@@ -47,10 +72,3 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-def _groups(
-    predictions: Tensor, targets: Tensor, counts: Sequence[int], borders: tuple[int, int]
-) -> dict[str, Any]:
-    per_class = per_class_accuracy(predictions, targets, len(counts))
-    return {"per_class": per_class, **group_accuracies(per_class, counts, borders)}

@@ -49,10 +49,11 @@ class Images(ABC):
 
 @dataclass(frozen=True)
 class LongTailImages:
-    """A long-tailed training set and its test set."""
+    """A long-tailed training set, its test set, and perhaps a validation set."""
 
     train: Images
     test: Images
+    validation: Images | None
     counts: list[int]  # training images per class
     class_names: list[str] | None
 
@@ -67,18 +68,34 @@ def class_counts(targets: Tensor, num_classes: int) -> list[int]:
     return torch.bincount(targets, minlength=num_classes).tolist()
 
 
-def first_of_each_class(targets: Tensor, counts: Sequence[int]) -> Tensor:
-    """Rows of the first counts[k] images of every class k, in their order, int64.
+def rows_of_each_class(targets: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """Rows starts[k] .. starts[k] + counts[k] - 1 of every class k's, in their order, int64.
 
-    Raises DataError where a class has fewer.
+    Raises DataError where a class has too few.
     """
     kept = []
-    for k, count in enumerate(counts):
+    for k, (start, count) in enumerate(zip(starts, counts, strict=True)):
         rows = (targets == k).nonzero().squeeze(1)
-        if len(rows) < count:
-            raise DataError(f"class {k} has {len(rows)} images, expected at least {count}")
-        kept.append(rows[:count])
+        if len(rows) < start + count:
+            raise DataError(
+                f"class {k} has {len(rows)} images, expected at least {start + count}: {start} "
+                f"others and {count} more"
+            )
+        kept.append(rows[start : start + count])
     return torch.cat(kept).sort().values
+
+
+def long_tailed(
+    source: Images, test: Images, counts: Sequence[int], validation: int, names: list[str] | None
+) -> LongTailImages:
+    """The first counts[k] images of class k for training, the next `validation` of each beside."""
+    train = rows_of_each_class(source.targets, [0] * len(counts), counts)
+    held_out = None
+    if validation:
+        held_out = source.subset(
+            rows_of_each_class(source.targets, counts, [validation] * len(counts))
+        )
+    return LongTailImages(source.subset(train), test, held_out, list(counts), names)
 
 
 class MemoryImages(Images):

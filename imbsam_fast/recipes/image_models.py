@@ -31,9 +31,15 @@ def make_model(name: str, num_classes: int, norm: str, seed: int) -> nn.Module:
 
 
 def classifier(model: nn.Module) -> nn.Linear:
-    """The last linear layer of a network of MODELS, the only one that stage two trains."""
-    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    return last
+    """The last linear layer of a network of MODELS, which gives the logits."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` where `old` is inside `model`."""
+    name = next(name for name, m in model.named_modules() if m is old)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
 
 
 def _from_torchvision(name: str, num_classes: int, norm: str) -> nn.Module:

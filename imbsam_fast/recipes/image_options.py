@@ -8,20 +8,30 @@ from typing import Any
 
 from rich.console import Console
 
-from ..train_step import PLANS
+from ..train_step import BATCH_NORM_UPDATES, PLANS
 from .arguments import UsageError, number
-from .config import FULL, OPTIMIZERS, SMALL, RunConfig, resolve
+from .config import METHODS, OPTIMIZERS, Dataset, RunConfig, resolve
+from .config_file import read_arguments
 from .datasets import DATASETS
 from .image_data import DataError
 from .image_models import MODELS
+from .image_run import InterruptedRun
 from .models import NORMS
 from .presets import PRESETS
+from .ranks import KINDS, RanksError, joined
 from .run_directory import RunDirectoryError
 from .train_images import train_all
 from .training import TrainingDivergedError
 
 # What says which runs to make, beside the settings of each.
-_NOT_SETTINGS = ("recipe", "optimizer", "seed", "seeds", "save", "resume")
+_NOT_SETTINGS = ("recipe", "parser", "config", "optimizer", "seed", "seeds", "save", "resume")
+_DEFAULTS: dict[str, Any] = {"optimizer": OPTIMIZERS, "seed": 0, "seeds": 1, "resume": False}
+_NEEDED = ("data_dir", "save")
+
+_count = number(1, kind=int)
+_count_or_none = number(0, kind=int)
+_not_negative = number(0)
+_positive = number(0, above=True)
 
 
 def add_recipes(recipes: Any) -> None:
@@ -33,90 +43,180 @@ def add_recipes(recipes: Any) -> None:
             argument_default=argparse.SUPPRESS,
             help=dataset.help,
             description=f"Train on {dataset.help}: one run for each optimizer and seed, and a "
-            "table of the test accuracy after the last epoch.",
+            "table of the test accuracy after the last epoch. Defaults are the data set's "
+            "published settings; docs/recipes.md lists them.",
         )
+        parser.set_defaults(parser=parser)
         _add_run_arguments(parser)
-        _add_data_arguments(parser)
+        _add_data_arguments(parser, dataset)
         _add_method_arguments(parser)
+        _add_stage_arguments(parser)
         _add_training_arguments(parser)
+        _add_machine_arguments(parser)
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("runs").add_argument
-    add("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS),
+    add("--config", type=Path, metavar="FILE",
+        help="settings from a YAML or TOML file, named as the options; options on the command "
+        "line come before it. A run's own config.yaml is such a file")  # fmt: skip
+    add("--optimizer", nargs="+", choices=OPTIMIZERS,
         help="one or more of %(choices)s; all by default. sgd-weighted is the control: SGD with "
         "the tail weight of the released code")  # fmt: skip
-    add("--seeds", type=number(1, kind=int), default=1, metavar="N",
+    add("--seeds", type=_count, metavar="N",
         help="how many seeds; a seed decides the weights, the order and the augmentation, alike "
-        "for every optimizer (default: %(default)s)")  # fmt: skip
-    add("--seed", type=number(0, kind=int), default=0, metavar="S",
-        help="the first seed (default: %(default)s)")  # fmt: skip
-    add("--save", type=Path, required=True, metavar="DIR",
-        help="a directory for each run is made in it")  # fmt: skip
+        "for every optimizer (default: 1)")  # fmt: skip
+    add("--seed", type=_count_or_none, metavar="S", help="the first seed (default: 0)")
+    add("--save", type=Path, metavar="DIR", help="a directory for each run is made in it")
     add(
         "--resume",
-        action="store_true",
-        default=False,
+        action=argparse.BooleanOptionalAction,
         help="go on with the runs in --save from their checkpoints; complete ones are kept",
     )
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_data_arguments(parser: argparse.ArgumentParser, dataset: Dataset) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--data-dir", required=True, metavar="DIR", help="where the data set is")
-    add("--images", choices=(SMALL, FULL),
-        help="small: a tenth of the images")  # fmt: skip
+    add("--data-dir", metavar="DIR", help="where the data set is; nothing is downloaded")
+    add("--group-borders", nargs=2, type=_count, metavar=("LOW", "HIGH"),
+        help="Few classes have fewer than LOW training images, Many more than HIGH")  # fmt: skip
+    if dataset.lists:
+        _add_list_arguments(add)
+        return
+    if dataset.variants:
+        add("--images", choices=tuple(dataset.variants), help="small: a tenth of the images")
     add("--imbalance-factor", type=number(1), metavar="IF",
-        help="images of the largest class over those of the smallest")  # fmt: skip
+        help="images of the largest class over those of the smallest (default: 100)")  # fmt: skip
+    add("--validation", type=_count_or_none, metavar="N",
+        help="images of each class, beside those of training, for choosing best.pt; without them "
+        "only the last epoch is tested (default: 0)")  # fmt: skip
+
+
+def _add_list_arguments(add: Any) -> None:
+    formats = "`path label` lines or iNaturalist's JSON"
+    add("--train-list", metavar="FILE", help=f"{formats}; relative to --data-dir")
+    add("--test-list", metavar="FILE", help="the same for testing")
+    add(
+        "--validation-list",
+        metavar="FILE",
+        help="the same for choosing best.pt; without it only the last epoch is tested",
+    )
+    add(
+        "--image-root",
+        metavar="DIR",
+        help="what the paths in the lists are relative to (default: --data-dir)",
+    )
+    add("--image-size", type=_count, metavar="N", help="pixels (default: 224)")
+    add("--color-jitter", type=_not_negative, metavar="X", help="strength, 0 for none")
+    add(
+        "--skip-corrupt",
+        action=argparse.BooleanOptionalAction,
+        help="leave images that cannot be read out, and count them, instead of stopping",
+    )
+    add("--workers", type=_count_or_none, metavar="N",
+        help="processes that read images (default: 4)")  # fmt: skip
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
+    add(
+        "--method",
+        choices=METHODS,
+        help="cross-entropy (default), weight balancing or learnable weight scaling",
+    )
     add("--preset", choices=tuple(PRESETS),
         help="paper (default): eta 100, inclusive, tail weight 1, BatchNorm statistics updated "
-        "once a step; released: 20, exclusive, 2, twice")  # fmt: skip
-    add("--eta", type=number(0), metavar="N", help="a tail class has at most N images")
-    add("--rho", type=number(0), metavar="R", help="radius of the perturbation")
-    add("--tail-weight", type=number(0, above=True), metavar="W",
+        "once a step; released (the authors' code): 20, exclusive, 2, twice")  # fmt: skip
+    add("--eta", type=_not_negative, metavar="N", help="a tail class has at most N images")
+    add("--inclusive", action=argparse.BooleanOptionalAction,
+        help="whether a class of exactly N images is tail")  # fmt: skip
+    add("--rho", type=_not_negative, metavar="R",
+        help="radius of the perturbation (default: 0.05)")  # fmt: skip
+    add("--tail-weight", type=_positive, metavar="W",
         help="factor on the loss of tail classes, for imbsam, sam and sgd-weighted")  # fmt: skip
-    add("--gamma", type=number(0), metavar="G", help="exponent of Focal-SAM")
-    add("--lam", type=number(0, 1), metavar="L", help="lambda of Focal-SAM")
+    add("--batch-norm", choices=BATCH_NORM_UPDATES,
+        help="how often a step updates the running statistics")  # fmt: skip
+    add("--gamma", type=_not_negative, metavar="G", help="exponent of Focal-SAM (default: 1)")
+    add("--lam", type=number(0, 1), metavar="L", help="lambda of Focal-SAM (default: 0.8)")
     add("--plan", choices=PLANS, help="passes of SAM, ImbSAM and Focal-SAM (default: auto)")
+    add("--lagged", action=argparse.BooleanOptionalAction,
+        help="experimental: perturb along the previous step's tail gradient")  # fmt: skip
+
+
+def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("second stage of WB and LWS").add_argument
+    add("--stage1", metavar="RUN", help="start from the network of this run of --method ce")
+    add("--stage2-epochs", type=_count_or_none, metavar="N")
+    add("--stage2-lr", type=_not_negative, metavar="X")
+    add("--stage2-weight-decay", type=_not_negative, metavar="X")
+    add("--stage2-batch-size", type=_count_or_none, metavar="N")
+    add("--beta", type=number(0, 1), metavar="B",
+        help="of WB's class-balanced loss (default: 0.9999)")  # fmt: skip
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    count = number(1, kind=int)
     add("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     add("--norm", choices=NORMS, help="normalisation of the residual networks (default: batch)")
-    add("--epochs", type=count, metavar="N")
-    add("--warmup-epochs", type=number(0, kind=int), metavar="N", help="linear warm-up")
-    add("--batch-size", type=count, metavar="N")
-    add("--lr", type=number(0, above=True), metavar="X")
+    add("--epochs", type=_count, metavar="N")
+    add("--warmup-epochs", type=_count_or_none, metavar="N", help="linear (default: 0)")
+    add("--batch-size", type=_count, metavar="N", help="images a step, of all ranks together")
+    add("--lr", type=_positive, metavar="X", help="falls to 0 by a cosine")
     add("--momentum", type=number(0, 1), metavar="X")
-    add("--weight-decay", type=number(0), metavar="X")
+    add("--weight-decay", type=_not_negative, metavar="X")
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cpu")
+    add("--threads", type=_count, metavar="N", help="CPU threads of torch (default: 1)")
     add("--amp", choices=("off", "bf16", "fp16"), help="automatic mixed precision (default: off)")
     add("--channels-last", action=argparse.BooleanOptionalAction,
         help="memory format of images and weights (default: yes)")  # fmt: skip
-    add("--threads", type=count, metavar="N", help="CPU threads of torch (default: 1)")
-    add("--device", choices=("cpu", "cuda"), help="default: cpu")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network")
+    add("--distributed", choices=KINDS, help="under torchrun: data parallel, or sharded too")
+    add("--tensorboard", action=argparse.BooleanOptionalAction,
+        help="scalars of every epoch in each run's directory")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
+    """Make the runs: 0, or 130 where a signal ended them, each with its checkpoint."""
+    args = _with_file(args)
+    configs = configurations(args)
+    distributed, device = configs[0].distributed, configs[0].device
     try:
-        train_all(configurations(args, given), args.save, args.resume, Console())
-    except (DataError, RunDirectoryError, TrainingDivergedError, ValueError) as error:
+        with joined(distributed, device) as ranks:
+            console = Console(quiet=not ranks.writes)
+            train_all(configs, args.save, args.resume, console, ranks)
+    except InterruptedRun as interruption:
+        print(f"interrupted; '{interruption}' goes on with --resume")
+        return 130
+    except (DataError, RunDirectoryError, TrainingDivergedError, RanksError) as error:
         raise UsageError(str(error)) from error
     return 0
 
 
-def configurations(args: argparse.Namespace, given: dict[str, Any]) -> list[RunConfig]:
+def _with_file(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with those of --config under them, and the defaults under both."""
+    known = vars(args)
+    from_file = read_arguments(known["config"], args.parser) if "config" in known else {}
+    merged = {**_DEFAULTS, **from_file, **known}
+    for name in _NEEDED:
+        if name not in merged:
+            raise UsageError(f"--{name.replace('_', '-')} is missing, expected a directory")
+    return argparse.Namespace(**merged)
+
+
+def configurations(args: argparse.Namespace) -> list[RunConfig]:
     """One for each run, seeds in the outer order so that every optimizer has a first one early."""
-    defaults = DATASETS[args.recipe]
-    return [
-        resolve(defaults, {**given, "dataset": args.recipe, "optimizer": name, "seed": seed})
-        for seed in range(args.seed, args.seed + args.seeds)
-        for name in OPTIMIZERS
-        if name in args.optimizer
-    ]
+    given = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
+    dataset = DATASETS[args.recipe]
+    try:
+        return [
+            resolve(dataset, {**given, "dataset": args.recipe, "optimizer": name, "seed": seed})
+            for seed in range(args.seed, args.seed + args.seeds)
+            for name in OPTIMIZERS
+            if name in args.optimizer
+        ]
+    except ValueError as error:
+        raise UsageError(str(error)) from error

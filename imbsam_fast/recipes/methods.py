@@ -49,6 +49,7 @@ class StepOptions(NamedTuple):
 
     autocast: AbstractContextManager | None = None
     grad_scaler: torch.amp.GradScaler | None = None
+    lagged: bool = False
 
 
 PLAIN_OPTIONS = StepOptions()
@@ -114,6 +115,7 @@ def make_trainer(
         settings.batch_norm,
         autocast=options.autocast,
         grad_scaler=options.grad_scaler,
+        lagged=options.lagged,
     )
     return Trainer(optimizer, step)
 

@@ -28,12 +28,16 @@ def per_class_accuracy(predictions: Tensor, targets: Tensor, num_classes: int) -
     row, because its accuracy is not defined.
     """
     rows = torch.bincount(targets, minlength=num_classes)
-    if len(rows) != num_classes or not rows.all():
+    return shares(torch.bincount(targets[predictions == targets], minlength=num_classes), rows)
+
+
+def shares(right: Tensor, rows: Tensor) -> list[float]:
+    """right / rows in %, from counts (K,). Raises ValueError where a class has no row."""
+    if len(right) != len(rows) or not rows.all():
         raise ValueError(
             f"targets has {rows.tolist()} rows per class, expected at least one for each of "
-            f"{num_classes} classes"
+            f"{len(right)} classes"
         )
-    right = torch.bincount(targets[predictions == targets], minlength=num_classes)
     return (100 * right.double() / rows).tolist()
 
 

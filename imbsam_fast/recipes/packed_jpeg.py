@@ -9,41 +9,30 @@ from __future__ import annotations
 
 import itertools
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .image_data import (
-    CIFAR10_STATISTICS,
-    DataError,
-    LongTailImages,
-    MemoryImages,
-    class_counts,
-    first_of_each_class,
-)
+from .image_data import CIFAR10_STATISTICS, DataError, LongTailImages, MemoryImages, long_tailed
 
 TRAIN_FILE = "cifar10_train_if100.npz"
 TEST_FILE = "cifar10_test.npz"
 
 
-def load(directory: Path, counts: list[int] | None) -> LongTailImages:
-    """CIFAR10-LT from the archives in `directory`, reduced to counts[k] images of class k.
+def load(directory: Path, counts: Sequence[int], validation: int) -> LongTailImages:
+    """CIFAR10-LT from the archives in `directory`, with the first counts[k] images of class k.
 
-    Raises DataError for a file that is missing, damaged or smaller than `counts` asks for.
+    `validation` images of each class after those are set aside. Raises DataError for a file that
+    is missing, damaged or smaller than asked for.
     """
     pixels, targets, names = read(directory / TRAIN_FILE)
-    if counts is not None:
-        rows = first_of_each_class(targets, counts)
-        pixels, targets = pixels[rows], targets[rows]
     test_pixels, test_targets, _ = read(directory / TEST_FILE)
-    return LongTailImages(
-        MemoryImages(pixels, targets, CIFAR10_STATISTICS),
-        MemoryImages(test_pixels, test_targets, CIFAR10_STATISTICS),
-        class_counts(targets, len(names)),
-        names,
-    )
+    train = MemoryImages(pixels, targets, CIFAR10_STATISTICS)
+    test = MemoryImages(test_pixels, test_targets, CIFAR10_STATISTICS)
+    return long_tailed(train, test, counts, validation, names)
 
 
 def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:

@@ -29,7 +29,7 @@ class RunProgress:
         )
         self._task = self._bar.add_task(
             f"{config.label()}, seed {config.seed}",
-            total=config.epochs * training.steps_per_epoch,
+            total=training.epochs,
             state="",
         )
         self._shown = 0.0
@@ -46,15 +46,15 @@ class RunProgress:
         if now - self._shown < INTERVAL:
             return
         self._shown = now
-        done = training.epoch * training.steps_per_epoch + training.position
+        done = training.epoch + training.position / training.steps_per_epoch
         self._bar.update(self._task, completed=done, state=_state(training))
 
 
 def _state(training: ImageTraining) -> str:
     means = training.sums.means()
     head, tail = ("-" if means[part] is None else f"{means[part]:.3f}" for part in ("head", "tail"))
-    images = training.position * training.config.batch_size
+    images = training.position * training.stage.config.batch_size
     return (
-        f"epoch {training.epoch + 1}/{training.config.epochs}  head {head}  tail {tail}  "
+        f"epoch {training.epoch + 1}/{training.epochs}  head {head}  tail {tail}  "
         f"{images / max(training.sums.seconds, 1e-9):,.0f} images/s"
     )

@@ -1,0 +1,70 @@
+"""Settings from a YAML or TOML file, checked by the parser of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .arguments import UsageError
+
+# What a run's config.yaml holds beside settings.
+_NOT_OPTIONS = ("format", "label", "dataset")
+
+
+def read_arguments(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """What `parser` makes of the settings in `file`, whose keys are its options' names.
+
+    null is as if the key were not there. Raises UsageError for a file that cannot be read, a key
+    that is no option, by name, and a value that the option refuses.
+    """
+    values = {k: v for k, v in _read(file).items() if k not in _NOT_OPTIONS and v is not None}
+    options = {action.dest for action in parser._actions} - {"help", "config"}
+    for key in values:
+        if key not in options:
+            raise UsageError(
+                f"'{file}' has the unknown key {key!r}, expected one of "
+                f"{', '.join(sorted(options))}"
+            )
+    words = [word for key, value in values.items() for word in _words(key, value)]
+    parsed = vars(parser.parse_args(words))
+    return {key: parsed[key] for key in values}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text()
+        values = _parse_toml(text) if file.suffix == ".toml" else _parse_yaml(text)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config is '{file}', which cannot be read: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"--config is '{file}', expected a mapping of settings to values")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _parse_toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """A setting as it would stand on the command line."""
+    option = f"--{key.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option if value else option.replace("--", "--no-", 1)]
+    if isinstance(value, list):
+        return [option, *map(str, value)]
+    return [f"{option}={value}"]
