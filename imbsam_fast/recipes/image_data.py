@@ -6,7 +6,9 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +64,14 @@ def generator(*key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone: nothing to save, nothing to restore."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def decode(file: str | BinaryIO) -> Tensor:
+    """An image file as uint8 (3, H, W), RGB. Raises OSError or ValueError where it is damaged."""
+    from PIL import Image  # comes with torchvision, whose own decoders are deprecated
+
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def class_counts(targets: Tensor, num_classes: int) -> list[int]:

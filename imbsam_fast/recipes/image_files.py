@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .image_data import DataError, Images, Statistics, generator
+from .image_data import DataError, Images, Statistics, decode, generator
 from .image_lists import ImageList
 
 
@@ -91,24 +91,17 @@ class _Decoded(Dataset):
         self.train = _transform(options, augmented=True)
 
     def __getitem__(self, item: tuple[int, tuple[int, ...] | None]) -> Tensor | _Corrupt:
-        from torchvision.io import ImageReadMode, decode_image
-
         row, key = item
         path = self.paths[row]
         try:
-            pixels = decode_image(path, mode=ImageReadMode.RGB)
-        except (RuntimeError, OSError) as error:
-            return _Corrupt(path, f"cannot be read as an image ({_reason(error)})")
+            pixels = decode(path)
+        except (OSError, ValueError) as error:
+            return _Corrupt(path, f"cannot be read as an image ({error})")
         if key is None:
             return self.test(pixels)
         with torch.random.fork_rng(devices=[]):  # the one that transforms draw from
             torch.set_rng_state(generator(*key).get_state())
             return self.train(pixels)
-
-
-def _reason(error: Exception) -> str:
-    """torchvision's message without the place in its own sources."""
-    return str(error).splitlines()[0].rpartition(".cpp:")[2].partition(", ")[2] or str(error)
 
 
 def _transform(options: FileOptions, augmented: bool) -> Any:

@@ -7,6 +7,7 @@ images of class k at IF = 100.
 
 from __future__ import annotations
 
+import io
 import itertools
 import zipfile
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .image_data import CIFAR10_STATISTICS, DataError, LongTailImages, MemoryImages, long_tailed
+from .image_data import (
+    CIFAR10_STATISTICS,
+    DataError,
+    LongTailImages,
+    MemoryImages,
+    decode,
+    long_tailed,
+)
 
 TRAIN_FILE = "cifar10_train_if100.npz"
 TEST_FILE = "cifar10_test.npz"
@@ -37,13 +45,11 @@ def load(directory: Path, counts: Sequence[int], validation: int) -> LongTailIma
 
 def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     """Pixels uint8 (n, 3, H, W), targets int64 (n,) and class names of one archive."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     if not path.exists():
         raise DataError(f"'{path}' does not exist, expected a packed JPEG archive; see --data-dir")
     try:
         with np.load(path) as archive:
-            jpeg, offsets = torch.from_numpy(archive["jpeg"]), archive["offsets"]
+            jpeg, offsets = archive["jpeg"], archive["offsets"]
             targets = torch.from_numpy(archive["labels"]).long()
             names = [str(name) for name in archive["class_names"]]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
@@ -54,9 +60,9 @@ def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     images = []
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         try:
-            images.append(decode_jpeg(jpeg[start:end], mode=ImageReadMode.RGB))
-        except RuntimeError as error:
+            images.append(decode(io.BytesIO(jpeg[start:end].tobytes())))
+        except (OSError, ValueError) as error:
             raise DataError(
-                f"image {i} of '{path}' is no JPEG file ({error}); copy the archive again"
+                f"image {i} of '{path}' is damaged ({error}); copy the archive again"
             ) from error
     return torch.stack(images), targets, names

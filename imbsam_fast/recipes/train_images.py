@@ -24,7 +24,6 @@ from .run_directory import RunDirectory, RunDirectoryError
 from .run_progress import RunProgress
 from .stop_signals import StopSignals
 
-
 # Settings that do not change what is computed, but for rounding.
 _MACHINE = ("data_dir", "image_root", "workers", "threads", "device", "tensorboard", "compile")
 
