@@ -6,6 +6,10 @@ import argparse
 import math
 from collections.abc import Callable
 
+import torch
+
+from .. import dispatch
+
 
 class UsageError(Exception):
     """Something that the user can put right; its text is the whole message."""
@@ -28,3 +32,13 @@ def number(
         return value
 
     return parse
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where torch has no such device or the forced backend does not run on it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device is 'cuda', expected 'cpu': torch finds no CUDA device here")
+    try:
+        dispatch.backend_name(device)
+    except (ValueError, RuntimeError) as error:  # IMBSAM_BACKEND
+        raise UsageError(str(error)) from error

@@ -18,6 +18,7 @@ SMALL, FULL = "small", "full"
 COMMON_DEFAULTS: dict[str, Any] = {
     "method": "ce",
     "images": FULL,
+    "largest_class": 500,
     "imbalance_factor": 100.0,
     "train_list": None,
     "test_list": None,
@@ -96,6 +97,7 @@ class RunConfig(MethodSettings):
     dataset: str
     data_dir: str
     images: str  # small or full
+    largest_class: int  # training images
     imbalance_factor: float
     train_list: str | None
     test_list: str | None

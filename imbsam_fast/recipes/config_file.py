@@ -9,18 +9,18 @@ from typing import Any
 
 from .arguments import UsageError
 
-# What a run's config.yaml holds beside settings.
-_NOT_OPTIONS = ("format", "label", "dataset")
-
 
 def read_arguments(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """What `parser` makes of the settings in `file`, whose keys are its options' names.
 
-    null is as if the key were not there. Raises UsageError for a file that cannot be read, a key
+    null is as if the key were not there, and of a run's own config.yaml, which has a `format`, the
+    settings of other data sets are left out. Raises UsageError for a file that cannot be read, a key
     that is no option, by name, and a value that the option refuses.
     """
-    values = {k: v for k, v in _read(file).items() if k not in _NOT_OPTIONS and v is not None}
+    values = {key: value for key, value in _read(file).items() if value is not None}
     options = {action.dest for action in parser._actions} - {"help", "config"}
+    if "format" in values:
+        values = {key: value for key, value in values.items() if key in options}
     for key in values:
         if key not in options:
             raise UsageError(

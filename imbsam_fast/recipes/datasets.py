@@ -53,8 +53,10 @@ def load(config: RunConfig) -> LongTailImages:
 
 def _cifar(config: RunConfig, num_classes: int) -> LongTailImages:
     directory = Path(config.data_dir)
-    largest = 500 if config.images == SMALL or num_classes == 100 else 5000
-    counts = long_tail_counts(largest, config.imbalance_factor, num_classes)
+    try:
+        counts = long_tail_counts(config.largest_class, config.imbalance_factor, num_classes)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     if num_classes == 10 and not (directory / cifar.folder(10)).exists():
         if (directory / packed_jpeg.TRAIN_FILE).exists():
             return packed_jpeg.load(directory, counts, config.validation)
@@ -97,7 +99,10 @@ DATASETS = {
         partial(_cifar, num_classes=10),
         CIFAR_DEFAULTS,
         # Ten times the images, ten times the borders of the groups; eta as in a first look.
-        variants={SMALL: {}, FULL: {"group_borders": (200, 1000), "eta": 400.0}},
+        variants={
+            SMALL: {},
+            FULL: {"largest_class": 5000, "group_borders": (200, 1000), "eta": 400.0},
+        },
     ),
     "cifar100-lt": Dataset(
         "CIFAR-100, made long-tailed", partial(_cifar, num_classes=100), CIFAR_DEFAULTS

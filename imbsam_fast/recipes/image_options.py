@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..train_step import BATCH_NORM_UPDATES, PLANS
-from .arguments import UsageError, number
+from .arguments import UsageError, check_device, number
 from .config import METHODS, OPTIMIZERS, Dataset, RunConfig, resolve
 from .config_file import read_arguments
 from .datasets import DATASETS
@@ -85,6 +85,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser, dataset: Dataset) -> No
         return
     if dataset.variants:
         add("--images", choices=tuple(dataset.variants), help="small: a tenth of the images")
+    add("--largest-class", type=_count, metavar="N",
+        help="training images of class 0; class k has N IF^(-k / (K - 1))")  # fmt: skip
     add("--imbalance-factor", type=number(1), metavar="IF",
         help="images of the largest class over those of the smallest (default: 100)")  # fmt: skip
     add("--validation", type=_count_or_none, metavar="N",
@@ -184,6 +186,7 @@ def main(args: argparse.Namespace) -> int:
     args = _with_file(args)
     configs = configurations(args)
     distributed, device = configs[0].distributed, configs[0].device
+    check_device(device)
     try:
         with joined(distributed, device) as ranks:
             console = Console(quiet=not ranks.writes)

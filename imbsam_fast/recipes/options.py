@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .. import dispatch
 from ..train_step import PLANS
 from . import image_options
-from .arguments import UsageError, number
+from .arguments import UsageError, check_device, number
 from .digits import ETA, MAX_PER_CLASS, NUM_CLASSES, TEST_PER_CLASS
 from .models import NORMS
 from .presets import PRESETS
@@ -114,12 +113,7 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device is 'cuda', expected 'cpu': torch finds no CUDA device here")
-    try:
-        dispatch.backend_name(args.device)
-    except (ValueError, RuntimeError) as error:  # IMBSAM_BACKEND
-        raise UsageError(str(error)) from error
+    check_device(args.device)
     preset = PRESETS[args.preset]
     return Settings(
         optimizers=tuple(o for o in OPTIMIZERS if o in args.optimizer),
