@@ -147,8 +147,13 @@ class RunConfig(MethodSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """What `to_dict` returned. Raises KeyError for a setting that is missing."""
-        settings = {setting.name: values[setting.name] for setting in fields(cls)}
+        """What `to_dict` returned; a setting that was added since has its default.
+
+        Raises KeyError for a setting that is missing and has none.
+        """
+        defaults = {**COMMON_DEFAULTS, **METHOD_DEFAULTS[values["method"]]}
+        known = {**defaults, **values}
+        settings = {setting.name: known[setting.name] for setting in fields(cls)}
         settings["group_borders"] = tuple(settings["group_borders"])
         return cls(**settings)
 
@@ -198,5 +203,5 @@ def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
     values["tail_weight"] = default_tail_weight(given["optimizer"], preset.name)
     values.update(dataset.defaults)
     values.update(dataset.variants.get(given.get("images", values["images"]), {}))
-    values.update(METHOD_DEFAULTS[given.get("method", "ce")])
+    values.update(METHOD_DEFAULTS[given.get("method", values["method"])])
     return RunConfig.from_dict({**values, **given})

@@ -13,9 +13,9 @@ from .arguments import UsageError
 def read_arguments(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """What `parser` makes of the settings in `file`, whose keys are its options' names.
 
-    null is as if the key were not there, and of a run's own config.yaml, which has a `format`, the
-    settings of other data sets are left out. Raises UsageError for a file that cannot be read, a key
-    that is no option, by name, and a value that the option refuses.
+    null is as if the key were not there, and of a run's own config.yaml, which has a `format`,
+    the settings of other data sets are left out. Raises UsageError for a file that cannot be
+    read, a key that is no option, by name, and a value that the option refuses.
     """
     values = {key: value for key, value in _read(file).items() if value is not None}
     options = {action.dest for action in parser._actions} - {"help", "config"}

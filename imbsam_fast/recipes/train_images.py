@@ -80,8 +80,9 @@ def _directory(config: RunConfig, save: Path, resume: bool, ranks: Ranks) -> Run
 
 def _check_same(directory: RunDirectory, config: RunConfig) -> None:
     """A run can only go on as what it was begun as, though elsewhere."""
+    begun_with = RunConfig.from_dict(directory.config).to_dict()
     for name, value in config.to_dict().items():
-        begun = directory.config.get(name)
+        begun = begun_with[name]
         if name not in _MACHINE and begun != value:
             raise RunDirectoryError(
                 f"'{directory.path}' was begun with {name} = {begun!r}, expected the same with "
