@@ -1,0 +1,140 @@
+"""The accuracies of compared runs as tables: their content, and how a terminal shows it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .compare import CHECKPOINTS, VIEWS, Comparison, Group, Section, Value, differences
+from .metrics import COLUMNS
+from .paper_results import SETTING, PaperResult, paper_result
+
+NOTES = {
+    "last": "after the last epoch",
+    "best": "of the epoch that was best on the validation set",
+}
+MEANING = (
+    "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds. "
+    "flip: the logits of an image and of its mirror image are averaged."
+)
+MAX_COLUMNS = 6  # groups beside each other in a terminal's table of settings
+
+
+class AccuracyRow(NamedTuple):
+    """A group's test accuracies in %, by view and then by COLUMNS, and the paper's."""
+
+    group: Group
+    views: dict[str, dict[str, Value | None]]
+    paper: PaperResult | None
+
+
+def accuracy_rows(section: Section, checkpoint: str) -> list[AccuracyRow]:
+    """One row a group that has such a checkpoint, one of CHECKPOINTS."""
+    papers = _paper_results(section)
+    rows = []
+    for group in section.groups:
+        views = {view: table for view in VIEWS if (table := group.accuracy(checkpoint, view))}
+        if views:
+            rows.append(AccuracyRow(group, views, papers.get(group.label)))
+    return rows
+
+
+def _paper_results(section: Section) -> dict[str, PaperResult]:
+    """Label -> the paper's row, given to the group whose rho and eta are nearest to the paper's."""
+    found: dict[PaperResult, tuple[int, str]] = {}
+    for group in section.finished:
+        config = group.config
+        result = paper_result(
+            section.dataset,
+            section.imbalance_factor,
+            str(config.get("method")),
+            str(config.get("optimizer")),
+            config.get("tail_weight") or 1,
+        )
+        if result is None:
+            continue
+        distance = (config.get("rho") != 0.05) + (config.get("eta") != 100)
+        if result not in found or distance < found[result][0]:
+            found[result] = (distance, group.label)
+    return {label: result for result, (_, label) in found.items()}
+
+
+def titles(borders: tuple[int, int]) -> dict[str, str]:
+    """Two lines for each of COLUMNS: its name and the training images of its classes."""
+    low, high = borders
+    images = {"many": f"> {high}", "medium": f"{low} - {high}", "few": f"< {low}", "all": "classes"}
+    return {column: f"{column.capitalize()}\n{images[column]}" for column in COLUMNS}
+
+
+def text(value: Value | None) -> str:
+    """51.1 ±0.3, 51.1 for a single seed, - where there is nothing."""
+    if value is None:
+        return "-"
+    mean, std = value
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ±{std:.1f}"
+
+
+def paper_text(result: PaperResult, column: str) -> str:
+    accuracy = getattr(result, column)
+    return "-" if accuracy is None else f"{accuracy:.1f}"
+
+
+# ---------------------------------------------------------------- terminal
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Everything that fits a terminal; pictures are in the page."""
+    for section in comparison.sections:
+        console.print(f"\n[bold]{escape(section.title)}[/bold]")
+        for checkpoint in CHECKPOINTS:
+            if rows := accuracy_rows(section, checkpoint):
+                title = f"Test accuracy in % {NOTES[checkpoint]}"
+                console.print(_accuracy_table(rows, titles(section.borders), title))
+        if section.finished:
+            console.print(MEANING, style="dim")
+        if any(row.paper for row in accuracy_rows(section, "last")):
+            console.print(f"paper: its Tables 1 to 3; {SETTING}.", style="dim")
+        _print_differences(console, section)
+    for fault in comparison.faults:
+        console.print(f"[yellow]{escape(str(fault.path))}[/yellow]: {escape(fault.what)}")
+
+
+def _plain_table(title: str | None = None) -> Table:
+    return Table(title=title, box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+
+
+def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: str) -> Table:
+    table = _plain_table(title)
+    table.add_column("")
+    table.add_column("")
+    for column in COLUMNS:
+        table.add_column(headings[column], justify="right", no_wrap=True)
+    table.add_column("seeds", justify="right")
+    for row in rows:
+        label = escape(row.group.label)
+        for view, accuracies in row.views.items():
+            cells = [text(accuracies[column]) for column in COLUMNS]
+            table.add_row(label, view, *cells, str(len(row.group.finished)))
+            label = ""
+        if row.paper is not None:
+            cells = [paper_text(row.paper, column) for column in COLUMNS]
+            table.add_row("", "paper", *cells, "", style="dim")
+    return table
+
+
+def _print_differences(console: Console, section: Section) -> None:
+    differing = differences(section.groups)
+    if not differing:
+        return
+    for start in range(0, len(section.groups), MAX_COLUMNS):
+        table = _plain_table("Settings that differ" if start == 0 else None)
+        table.add_column("")
+        for group in section.groups[start : start + MAX_COLUMNS]:
+            table.add_column(escape(group.label), overflow="fold")
+        for key, texts in differing.items():
+            table.add_row(key, *map(escape, texts[start : start + MAX_COLUMNS]))
+        console.print(table)
