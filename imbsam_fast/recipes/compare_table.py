@@ -21,7 +21,6 @@ MEANING = (
     "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds. "
     "flip: the logits of an image and of its mirror image are averaged."
 )
-MAX_COLUMNS = 6  # groups beside each other in a terminal's table of settings
 
 
 class AccuracyRow(NamedTuple):
@@ -78,8 +77,9 @@ def text(value: Value | None) -> str:
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ±{std:.1f}"
 
 
-def paper_text(result: PaperResult, column: str) -> str:
-    accuracy = getattr(result, column)
+def paper_text(result: PaperResult | None, column: str) -> str:
+    """As `text`, for one of COLUMNS of the paper's row; None where it has none."""
+    accuracy = getattr(result, column, None)
     return "-" if accuracy is None else f"{accuracy:.1f}"
 
 
@@ -104,7 +104,9 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 
 
 def _plain_table(title: str | None = None) -> Table:
-    return Table(title=title, box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+    return Table(
+        title=title, box=SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left"
+    )
 
 
 def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: str) -> Table:
@@ -115,14 +117,16 @@ def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: st
         table.add_column(headings[column], justify="right", no_wrap=True)
     table.add_column("seeds", justify="right")
     for row in rows:
-        label = escape(row.group.label)
-        for view, accuracies in row.views.items():
-            cells = [text(accuracies[column]) for column in COLUMNS]
-            table.add_row(label, view, *cells, str(len(row.group.finished)))
-            label = ""
+        lines = [
+            [text(accuracies[column]) for column in COLUMNS] for accuracies in row.views.values()
+        ]
+        names = list(row.views)
         if row.paper is not None:
-            cells = [paper_text(row.paper, column) for column in COLUMNS]
-            table.add_row("", "paper", *cells, "", style="dim")
+            lines.append([f"[dim]{paper_text(row.paper, column)}[/dim]" for column in COLUMNS])
+            names.append("[dim]paper[/dim]")
+        cells = ["\n".join(cell) for cell in zip(*lines)]
+        seeds = str(len(row.group.finished))
+        table.add_row(escape(row.group.label), "\n".join(names), *cells, seeds)
     return table
 
 
@@ -130,11 +134,9 @@ def _print_differences(console: Console, section: Section) -> None:
     differing = differences(section.groups)
     if not differing:
         return
-    for start in range(0, len(section.groups), MAX_COLUMNS):
-        table = _plain_table("Settings that differ" if start == 0 else None)
-        table.add_column("")
-        for group in section.groups[start : start + MAX_COLUMNS]:
-            table.add_column(escape(group.label), overflow="fold")
-        for key, texts in differing.items():
-            table.add_row(key, *map(escape, texts[start : start + MAX_COLUMNS]))
-        console.print(table)
+    table = _plain_table("Settings that differ")
+    for heading in ("", *differing):
+        table.add_column(heading, overflow="fold")
+    for label, *texts in zip([g.label for g in section.groups], *differing.values()):
+        table.add_row(*map(escape, (label, *texts)))
+    console.print(table)
