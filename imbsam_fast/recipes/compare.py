@@ -17,6 +17,11 @@ PLACE_KEYS = frozenset({"format", "seed", "data_dir", "device", "workers", "thre
 # What makes a data set: runs that differ in one of these are not compared.
 DATA_KEYS = ("dataset", "images", "imbalance_factor", "group_borders")
 ANALYSES = "analyses"  # the folder of a run directory in which `imbsam-fast analyze` writes
+# What is read of an analysis, by its kind.
+ANALYSIS_KEYS = {
+    "hessian": ("classes", "lambda_max", "trace", "density", "about"),
+    "landscape": ("groups", "line", "plane", "about"),
+}
 CHECKPOINTS = ("last", "best")
 VIEWS = ("plain", "flip")
 
@@ -216,8 +221,12 @@ def _read_analyses(directory: Path, faults: list[Fault]) -> dict[str, dict[str, 
     analyses = {}
     for file in sorted(directory.glob("*.json")):
         try:
-            analyses[file.stem] = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+            content = json.loads(file.read_text())
+            missing = [key for key in ANALYSIS_KEYS[content["analysis"]] if key not in content]
+            if missing:
+                raise ValueError(f"no {missing[0]} in it")
+            analyses[file.stem] = content
+        except (OSError, ValueError, TypeError, KeyError) as error:
             faults.append(Fault(file, f"left out: damaged ({error})"))
     return analyses
 

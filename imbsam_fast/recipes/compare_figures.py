@@ -32,16 +32,20 @@ class Style(NamedTuple):
     marker: str
 
 
-def styles(groups: Sequence[Group]) -> dict[str, Style]:
-    """By label."""
+def styles_of(labels: Sequence[str]) -> dict[str, Style]:
+    """By label, in order."""
     return {
-        group.label: Style(
+        label: Style(
             PALETTE[i % len(PALETTE)],
             DASHES[i // len(PALETTE) % len(DASHES)],
             MARKERS[i % len(MARKERS)],
         )
-        for i, group in enumerate(groups)
+        for i, label in enumerate(labels)
     }
+
+
+def styles(groups: Sequence[Group]) -> dict[str, Style]:
+    return styles_of([group.label for group in groups])
 
 
 def new_figure(width: float, height: float) -> Figure:

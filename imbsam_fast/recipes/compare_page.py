@@ -18,9 +18,10 @@ from .compare_figures import (
     groups_figure,
     styles,
 )
-from .compare_table import MEANING, NOTES, AccuracyRow, accuracy_rows, paper_text, text, titles
+from .compare_table import MEANING, NOTES, AccuracyRow, accuracy_rows, paper_text, titles
 from .metrics import COLUMNS
 from .paper_results import SETTING
+from .report import accuracy_cell
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +93,7 @@ def _tables(section: Section) -> Iterator[dict[str, Any]]:
 
 def _cells(row: AccuracyRow, has_paper: bool) -> list[dict[str, Any]]:
     """By view and then by column, the paper's last."""
-    own = [text(row.views[view][column]) for view in VIEWS for column in COLUMNS]
+    own = [accuracy_cell(row.views[view][column]) for view in VIEWS for column in COLUMNS]
     papers = [paper_text(row.paper, column) for column in COLUMNS] if has_paper else []
     return [{"text": cell, "paper": False} for cell in own] + [
         {"text": cell, "paper": True} for cell in papers

@@ -12,6 +12,7 @@ from rich.table import Table
 from .compare import CHECKPOINTS, VIEWS, Comparison, Group, Section, Value, differences
 from .metrics import COLUMNS
 from .paper_results import SETTING, PaperResult, paper_result
+from .report import accuracy_cell
 
 NOTES = {
     "last": "after the last epoch",
@@ -69,16 +70,8 @@ def titles(borders: tuple[int, int]) -> dict[str, str]:
     return {column: f"{column.capitalize()}\n{images[column]}" for column in COLUMNS}
 
 
-def text(value: Value | None) -> str:
-    """51.1 ±0.3, 51.1 for a single seed, - where there is nothing."""
-    if value is None:
-        return "-"
-    mean, std = value
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ±{std:.1f}"
-
-
 def paper_text(result: PaperResult | None, column: str) -> str:
-    """As `text`, for one of COLUMNS of the paper's row; None where it has none."""
+    """As `accuracy_cell`, for one of COLUMNS of the paper's row; None where it has none."""
     accuracy = getattr(result, column, None)
     return "-" if accuracy is None else f"{accuracy:.1f}"
 
@@ -117,9 +110,8 @@ def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: st
         table.add_column(headings[column], justify="right", no_wrap=True)
     table.add_column("seeds", justify="right")
     for row in rows:
-        lines = [
-            [text(accuracies[column]) for column in COLUMNS] for accuracies in row.views.values()
-        ]
+        views = row.views.values()
+        lines = [[accuracy_cell(accuracies[c]) for c in COLUMNS] for accuracies in views]
         names = list(row.views)
         if row.paper is not None:
             lines.append([f"[dim]{paper_text(row.paper, column)}[/dim]" for column in COLUMNS])
