@@ -57,7 +57,7 @@ def spectrum_figure(analyses: Mapping[str, dict[str, Any]], looks: Mapping[str, 
 
 def _sharpness(analysis: dict[str, Any]) -> str:
     top, trace = analysis["lambda_max"], analysis["trace"]
-    error = f" ± {trace['error']:.2g}" if trace["error"] is not None else ""
+    error = f" ± {trace['error']:.3g}" if trace["error"] is not None else ""
     return f"λmax = {top['value']:.4g}\nTr(H) = {trace['value']:.4g}{error}"
 
 
@@ -80,7 +80,7 @@ def lines_figure(analyses: Mapping[str, dict[str, Any]], looks: Mapping[str, Sty
     parts = list(next(iter(analyses.values()))["groups"])
     figure = new_figure(10, 3.4 + 0.2 * (len(analyses) // 3))
     lines: dict[str, Any] = {}
-    for axes, part in zip(figure.subplots(1, len(parts)), parts):
+    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts):
         for label, analysis in analyses.items():
             steps, losses = analysis["line"]["steps"], _numbers(analysis["line"][part])
             look = looks[label]
@@ -89,6 +89,7 @@ def lines_figure(analyses: Mapping[str, dict[str, Any]], looks: Mapping[str, Sty
             )
         axes.set_title(f"{part.capitalize()} classes", loc="left", fontsize="medium")
         axes.set(xlabel="step along a random direction, in filter norms", ylabel="loss (nats)")
+        axes.set_yscale("log")  # it spans orders of magnitude
         plain_axes(axes)
     if len(lines) > 1:
         figure.legend(
@@ -106,16 +107,19 @@ def planes_figure(analyses: Mapping[str, dict[str, Any]]) -> Figure:
 
     Levels are shared in a row, so that equal colours mean equal losses.
     """
+    from matplotlib.colors import LogNorm
+
     parts = list(next(iter(analyses.values()))["groups"])
     figure = new_figure(max(3.4 * len(analyses), 6.4), 3.2 * len(parts))
     rows = figure.subplots(len(parts), len(analyses), sharex=True, sharey=True, squeeze=False)
     for row, part in zip(rows, parts):
         levels = _levels([_grid(analysis, part) for analysis in analyses.values()])
+        colours = {"cmap": "cividis", "norm": LogNorm(levels[0], levels[-1]), "extend": "min"}
         drawn = []
         for axes, (label, analysis) in zip(row, analyses.items()):
             steps = analysis["plane"]["steps"]
             losses = _grid(analysis, part)
-            drawn.append(axes.contourf(steps, steps, losses, levels, cmap="cividis", extend="both"))
+            drawn.append(axes.contourf(steps, steps, losses, levels, **colours))
             axes.plot(0, 0, "+", color="white", markersize=9)
             axes.set_aspect("equal")
             axes.set_title(f"{label}\n{part} classes", loc="left", fontsize="medium")
@@ -139,5 +143,5 @@ def _levels(grids: Sequence[list[list[float]]]) -> list[float]:
     values = [x for grid in grids for row in grid for x in row if math.isfinite(x)]
     low, high = min(values, default=0.0), max(values, default=1.0)
     low = max(low, 1e-4 * high, 1e-12)
-    high = max(high, 1.001 * low)
+    high = max(high, low) * 1.001  # the largest loss is inside, and there is a range
     return [low * (high / low) ** (i / LEVELS) for i in range(LEVELS + 1)]

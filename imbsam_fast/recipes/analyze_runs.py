@@ -244,7 +244,7 @@ def print_analysis(console: Console, file: Path) -> None:
     result = json.loads(file.read_text())
     if result["analysis"] == HESSIAN:
         top, trace = result["lambda_max"], result["trace"]
-        error = f" ± {trace['error']:.2g}" if trace["error"] is not None else ""
+        error = f" ± {trace['error']:.3g}" if trace["error"] is not None else ""
         found = (
             f"{result['classes']}: lambda_max {top['value']:.4g} (error at most {top['error']:.1g}"
             f"{'' if top['converged'] else ', not converged: more --lanczos-steps'}), trace "
