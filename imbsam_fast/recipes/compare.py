@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,9 @@ from .run_directory import CONFIG_FILE, RunDirectory, RunDirectoryError
 
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
 # how it is shown, not what is computed.
-PLACE_KEYS = frozenset({"format", "seed", "data_dir", "device", "workers", "threads"})
+PLACE_KEYS = frozenset(
+    {"format", "seed", "data_dir", "image_root", "device", "workers", "threads", "tensorboard"}
+)
 # What makes a data set: runs that differ in one of these are not compared.
 DATA_KEYS = ("dataset", "images", "imbalance_factor", "group_borders")
 ANALYSES = "analyses"  # the folder of a run directory in which `imbsam-fast analyze` writes
@@ -257,6 +260,8 @@ def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:
     groups: dict[str, Group] = {}
     for run in runs:
         config = {k: v for k, v in run.config.items() if k not in PLACE_KEYS}
+        if config.get("stage1"):  # another run's directory, whose name ends in its seed
+            config["stage1"] = re.sub(r"seed\d+$", "seed", str(Path(config["stage1"])))
         key = json.dumps(config, sort_keys=True, default=str)
         group = groups.setdefault(key, Group(_label(config), config, []))
         seed = run.config.get("seed")

@@ -210,7 +210,8 @@ def _svg(figure: Figure, name: str, caption: str) -> Picture:
     import matplotlib
 
     file = io.StringIO()
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata=no_metadata)
     svg = file.getvalue()
     return Picture(svg[svg.index("<svg") :], caption)
