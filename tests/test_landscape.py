@@ -135,7 +135,7 @@ def test_the_landscape_of_a_quadratic_loss():
     assert grid[2, 2] == 0 and len(ticks) == 25
 
 
-def test_moved_is_the_model_itself_bit_for_bit_at_zero_and_changes_nothing():
+def test_moved_is_the_model_itself_at_zero_and_changes_nothing():
     model = network(dtype=torch.float32)
     before = [p.clone() for p in model.parameters()]
     still = moved(model, [direction(model), direction(model, 1)], [0.0, 0.0])

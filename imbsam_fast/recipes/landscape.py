@@ -74,13 +74,12 @@ def group_losses(
 def moved(
     model: nn.Module, directions: Sequence[Direction], steps: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The weights theta + sum of steps_i directions_i; theta itself, bit for bit, at zero."""
+    """The weights theta + sum of steps_i directions_i; theta itself at zero."""
     weights = {}
     for name, weight in model.named_parameters():
         value = weight.detach()
         for direction, step in zip(directions, steps, strict=True):
-            if step != 0:
-                value = value + step * direction[name]
+            value = value + step * direction[name]
         weights[name] = value
     return weights
 
