@@ -319,6 +319,29 @@ def test_one_out_for_several_runs_is_refused(runs, tmp_path, capsys):
     assert "expected with one run only" in capsys.readouterr().err
 
 
+def test_the_second_stage_of_lws_is_analysed_as_it_was_trained(tmp_path):
+    """Its scales are weights like others: 4 more than those of the network."""
+    with tiny_data_set():
+        settings = {"method": "lws", "epochs": 1, "stage2_epochs": 1, "stage2_batch_size": 64}
+        run = train(tmp_path, "sgd", **settings)
+        assert cli.main(["analyze", str(run.path), "--only", "hessian", *SMALL_OPTIONS]) == 0
+    found = json.loads((run.path / "analyses" / "hessian-few.json").read_text())
+    network = make_model("resnet8", len(COUNTS), "batch", seed=0)
+    assert found["parameters"] == sum(p.numel() for p in network.parameters()) + len(COUNTS)
+    assert found["epoch"] == 2
+
+
+def test_a_run_of_an_unknown_data_set_or_with_settings_missing_is_refused(tmp_path, capsys):
+    with tiny_data_set():
+        run = train(tmp_path, "sgd", epochs=1)
+    assert cli.main(["analyze", str(run.path)]) == 2
+    assert "is 'tiny', expected one of cifar10-lt" in capsys.readouterr().err
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("momentum: 0.9\n", ""))
+    assert cli.main(["analyze", str(run.path)]) == 2
+    assert "lacks or spoils 'momentum'" in capsys.readouterr().err
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     with tiny_data_set():
         run = train(tmp_path, "sgd", epochs=1)

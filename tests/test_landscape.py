@@ -39,7 +39,7 @@ def test_every_filter_of_a_direction_is_as_long_as_the_models_own():
     found = direction(model)
     for name, weight in model.named_parameters():
         assert found[name].shape == weight.shape
-        for own, drawn in zip(weight, found[name]):
+        for own, drawn in zip(weight.detach(), found[name]):
             expected = float(own.norm()) if weight.ndim > 1 else 0.0
             assert float(drawn.norm()) == pytest.approx(expected, rel=1e-12)
 

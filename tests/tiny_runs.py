@@ -13,7 +13,8 @@ import torch
 from imbsam_fast.recipes import datasets
 from imbsam_fast.recipes.config import Dataset, RunConfig, resolve
 from imbsam_fast.recipes.image_data import CIFAR10_STATISTICS, LongTailImages, MemoryImages
-from imbsam_fast.recipes.image_training import ImageTraining, run_to_the_end
+from imbsam_fast.recipes.image_run import run_to_the_end
+from imbsam_fast.recipes.image_training import ImageTraining
 from imbsam_fast.recipes.metrics import group_accuracies
 from imbsam_fast.recipes.run_directory import RunDirectory
 
@@ -32,7 +33,7 @@ def _images(counts: Sequence[int], seed: int) -> MemoryImages:
 
 def tiny_images(config: RunConfig | None = None) -> LongTailImages:
     test = _images([TEST_PER_CLASS] * len(COUNTS), seed=1)
-    return LongTailImages(_images(COUNTS, seed=0), test, COUNTS, None)
+    return LongTailImages(_images(COUNTS, seed=0), test, None, COUNTS, None)
 
 
 TINY = Dataset(

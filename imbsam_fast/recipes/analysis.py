@@ -134,9 +134,11 @@ def draw(images: Images, classes: Sequence[int], settings: AnalysisSettings, dev
         shuffle = generator(settings.seed, ROWS, *classes)
         rows = available[torch.randperm(len(available), generator=shuffle)[: settings.rows]]
     batches = [
-        (x.to(device), y.to(device)) for x, y in images.batches(rows.split(settings.batch_size))
+        (x.to(device), y.to(device))
+        for x, y in images.batches(rows.split(settings.batch_size))
+        if len(y)  # corrupt images may be left out
     ]
-    return Sample(list(classes), batches, len(rows), len(available))
+    return Sample(list(classes), batches, sum(len(y) for _, y in batches), len(available))
 
 
 # ---------------------------------------------------------------- analyses

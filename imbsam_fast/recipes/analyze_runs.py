@@ -30,9 +30,9 @@ from .analysis import (
 )
 from .compare_figures import styles_of
 from .config import RunConfig
-from .datasets import load
+from .datasets import DATASETS, load
 from .image_data import LongTailImages
-from .image_models import make_model
+from .image_run import load_model
 from .metrics import GROUPS
 from .run_directory import RunDirectory, RunDirectoryError
 
@@ -80,17 +80,22 @@ def open_run(directory: RunDirectory, request: Request) -> TrainedRun:
         raise RunDirectoryError(
             f"the configuration of '{directory.path}' lacks or spoils {error}"
         ) from error
-    state = directory.load_checkpoint(best=request.checkpoint == "best")
+    if config.dataset not in DATASETS:
+        raise RunDirectoryError(
+            f"dataset of '{directory.path}' is {config.dataset!r}, expected one of "
+            f"{', '.join(DATASETS)}"
+        )
+    best = request.checkpoint == "best"
+    epoch = directory.load_checkpoint(best)["epoch"]
     data = load(config)
-    model = make_model(config.model, len(data.counts), config.norm, config.seed)
     try:
-        model.load_state_dict(state["model"])
+        model = load_model(directory, len(data.counts), best)
     except (KeyError, RuntimeError) as error:
         raise RunDirectoryError(
             f"the weights in '{directory.path}' are not those of its configuration: {error}"
         ) from error
     tail = (config.split(data.counts).sharp > 0).nonzero().flatten().tolist()
-    return TrainedRun(config, model.to(request.device), data, tail, state["epoch"])
+    return TrainedRun(config, model.to(request.device), data, tail, epoch)
 
 
 def analyse(

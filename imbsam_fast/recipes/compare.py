@@ -18,7 +18,9 @@ PLACE_KEYS = frozenset(
     {"format", "seed", "data_dir", "image_root", "device", "workers", "threads", "tensorboard"}
 )
 # What makes a data set: runs that differ in one of these are not compared.
-DATA_KEYS = ("dataset", "images", "imbalance_factor", "group_borders")
+DATA_KEYS = (
+    *("dataset", "images", "largest_class", "imbalance_factor", "train_list", "group_borders"),
+)
 ANALYSES = "analyses"  # the folder of a run directory in which `imbsam-fast analyze` writes
 # What is read of an analysis, by its kind.
 ANALYSIS_KEYS = {
@@ -131,10 +133,12 @@ class Section:
 
     @property
     def title(self) -> str:
-        images = f"{sum(self.counts):,} training images" if self.counts else "unfinished"
-        factor = self.imbalance_factor
-        by_factor = f", imbalance factor {factor:g}" if factor else ""
-        return f"{self.dataset}{by_factor} ({images})"
+        if self.counts is None:
+            return f"{self.dataset} (no finished run)"
+        return (
+            f"{self.dataset}: {sum(self.counts):,} training images, {max(self.counts):,} to "
+            f"{min(self.counts):,} in each of {len(self.counts):,} classes"
+        )
 
     @property
     def finished(self) -> list[Group]:
