@@ -331,15 +331,22 @@ def test_the_second_stage_of_lws_is_analysed_as_it_was_trained(tmp_path):
     assert found["epoch"] == 2
 
 
-def test_a_run_of_an_unknown_data_set_or_with_settings_missing_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("setting", "instead", "message"),
+    [
+        ("dataset: tiny", "dataset: other", "is 'other', expected one of cifar10-lt"),
+        ("momentum: 0.9", "", "lacks or spoils 'momentum'"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(tmp_path, capsys, setting, instead, message):
     with tiny_data_set():
-        run = train(tmp_path, "sgd", epochs=1)
-    assert cli.main(["analyze", str(run.path)]) == 2
-    assert "is 'tiny', expected one of cifar10-lt" in capsys.readouterr().err
-    text = (run.path / "config.yaml").read_text()
-    (run.path / "config.yaml").write_text(text.replace("momentum: 0.9\n", ""))
-    assert cli.main(["analyze", str(run.path)]) == 2
-    assert "lacks or spoils 'momentum'" in capsys.readouterr().err
+        run = train(tmp_path, "sgd", epochs=1).path
+        config = (run / "config.yaml").read_text()
+        assert setting in config
+        (run / "config.yaml").write_text(config.replace(setting, instead))
+        assert cli.main(["analyze", str(run)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (run / "analyses").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
