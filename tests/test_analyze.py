@@ -335,7 +335,7 @@ def test_the_second_stage_of_lws_is_analysed_as_it_was_trained(tmp_path):
     ("setting", "instead", "message"),
     [
         ("dataset: tiny", "dataset: other", "is 'other', expected one of cifar10-lt"),
-        ("momentum: 0.9", "", "lacks or spoils 'momentum'"),
+        ("model: resnet8", "", "lacks or spoils 'model'"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(tmp_path, capsys, setting, instead, message):
