@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .metrics import GROUPS, group_of, mean_and_std
+from .metrics import BORDERS, GROUPS, group_of, mean_and_std
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = {"sgd": "#9aa5b1", "sgd_weighted": "#c9a227", "sam": "#3d7ea6", "imbsam": "#c8553d"}
@@ -37,7 +40,7 @@ def per_class_figure(results: dict[str, Any]) -> Figure:
             label=result["label"],
             zorder=2,
         )
-    _mark_groups(axes, counts)
+    mark_groups(axes, counts)
     tail = set(results["data"]["tail_classes"])
     axes.set_xticks(
         range(len(counts)),
@@ -67,15 +70,22 @@ def _over_seeds(per_class: list[list[float]]) -> tuple[list[float], list[float] 
     return [mean for mean, _ in pairs], std or None
 
 
-def _mark_groups(axes: Any, counts: list[int]) -> None:
-    """Name the Many, Medium and Few classes along the top and part them with a line."""
-    for group in GROUPS:
-        members = [k for k, n in enumerate(counts) if group_of(n) == group]
-        if not members:
-            continue
-        first, last = members[0], members[-1]
-        if first > 0:
-            axes.axvline(first - 0.5, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.text(
-            (first + last) / 2, 109, group.capitalize(), ha="center", va="top", color="#606060"
-        )
+def mark_groups(
+    axes: Axes, counts: Sequence[int], borders: tuple[int, int] = BORDERS, named: bool = True
+) -> None:
+    """Part the Many, Medium and Few classes of falling `counts` by lines; name them on top."""
+    members = [group_of(count, borders) for count in counts]
+    for k, (before, after) in enumerate(pairwise(members)):
+        if before != after:
+            axes.axvline(k + 0.5, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
+    for group in GROUPS if named else ():
+        places = [k for k, member in enumerate(members) if member == group]
+        if places:
+            axes.annotate(
+                group.capitalize(),
+                ((places[0] + places[-1]) / 2, 0.98),
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                color="#505050",
+            )
