@@ -19,14 +19,11 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("train a recipe with SGD, SAM and ImbSAM", "imbsam_fast.recipes.options"),
-<<<<<<< HEAD
     "anomaly": Command(
         "train anomaly detectors with SGD, SAM and ImbSAM", "imbsam_fast.recipes.anomaly.options"
-=======
     "report": Command("compare training runs", "imbsam_fast.recipes.report_options"),
     "analyze": Command(
         "sharpness and loss landscape of a trained run", "imbsam_fast.recipes.analyze_options"
->>>>>>> report
     ),
     "bench": Command("measure the operations and whole steps", "imbsam_fast.bench"),
     "info": Command("show versions, devices and which backend runs", "imbsam_fast.info"),
