@@ -21,6 +21,7 @@ COMMANDS = {
     "train": Command("train a recipe with SGD, SAM and ImbSAM", "imbsam_fast.recipes.options"),
     "anomaly": Command(
         "train anomaly detectors with SGD, SAM and ImbSAM", "imbsam_fast.recipes.anomaly.options"
+    ),
     "report": Command("compare training runs", "imbsam_fast.recipes.report_options"),
     "analyze": Command(
         "sharpness and loss landscape of a trained run", "imbsam_fast.recipes.analyze_options"
