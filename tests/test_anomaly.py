@@ -484,7 +484,9 @@ class Executed:
 
 
 @pytest.mark.parametrize(
-    "content", [b"no archive", {"format": 1}, {"format": 99}, [1], Executed()], ids=str
+    "content",
+    [b"no archive", {"format": 1}, {"format": 99}, [1], Executed()],
+    ids=["bytes", "format 1", "format 99", "list", "pickle"],
 )
 def test_other_files_are_refused_and_not_executed(content, tmp_path, capsys):
     path = tmp_path / "other.pt"
