@@ -61,16 +61,28 @@ class TailGradient:
             p.grad = None if g is None else g.clone()
 
     @torch.no_grad()
-    def seen(self) -> Seen | None:
-        """What `p.grad` holds after the perturbed pass; None where no rank had one."""
+    def seen(self, may_be_skipped: bool) -> Seen | None:
+        """What `p.grad` holds after the perturbed pass; None where no rank had one.
+
+        Takes the memory that `keep` needs after the update, where nothing may fail any more.
+        """
         gradients: Slots = [p.grad for p in self._params()]
         if self.group is not None:
             return self._averaged(gradients, self.group)
-        if all(g is None for g in gradients):
+        present = [g for g in gradients if g is not None]
+        if not present:
             return None
         if self.shared or updates.reason_not_fused(self.optimizer.base) is not None:
             gradients = [None if g is None else g.clone() for g in gradients]
-        return Seen(gradients, is_void=None)
+        if not may_be_skipped:
+            return Seen(gradients, is_void=None)
+        is_void = torch.zeros(1, dtype=torch.bool, device=present[0].device)
+        # A gradient that is missing is zero, if it turns out to be one of a step.
+        gradients = [
+            torch.zeros_like(k) if g is None and k is not None else g
+            for g, k in zip(gradients, self._kept())
+        ]
+        return Seen(gradients, is_void)
 
     def _averaged(self, gradients: Slots, group: dist.ProcessGroup) -> Seen:
         """The mean over the ranks, void where none of them had tail rows."""
@@ -88,9 +100,8 @@ class TailGradient:
     def keep(self, seen: Seen, found_inf: Tensor | None) -> None:
         """Take the gradients of a step that ended; found_inf says that it was skipped."""
         gradients, is_void = seen
-        if found_inf is not None:
-            skipped = found_inf.reshape(1) != 0
-            is_void = skipped if is_void is None else skipped | is_void.to(skipped.device)
+        if found_inf is not None and is_void is not None:
+            is_void.logical_or_(found_inf.reshape(1).to(is_void.device))
         # Asking the device is needed before the first gradient, and where the base might take a
         # state made here for its own.
         if is_void is not None and not (self.is_known() and self._base_is_sgd()):
@@ -122,9 +133,9 @@ class TailGradient:
 
 
 def _choose(is_void: Tensor, new: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    """`kept` where is_void says so, else `new`, whose memory it takes; a missing one is zero."""
+    """`kept` where is_void says so, else `new`, whose memory it takes."""
     if new is None:
-        return None if kept is None else torch.where(is_void.to(kept.device), kept, 0)
+        return None
     is_void = is_void.to(new.device)
     if kept is None:
         return new.masked_fill_(is_void, 0)

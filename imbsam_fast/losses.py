@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import ops
 from .reference import arithmetic_dtype
 from .split import ClassSplit
-from .validation import check_number, check_weights, check_whole_number
+from .validation import check_batch_size, check_number, check_weights, check_whole_number
 
 
 class SplitLoss(NamedTuple):
@@ -92,9 +92,7 @@ class SplitCrossEntropy(nn.Module):
     def forward(
         self, logits: Tensor, targets: Tensor, batch_size: float | None = None
     ) -> SplitLoss:
-        for name, tensor in (("logits", logits), ("targets", targets)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} is {type(tensor).__name__}, expected a tensor")
+        _check_tensors(logits=logits, targets=targets)
         if logits.dim() != 2:
             raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, K)")
         dtype = arithmetic_dtype(logits.dtype)
@@ -132,6 +130,8 @@ class _SplitPerSampleLoss(nn.Module):
     def forward(
         self, outputs: Tensor, targets: Tensor, batch_size: float | None = None
     ) -> SplitLoss:
+        _check_tensors(outputs=outputs, targets=targets)
+        check_batch_size("batch_size", batch_size)
         targets = targets.to(outputs.device, non_blocking=True)
         losses = self.per_sample_loss(outputs, targets)
         if not isinstance(losses, Tensor):
@@ -182,6 +182,12 @@ def split_loss(
     return _SplitPerSampleLoss(
         per_sample_loss, split, tail_weight, _checked_ignore_index(ignore_index)
     )
+
+
+def _check_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
 
 
 def _check_split(split: object) -> None:

@@ -50,11 +50,11 @@ class MasterWeights:
         ]
 
     def _of(self, p: Tensor) -> Tensor:
-        state = self.base.state[p]
-        if NAME not in state:
-            state[NAME] = p.detach().float()
+        if NAME not in self.base.state.get(p, ()):
+            made = p.detach().float()  # may fail, and must then leave no trace
+            self.base.state[p][NAME] = made
             self.new.append(p)
-        master = state[NAME]
+        master = self.base.state[p][NAME]
         if not torch.compiler.is_compiling() and self.versions.get(p) != p._version:
             master.copy_(torch.where(master.to(p.dtype) == p, master, p))
             self.versions[p] = p._version

@@ -24,6 +24,7 @@ from .arguments import (
     unobserved,
 )
 from .reference import CHUNK, arithmetic_dtype
+from .validation import check_batch_size
 
 _library = torch.library.Library("imbsam_fast", "DEF")
 _NAMESPACE = torch.ops.imbsam_fast
@@ -325,9 +326,7 @@ def _check_cross_entropy(
         raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}, expected 0 to 1")
-    fits = isinstance(batch_size, (int, float)) and 1 <= batch_size < math.inf
-    if batch_size is not None and not fits:
-        raise ValueError(f"{op}: batch_size is {batch_size!r}, expected a finite number >= 1")
+    check_batch_size(f"{op}: batch_size", batch_size)
 
 
 @_define(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, updates
+from . import grad_scaling, ops, updates
 from .arguments import DTYPES, check_dense, in_layout_of
 from .buckets import Bucket, Slots, buckets, params_of
 from .interrupts import uninterrupted
+from .loading import OWN_SETTINGS, Loading
 from .losses import SplitLoss, check_split_loss
 from .master_weights import MasterWeights
 from .two_backwards import backward, compiled_for_two_backwards
@@ -26,13 +27,9 @@ from .validation import (
     check_group,
     check_max_norm,
     check_memory,
-    check_ready,
     check_rho,
     check_state_dict,
 )
-
-# What a group carries besides the base's settings.
-_OWN = ("rho", "adaptive")
 
 
 class ImbSAM(torch.optim.Optimizer):
@@ -95,13 +92,7 @@ class ImbSAM(torch.optim.Optimizer):
         self.__setstate__({"base": base, "defaults": defaults, "master_weights": master_weights})
         params = self._params()
         self._check_params(params)
-        if not master_weights and any(p.dtype == torch.bfloat16 for p in params):
-            warnings.warn(
-                "bfloat16 parameters round away most of a perturbation of rho = 0.05: use "
-                "master_weights=True, or keep the weights in float32 and run the model under "
-                "torch.autocast",
-                stacklevel=2,
-            )
+        self._warn_of_rounding(params)
 
     # ------------------------------------------------------------ one step
 
@@ -122,6 +113,9 @@ class ImbSAM(torch.optim.Optimizer):
             if all(g is None for g in g_t):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
             self._fill_groups()  # the base may have new ones
+            for i, group in enumerate(self.param_groups):
+                check_rho(group["rho"], f"param_groups[{i}]['rho']")
+                check_bool(f"param_groups[{i}]['adaptive']", group["adaptive"])
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             masters = self._masters.of(g_t)
@@ -134,10 +128,11 @@ class ImbSAM(torch.optim.Optimizer):
             for bucket in buckets:
                 sums = _joined(partials, bucket.params[0].device)
                 # Sharpness is the worst loss nearby, which lies downhill for who climbs.
-                rho = -bucket.group["rho"] if bucket.group.get("maximize") else bucket.group["rho"]
+                rho = float(bucket.group["rho"])
                 ops.perturb_(
-                    bucket.params, bucket.pick(g_t), sums, rho, bucket.group["adaptive"],
-                    bucket.pick(masters),
+                    bucket.params, bucket.pick(g_t), sums,
+                    -rho if bucket.group.get("maximize") else rho,
+                    bucket.group["adaptive"], bucket.pick(masters),
                 )  # fmt: skip
                 for i in bucket.indices:  # without master weights, buffers hold the unperturbed
                     saved[i] = g_t[i] if masters[i] is None else masters[i]
@@ -307,6 +302,7 @@ class ImbSAM(torch.optim.Optimizer):
             del self.param_groups[-1]
             raise
         self._fill_groups()
+        self._warn_of_rounding(self.param_groups[-1]["params"])
 
     def state_dict(self) -> dict[str, Any]:
         self.require_idle("state_dict")
@@ -316,17 +312,9 @@ class ImbSAM(torch.optim.Optimizer):
         self.require_idle("load_state_dict")
         if not isinstance(state_dict, dict):
             check_state_dict(state_dict, self.base)
-        loaded: dict[str, Any] = {}  # as the hooks leave it
-
-        def look_at(_: torch.optim.Optimizer, given: dict[str, Any]) -> None:
-            check_state_dict(given, self.base)
-            loaded.update(given)
-
-        handles = [
-            self.register_load_state_dict_pre_hook(look_at),
-            self.register_load_state_dict_post_hook(
-                lambda _: self._masters.load(loaded), prepend=True
-            ),
+        handles = [  # around the user's own, whose changes count
+            self.register_load_state_dict_pre_hook(self._loading.before),
+            self.register_load_state_dict_post_hook(self._loading.after, prepend=True),
         ]
         try:
             super().load_state_dict(state_dict)
@@ -341,20 +329,18 @@ class ImbSAM(torch.optim.Optimizer):
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        shared = {k: v for k, v in state.items() if k in ("state", "param_groups")}
-        super().__setstate__({k: v for k, v in state.items() if k not in shared})
-        if shared:  # from load_state_dict; the base knows what its state needs
-            for group, loaded in zip(self.param_groups, shared["param_groups"]):
-                for name in _OWN:  # the base's own checkpoint has none
-                    loaded.setdefault(name, group[name])
-            self.base.__setstate__(shared)
+        if "base" not in state:  # from load_state_dict; the base knows what its state needs
+            self.base.__setstate__(state)
+            return
+        super().__setstate__(state)
         self._pending = _Pending()
         self._masters = MasterWeights(self.base, self.master_weights)
+        self._loading = Loading(self.base, self._masters)
         self._fill_groups()
 
     def _fill_groups(self) -> None:
         for group in self.param_groups:
-            for name in _OWN:
+            for name in OWN_SETTINGS:
                 group.setdefault(name, self.defaults[name])
 
     # ------------------------------------------------------------ internals
@@ -371,6 +357,15 @@ class ImbSAM(torch.optim.Optimizer):
                 )
             check_dense(f"parameter {i}", p)
         check_memory(self._params())
+
+    def _warn_of_rounding(self, params: Sequence[Tensor]) -> None:
+        if not self.master_weights and any(p.dtype == torch.bfloat16 for p in params):
+            warnings.warn(
+                "bfloat16 parameters round away most of a perturbation of rho = 0.05: use "
+                "master_weights=True, or keep the weights in float32 and run the model under "
+                "torch.autocast",
+                stacklevel=3,
+            )
 
     def require_idle(self, action: str) -> None:
         if self._pending.held is not None or self._pending.saved is not None:
@@ -407,10 +402,8 @@ class ImbSAM(torch.optim.Optimizer):
         max_norm: float | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """How many times too large the gradients are, clipping included, and found_inf."""
-        if grad_scaler is not None and not grad_scaler.is_enabled():
-            grad_scaler = None
-        if grad_scaler is not None:
-            check_ready(grad_scaler, id(self))
+        grad_scaler = grad_scaling.in_use(grad_scaler)
+        loss_scale = None if grad_scaler is None else grad_scaling.scale_of(grad_scaler, self)
         if grad_scaler is None and max_norm is None:
             return None, None
         buckets = self._buckets(g_h, g_p)
@@ -420,14 +413,12 @@ class ImbSAM(torch.optim.Optimizer):
         device = buckets[0].params[0].device
         scale, found_inf = torch.ones((), device=device), None
         if grad_scaler is not None:
-            scale = grad_scaler._get_scale_async().to(device)  # type: ignore[union-attr]
+            scale = loss_scale.to(device)  # type: ignore[union-attr]
             found_inf = _joined([found for _, found in checks], device).amax()
             if self._pending.partials:
                 overflowed = ~self.perturbation_is_finite()
                 found_inf = torch.maximum(found_inf, overflowed.float().to(device))
-            # What GradScaler.step would have left for GradScaler.update.
-            state = grad_scaler._per_optimizer_states[id(self)]
-            state["found_inf_per_device"] = {device: found_inf}
+            grad_scaling.leave_found_inf(grad_scaler, self, found_inf)
         if max_norm is not None:
             norm = _joined([partials for partials, _ in checks], device).sum().sqrt() / scale
             scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
@@ -460,5 +451,3 @@ def _check_base(base: object) -> None:
         raise TypeError(f"base is {type(base).__name__}, expected a plain torch optimizer")
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
-    if any(group.get("differentiable") for group in base.param_groups):
-        raise ValueError("base has differentiable=True, expected False")

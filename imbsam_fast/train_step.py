@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 from .cuda_graph import GraphedSteps
 from .data_parallel import average_, process_group
+from .grad_scaling import found_inf_of, in_use
+from .interrupts import uninterrupted
 from .lagged import TailGradient
 from .lean import LeanImbSAM, check_whole_gradient
 from .losses import SplitLoss, check_split_loss
@@ -132,6 +135,7 @@ class TrainStep:
             check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
         _check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
+        check_bool("lagged", lagged)
         check_grad_scaler(grad_scaler)
         check_max_norm(max_norm)
         _check_holds_some(optimizer, model)
@@ -313,22 +317,18 @@ class TrainStep:
         self.optimizer.second_step()
 
     def update(self) -> None:
-        seen = None if self.tail_gradient is None else self.tail_gradient.seen()
+        seen = None
+        if self.tail_gradient is not None:
+            seen = self.tail_gradient.seen(in_use(self.grad_scaler) is not None)
         if self.group is not None:
             self.optimizer.merge_held()
             average_(self.optimizer.gradients(), self.group)
-        self.optimizer.third_step(self.grad_scaler, self.max_norm)
-        if self.tail_gradient is not None and seen is not None:
-            self.tail_gradient.keep(seen, self._found_inf())
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
-
-    def _found_inf(self) -> Tensor | None:
-        """What third_step left for the gradient scaler."""
-        if self.grad_scaler is None:
-            return None
-        state = self.grad_scaler._per_optimizer_states[id(self.optimizer)]
-        return next(iter(state["found_inf_per_device"].values()), None)
+        with uninterrupted():  # an updated weight and what the next step needs belong together
+            self.optimizer.third_step(self.grad_scaler, self.max_norm)
+            if self.tail_gradient is not None and seen is not None:
+                self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
+            if self.grad_scaler is not None:
+                self.grad_scaler.update()
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
@@ -348,13 +348,17 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
     tracking = _tracking(model)
+    statistics = [(m, m.running_mean, m.running_var) for m in tracking]
     try:
         for m in tracking:
             m.track_running_stats = False
+            if isinstance(m, _InstanceNorm):  # which would update what it has all the same
+                m.running_mean = m.running_var = None
         yield
     finally:
-        for m in tracking:
+        for m, mean, var in statistics:
             m.track_running_stats = True
+            m.running_mean, m.running_var = mean, var
 
 
 @contextmanager

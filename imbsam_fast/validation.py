@@ -55,21 +55,6 @@ def check_weights(name: str, weights: object) -> Tensor:
 # ---------------------------------------------------------------- of ImbSAM and its calls
 
 
-def check_ready(grad_scaler: torch.amp.GradScaler, optimizer_id: int) -> None:
-    """Refuse a scaler that has scaled nothing, or has unscaled what third_step is to unscale."""
-    if grad_scaler._get_scale_async() is None:
-        raise RuntimeError(
-            "grad_scaler has scaled no loss yet, expected every loss of the step to go through "
-            "grad_scaler.scale"
-        )
-    stage = grad_scaler._per_optimizer_states[optimizer_id]["stage"]
-    if stage.name != "READY":
-        raise RuntimeError(
-            f"grad_scaler is {stage.name} for this optimizer, expected neither its unscale_ nor "
-            "its step to be called: third_step undoes the scale"
-        )
-
-
 def check_memory(params: Sequence[Tensor]) -> None:
     """Refuse parameters that share memory: one would be updated twice, the other never saved."""
     spans = sorted(
@@ -85,12 +70,12 @@ def check_memory(params: Sequence[Tensor]) -> None:
             )
 
 
-def check_rho(rho: object, name: str = "rho") -> None:
+def check_rho(rho: object, name: str = "rho") -> float:
     if isinstance(rho, torch.nn.Module):
         raise ValueError(
             f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model"
         )
-    check_number(name, rho, "a finite number >= 0", _is_not_negative)
+    return check_number(name, rho, "a finite number >= 0", _is_not_negative)
 
 
 def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:
@@ -99,6 +84,8 @@ def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -
         check_rho(group["rho"], f"{name}['rho']")
     if "adaptive" in group:
         check_bool(f"{name}['adaptive']", group["adaptive"])
+    if group.get("differentiable"):
+        raise ValueError(f"{name}['differentiable'] is True, expected False")
     if type(base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         return
     for i, beta in enumerate(group.get("betas", ())):
@@ -126,6 +113,12 @@ def check_state_dict(state_dict: object, base: torch.optim.Optimizer) -> None:
 
 def _is_not_negative(x: float) -> bool:
     return 0 <= x < math.inf
+
+
+def check_batch_size(name: str, batch_size: object) -> None:
+    fits = isinstance(batch_size, (int, float)) and 1 <= batch_size < math.inf
+    if batch_size is not None and not fits:
+        raise ValueError(f"{name} is {batch_size!r}, expected a finite number >= 1")
 
 
 def check_max_norm(max_norm: object) -> None:

@@ -18,7 +18,15 @@ from networks import COUNTS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, dispatch, ops
+from imbsam_fast import (
+    ClassSplit,
+    ImbSAM,
+    LeanImbSAM,
+    SplitCrossEntropy,
+    TrainStep,
+    dispatch,
+    ops,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,18 +84,23 @@ class Training:
         norm: str = "layer",
         warm: int = 1,
         classes: int = 10,
+        master_weights: bool = False,
+        kind: type[ImbSAM] = ImbSAM,
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
         norms = {"layer": nn.LayerNorm(3), "batch": nn.BatchNorm1d(3)}
         self.watch = Watch()
         first, last = nn.Linear(4, 3), nn.Linear(3, 10)
-        self.model = nn.Sequential(first, norms[norm], self.watch, last).double()
+        dtype = torch.bfloat16 if master_weights else torch.float64
+        self.model = nn.Sequential(first, norms[norm], self.watch, last).to(dtype)
+        self.inputs = X.to(dtype)
         groups = [
             {"params": list(first.parameters()), "lr": 0.1},
             {"params": [*self.model[1].parameters(), *last.parameters()], "lr": 0.05},
         ]
-        self.optimizer = ImbSAM(BASES[base](groups), rho=0.2)
+        more = {"master_weights": True} if master_weights else {}
+        self.optimizer = kind(BASES[base](groups), rho=0.2, **more)
         criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
         self.step = TrainStep(self.model, criterion, self.optimizer, plan, **options)
         self.targets = Y % classes
@@ -100,7 +113,7 @@ class Training:
         self.go_back()
 
     def take_step(self) -> None:
-        self.step(X, self.targets)
+        self.step(self.inputs, self.targets)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
         return copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
@@ -155,6 +168,10 @@ TRAININGS: list[dict[str, Any]] = [
     {"plan": "joint", "base": "Adam", "micro_batch_size": 5},
     {"plan": "split", "norm": "batch", "micro_batch_size": 3},
     {"plan": "joint", "norm": "batch", "batch_norm": "twice", "max_norm": 0.1, "warm": 0},
+    {"plan": "joint", "lagged": True},
+    {"plan": "split", "lagged": True, "max_norm": 0.1},
+    {"plan": "split", "master_weights": True, "warm": 0},
+    {"plan": "joint", "master_weights": True, "base": "Adam"},
 ]
 each_training = pytest.mark.parametrize("settings", TRAININGS, ids=str)
 
@@ -180,7 +197,7 @@ ERRORS: dict[type[BaseException], Callable[[], None]] = {
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_forward_and_every_backward(settings, error):
     training = Training(**settings)
-    assert len(training.passes) >= 5
+    assert len(training.passes) >= (4 if settings.get("lagged") else 5)
     for kind in ("forward", "backward"):
         for number in range(1, training.passes.count(kind) + 1):
             training.watch.arm(kind, number, ERRORS[error])
@@ -284,10 +301,43 @@ def test_out_of_memory_at_every_operator(backend, settings):
                 training.go_back()
 
 
+def test_out_of_memory_at_every_operator_of_a_lagged_step_under_a_grad_scaler():
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
+    training = Training("split", lagged=True, grad_scaler=scaler)
+    number = operators(training, counts=allocates)
+    for i in range(1, number + 1):
+        training.fails(torch.OutOfMemoryError, AtOperator(i, counts=allocates))
+    training.goes_on()
+
+
 @pytest.mark.parametrize("plan", ["joint", "split"])
-def test_ctrl_c_at_every_operator(plan):
+def test_out_of_memory_at_every_operator_leaves_the_weights_of_a_lean_optimizer(plan):
+    """Its momentum takes up gradients as they come; but for a first step it stays usable."""
+    training = Training(plan, kind=LeanImbSAM)
+    number = operators(training, counts=allocates)
+    for i in range(1, number + 1):
+        with pytest.raises(torch.OutOfMemoryError), AtOperator(i, counts=allocates):
+            training.take_step()
+        training.is_idle()
+        found = training.model.state_dict()
+        assert all(torch.equal(found[k], v) for k, v in training.start[0].items())
+        training.go_back()
+    training.goes_on()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"plan": "joint"},
+        {"plan": "split"},
+        {"plan": "joint", "lagged": True},
+        {"plan": "split", "master_weights": True},
+    ],
+    ids=str,
+)
+def test_ctrl_c_at_every_operator(settings):
     """The step is either not taken or taken, never half of it."""
-    training = Training(plan)
+    training = Training(**settings)
     taken = []
     for i in range(1, operators(training) + 1):
         with pytest.raises(KeyboardInterrupt), AtOperator(i, ERRORS[KeyboardInterrupt]):
@@ -325,6 +375,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_under_a_grad_scaler(settin
         assert training.is_at(training.start, statistics=False)
         assert all(b.isfinite().all() for b in training.model.buffers())
         training.model.load_state_dict(training.start[0])
+        if settings.get("lagged"):
+            scaler.update(4.0)  # the gradient that is kept stays scaled
         training.goes_on()  # to the same bits: scales are powers of two
 
 

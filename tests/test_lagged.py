@@ -132,6 +132,11 @@ def test_scaled_and_clipped_steps_are_the_plain_ones(plan):
     assert scaler.get_scale() == 1024 * 2**6
 
 
+def test_a_disabled_grad_scaler_changes_nothing():
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    assert distance(trained(grad_scaler=disabled), trained()) == 0
+
+
 @each_plan
 def test_another_base_keeps_the_tail_gradient_and_not_the_merged_one(plan):
     ends = []

@@ -381,12 +381,13 @@ each(
     "micro_batch_size is {}, expected an integer >= 1",
     lambda w, v: w.train_step(micro_batch_size=v),
 )
-each(
-    "TrainStep(cuda_graph)",
-    NO_BOOL,
-    "cuda_graph is {}, expected True or False",
-    lambda w, v: w.train_step(cuda_graph=v),
-)
+for name in ("cuda_graph", "lagged"):
+    each(
+        f"TrainStep({name})",
+        NO_BOOL,
+        f"{name} is {{}}, expected True or False",
+        lambda w, v, n=name: w.train_step(**{n: v}),
+    )
 refuse(
     "TrainStep(cuda_graph on the CPU)",
     r"param_groups\[0\]\['lr'\] is 0.1 and the parameters are on cpu",
@@ -538,6 +539,24 @@ each(
     NO_INDEX,
     "ignore_index is {}, expected an integer",
     lambda w, v: split_loss(per_sample, w.split, ignore_index=v),
+)
+each(
+    "split_loss(batch_size)",
+    {"0": 0, "-1": -1, "nan": NAN, "inf": INF, "text": "8", "list": [8]},
+    "batch_size is {}, expected a finite number >= 1",
+    lambda w, v: split_loss(per_sample, w.split)(LOGITS, Y, batch_size=v),
+)
+each(
+    "split_loss(outputs)",
+    {"None": None, "list": LOGITS.tolist(), "pair": (LOGITS, LOGITS)},
+    "outputs is .*, expected a tensor",
+    lambda w, v: split_loss(per_sample, w.split)(v, Y),
+)
+each(
+    "split_loss(targets)",
+    {"None": None, "list": Y.tolist()},
+    "targets is .*, expected a tensor",
+    lambda w, v: split_loss(per_sample, w.split)(LOGITS, v),
 )
 each(
     "split_loss(returns)",

@@ -156,6 +156,18 @@ def test_checkpoints_keep_float32_and_resume_bit_for_bit(base):
     assert equal(masters(other), masters(optimizer)) and equal(resumed, params)
 
 
+@each_base
+def test_a_load_through_the_base_keeps_float32_too(base):
+    optimizer, params, _, _ = pair(base, torch.bfloat16)
+    one_step(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = [m.clone() for m in masters(optimizer)]
+    one_step(optimizer, params, 1)
+    optimizer.base.load_state_dict(saved)
+    assert equal(masters(optimizer), expected)
+    one_step(optimizer, params, 1)
+
+
 def test_a_lagged_run_resumes_bit_for_bit():
     """Its tail gradient stays in the dtype of the parameter, the rest in float32."""
     generator = torch.Generator().manual_seed(1)

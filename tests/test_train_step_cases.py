@@ -42,6 +42,17 @@ def test_statistics_are_tracked_again_after_a_failure():
     assert not torch.equal(model[1].running_mean, outer_mean)
 
 
+def test_instance_norm_statistics_are_frozen_too():
+    model = nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)).double()
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    with imbsam_fast.frozen_batch_norm_statistics(model):
+        frozen = model(x)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert torch.equal(model(x), frozen)
+    assert not torch.equal(model[0].running_mean, before["0.running_mean"])
+
+
 def test_stale_gradients_do_not_leak_into_the_step():
     model, expected = network(), network()
     x, y = next(batches(1))
