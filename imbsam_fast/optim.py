@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, updates
+from . import ops, shards, updates
 from .arguments import DTYPES, check_dense, in_layout_of
-from .buckets import Bucket, Slots, buckets, params_of
+from .buckets import Bucket, Slots, buckets, local_params_of, params_of
 from .interrupts import uninterrupted
 from .losses import SplitLoss, check_split_loss
 from .master_weights import MasterWeights
@@ -130,6 +130,9 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
+            if shards.is_sharded(self._params()):  # one norm, over the parts of all ranks
+                sums = _joined(partials, buckets[0].params[0].device)
+                partials = [shards.summed(sums, self._params())]
             self._pending.partials = partials
             for bucket in buckets:
                 sums = _joined(partials, bucket.params[0].device)
@@ -179,7 +182,7 @@ class ImbSAM(torch.optim.Optimizer):
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
                 [g if g is not None else h for h, g in zip(g_h, g_p)],
             )
-            for p, start, g in zip(self._params(), saved, g_p):
+            for p, start, g in zip(self._local_params(), saved, g_p):
                 if start is not None and g is None:  # perturbed, and then without any gradient
                     p.copy_(start)
                     if not torch.compiler.is_compiling():
@@ -249,7 +252,7 @@ class ImbSAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with uninterrupted():
-            for p, saved in zip(self._params(), self._pending.saved or ()):
+            for p, saved in zip(self._local_params(), self._pending.saved or ()):
                 if saved is not None:
                     p.copy_(saved)
             torch.clear_autocast_cache()  # which knows nothing of writes in place
@@ -362,15 +365,19 @@ class ImbSAM(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return params_of(self.param_groups)
 
+    def _local_params(self) -> list[Tensor]:
+        return local_params_of(self.param_groups)
+
     def _check_params(self, params: Sequence[Tensor]) -> None:
-        for i, p in enumerate(params):
+        shards.check_placements(self._params())
+        for i, p in enumerate(shards.locals_of(params)):
             if p.dtype not in DTYPES or p.layout != torch.strided:
                 raise TypeError(
                     f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
                     f"of {', '.join(map(str, DTYPES))}"
                 )
             check_dense(f"parameter {i}", p)
-        check_memory(self._params())
+        check_memory(self._local_params())
 
     def require_idle(self, action: str) -> None:
         if self._pending.held is not None or self._pending.saved is not None:
@@ -391,7 +398,8 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
-        gradients = in_layout_of(params, [p.grad for p in params], "the gradient")
+        found = shards.local_gradients(params)
+        gradients = in_layout_of(shards.locals_of(params), found, "the gradient")
         for p in params:
             p.grad = None
         return gradients
@@ -419,9 +427,12 @@ class ImbSAM(torch.optim.Optimizer):
         checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in buckets]
         device = buckets[0].params[0].device
         scale, found_inf = torch.ones((), device=device), None
+        sharded = shards.is_sharded(self._params())
         if grad_scaler is not None:
             scale = grad_scaler._get_scale_async().to(device)  # type: ignore[union-attr]
             found_inf = _joined([found for _, found in checks], device).amax()
+            if sharded:
+                found_inf = shards.largest(found_inf, self._params()).reshape(())
             if self._pending.partials:
                 overflowed = ~self.perturbation_is_finite()
                 found_inf = torch.maximum(found_inf, overflowed.float().to(device))
@@ -429,7 +440,10 @@ class ImbSAM(torch.optim.Optimizer):
             state = grad_scaler._per_optimizer_states[id(self)]
             state["found_inf_per_device"] = {device: found_inf}
         if max_norm is not None:
-            norm = _joined([partials for partials, _ in checks], device).sum().sqrt() / scale
+            squares = _joined([partials for partials, _ in checks], device)
+            if sharded:
+                squares = shards.summed(squares, self._params())
+            norm = squares.sum().sqrt() / scale
             scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
         return scale.float(), found_inf
 
