@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def train(
     criterion = SplitCrossEntropy(settings.pop("split", SPLIT))
     optimizer = ImbSAM(base(model), RHO, adaptive)
     with torch.no_grad():
-        model(data()[0][0])  # which leaves the root's weights gathered
+        model.eval()(data()[0][0])  # which leaves the root's weights gathered
+    model.train()
     step = TrainStep(model, criterion, optimizer, **settings)
     for x, y in data():
         seen = step(*own((x, y), rank, ranks))
@@ -255,7 +257,7 @@ def checkpoints_go_on_with_the_same_bits(rank: int, ranks: int) -> None:
         (model, optimizer, step), (other, of_other, resumed) = runs
         for batch in data()[:3]:
             step(*own(batch, rank, ranks))
-        weights, state = get_state_dict(model, optimizer)
+        weights, state = deepcopy(get_state_dict(model, optimizer))
         set_state_dict(other, of_other, model_state_dict=weights, optim_state_dict=state)
         for batch in data()[3:]:
             step(*own(batch, rank, ranks))
@@ -353,9 +355,6 @@ def settings_are_refused(rank: int, ranks: int) -> None:
         TrainStep(model, criterion, optimizer, "split", micro_batch_size=2)
     with pytest.raises(ValueError, match="the parameters are sharded, expected those of one"):
         LeanImbSAM(sgd(model))
-    wrapped = FullyShardedDataParallel(network("group"))
-    with pytest.raises(ValueError, match="model has FullyShardedDataParallel at '', expected full"):
-        TrainStep(wrapped, criterion, imbsam(wrapped))
 
 
 def placements_are_refused(rank: int, ranks: int) -> None:
@@ -431,6 +430,37 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], st
 def test_on_ranks(outcome, ranks, check):
     failure = outcome(ranks, check)
     assert not failure, failure
+
+
+class OldWrapper(FullyShardedDataParallel):
+    """As far as it goes without a GPU."""
+
+    def __init__(self, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self._fsdp_wrapped_module = module
+
+
+def test_flat_parameters_are_refused():
+    model = nn.Sequential(OldWrapper(network("group")))
+    with pytest.raises(ValueError, match="model has FullyShardedDataParallel at '0', expected ful"):
+        TrainStep(model, SplitCrossEntropy(SPLIT), imbsam(model))
+
+
+def test_state_is_made_without_a_closure_at_learning_rate_0_alone():
+    model = network("group")
+    optimizer = imbsam(model)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(TypeError, match="closure is None"):
+        optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    assert optimizer.step(closure=None) is None
+    assert all(map(torch.equal, model.parameters(), before))
+    for p in model.parameters():  # as torch.optim.SGD does
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], WEIGHT_DECAY * p)
+    with pytest.raises(TypeError, match="closure is None"):
+        optimizer.step()
 
 
 def dies(rank: int, ranks: int, folder: Path) -> None:
