@@ -60,18 +60,26 @@ class Ranks:
         """Let the next pass see the weights that the optimizer wrote."""
         shards.forget_unsharded(self.modules)
 
-    def check(self, plan: str, micro_batch_size: int | None, **refused: tuple) -> None:
-        """Refuse settings of TrainStep that these ranks cannot have.
-
-        `refused` has those that sharded weights exclude: what each is, and what is expected.
-        """
+    def check(
+        self,
+        plan: str,
+        micro_batch_size: int | None,
+        perturbation: str,
+        cuda_graph: bool,
+        lagged: bool,
+    ) -> None:
+        """Refuse settings of TrainStep that these ranks cannot have."""
         if self.same_passes and plan == "split" and micro_batch_size is not None:
             # A rank with more rows of a part would run more pieces than the others.
             raise ValueError(
                 f"micro_batch_size is {micro_batch_size}, expected None with plan='split' where "
                 "ranks talk to each other in every pass (fully_shard, SyncBatchNorm)"
             )
-        for name, (value, expected) in refused.items():
+        for name, value, expected in (
+            ("perturbation", perturbation, "global"),  # there is one copy of the weights
+            ("cuda_graph", cuda_graph, False),
+            ("lagged", lagged, False),
+        ):
             if self.sharded and value != expected:
                 raise ValueError(
                     f"{name} is {value!r}, expected {expected!r} with a fully_shard model"

@@ -19,6 +19,7 @@ from .buckets import Bucket, Slots, buckets, local_params_of, params_of
 from .interrupts import uninterrupted
 from .losses import SplitLoss, check_split_loss
 from .master_weights import MasterWeights
+from .scaling import joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 from .validation import (
     check_bool,
@@ -26,7 +27,6 @@ from .validation import (
     check_group,
     check_max_norm,
     check_memory,
-    check_ready,
     check_rho,
     check_state_dict,
 )
@@ -131,11 +131,11 @@ class ImbSAM(torch.optim.Optimizer):
                 for b in buckets
             ]
             if shards.is_sharded(self._params()):  # one norm, over the parts of all ranks
-                sums = _joined(partials, buckets[0].params[0].device)
-                partials = [shards.summed(sums, self._params())]
+                sums = joined(partials, buckets[0].params[0].device).sum()
+                partials = [shards.summed(sums, self._params()).reshape(1)]
             self._pending.partials = partials
             for bucket in buckets:
-                sums = _joined(partials, bucket.params[0].device)
+                sums = joined(partials, bucket.params[0].device)
                 # Sharpness is the worst loss nearby, which lies downhill for who climbs.
                 rho = -bucket.group["rho"] if bucket.group.get("maximize") else bucket.group["rho"]
                 ops.perturb_(
@@ -187,11 +187,11 @@ class ImbSAM(torch.optim.Optimizer):
                     p.copy_(start)
                     if not torch.compiler.is_compiling():
                         torch.clear_autocast_cache()
-            scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
+            scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
             reason = updates.reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
-                updates.fused_update(self.base, saved, g_h, g_p, masters, *scaling)
+                updates.fused_update(self.base, saved, g_h, g_p, masters, *scale_and_flag)
                 self._masters.written(masters)
                 self._pending.saved = None  # updated: a failure from here on must not undo it
             elif self.master_weights:
@@ -199,7 +199,7 @@ class ImbSAM(torch.optim.Optimizer):
             else:
                 updates.merge(self.base, saved, g_h, g_p)
                 self._pending.saved = None  # restored: what the base does from here is its own
-                updates.base_step(self.base, g_p, *scaling)
+                updates.base_step(self.base, g_p, *scale_and_flag)
             self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
@@ -250,7 +250,7 @@ class ImbSAM(torch.optim.Optimizer):
     def perturbation_is_finite(self) -> Tensor:
         """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
         device = self._params()[0].device
-        return _joined(self._pending.partials, device).isfinite().all()
+        return joined(self._pending.partials, device).isfinite().all()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -411,46 +411,6 @@ class ImbSAM(torch.optim.Optimizer):
     def _buckets(self, *lists: Slots) -> list[Bucket]:
         return buckets(self.param_groups, *lists)
 
-    def _scaling(
-        self,
-        g_h: Slots,
-        g_p: Slots,
-        grad_scaler: torch.amp.GradScaler | None,
-        max_norm: float | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """How many times too large the gradients are, clipping included, and found_inf."""
-        if grad_scaler is not None and not grad_scaler.is_enabled():
-            grad_scaler = None
-        if grad_scaler is not None:
-            check_ready(grad_scaler, id(self))
-        if grad_scaler is None and max_norm is None:
-            return None, None
-        buckets = self._buckets(g_h, g_p)
-        if not buckets:
-            return None, None
-        checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in buckets]
-        device = buckets[0].params[0].device
-        scale, found_inf = torch.ones((), device=device), None
-        sharded = shards.is_sharded(self._params())
-        if grad_scaler is not None:
-            scale = grad_scaler._get_scale_async().to(device)  # type: ignore[union-attr]
-            found_inf = _joined([found for _, found in checks], device).amax()
-            if sharded:
-                found_inf = shards.largest(found_inf, self._params()).reshape(())
-            if self._pending.partials:
-                overflowed = ~self.perturbation_is_finite()
-                found_inf = torch.maximum(found_inf, overflowed.float().to(device))
-            # What GradScaler.step would have left for GradScaler.update.
-            state = grad_scaler._per_optimizer_states[id(self)]
-            state["found_inf_per_device"] = {device: found_inf}
-        if max_norm is not None:
-            squares = _joined([partials for partials, _ in checks], device)
-            if sharded:
-                squares = shards.summed(squares, self._params())
-            norm = squares.sum().sqrt() / scale
-            scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
-        return scale.float(), found_inf
-
 
 class _Pending:
     """What lives between the calls of one step, never in a checkpoint.
@@ -466,11 +426,6 @@ class _Pending:
         self.held: Slots | None = None  # g_h
         self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
         self.partials: list[Tensor] = []  # the squared norm of g_t
-
-
-def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
-    on_device = [p.to(device) for p in partials]
-    return on_device[0] if len(on_device) == 1 else torch.cat(on_device)
 
 
 def _check_base(base: object) -> None:

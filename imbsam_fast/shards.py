@@ -50,9 +50,10 @@ def as_part_of(p: Tensor, t: Tensor) -> Tensor:
     """The tensor that is sharded as `p` is, and whose local part is `t`."""
     if not _is_dtensor(p):
         return t
+    whole: Any = p
     return _dtensor_class().from_local(
-        t, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-    )  # type: ignore[attr-defined]
+        t, whole.device_mesh, whole.placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
 
 
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -97,14 +98,14 @@ def check_placements(params: Sequence[Tensor]) -> None:
             )
 
 
-def summed(partials: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """(1,), the sum of `partials` over the ranks that hold parts of `params`."""
-    return _all_reduced(partials.sum().reshape(1), params, dist.ReduceOp.SUM)
+def summed(value: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The sum of `value` over the ranks that hold parts of `params`, which it becomes."""
+    return _all_reduced(value, params, dist.ReduceOp.SUM)
 
 
-def largest(flags: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """(1,), the largest of `flags` on any rank that holds parts of `params`."""
-    return _all_reduced(flags.amax().reshape(1), params, dist.ReduceOp.MAX)
+def largest(value: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """The largest `value` on any rank that holds parts of `params`, which it becomes."""
+    return _all_reduced(value, params, dist.ReduceOp.MAX)
 
 
 def _all_reduced(value: Tensor, params: Sequence[Tensor], op: Any) -> Tensor:

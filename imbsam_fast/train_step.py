@@ -151,13 +151,7 @@ class TrainStep:
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
         self.group = self.ranks.group
-        self.ranks.check(
-            plan,
-            micro_batch_size,
-            perturbation=(perturbation, "global"),
-            cuda_graph=(cuda_graph, False),
-            lagged=(lagged, False),
-        )
+        self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
         self.lagged = lagged
         self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):

@@ -1,7 +1,7 @@
 """The update of each base: by one fused kernel, or by its own step() on merged gradients.
 
 Arguments are slots, one entry a parameter: `saved`, the weights that a perturbation left, g_h and
-g_p, the master weights, and of `ImbSAM._scaling` how many times too large the gradients are, and
+g_p, the master weights, and of `scaling` how many times too large the gradients are, and
 found_inf.
 """
 
@@ -174,7 +174,7 @@ def _sgd_update(
         if dampened and found_inf is not None and found_inf.item():
             return  # the next step is still the first one
         for p, buffer, before in zip(params, m, found):
-            if buffer is not before:
+            if buffer is not None and buffer is not before:
                 base.state[p]["momentum_buffer"] = as_part_of(p, buffer)
 
     return launches, store

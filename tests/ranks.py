@@ -1,4 +1,4 @@
-"""Processes that form one gloo group, and what became of the checks that they ran together."""
+"""Processes that form one gloo group, their batches, and the checks that they run together."""
 
 from __future__ import annotations
 
@@ -13,12 +13,35 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from networks import COUNTS, batches
+from torch import Tensor
+
+from imbsam_fast import ClassSplit
+
+STEPS = 6
+SPLIT = ClassSplit.from_counts(COUNTS)
 
 # What happens on a rank: called with the rank and the number of ranks.
 Check = Callable[[int, int], None]
 
 # Imported once, by the process that the ranks are forked from: torch takes seconds.
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.multiprocessing", "imbsam_fast"]
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    """Among them batches whose second half has no tail row, no head row, or nothing but those."""
+    found = list(batches(STEPS))
+    for i, (_, y) in enumerate(found[:3]):
+        y[8:] = torch.arange(8) % 5 + (0, 5, 0)[i]
+    found[2][1][:8] = torch.arange(8) % 5 + 5
+    return found
+
+
+def own(batch: tuple[Tensor, Tensor], rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows."""
+    size = len(batch[1]) // ranks
+    rows = slice(rank * size, (rank + 1) * size)
+    return batch[0][rows], batch[1][rows]
 
 
 def join(rank: int, ranks: int, folder: Path) -> None:

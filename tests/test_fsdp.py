@@ -13,67 +13,16 @@ import pytest
 import ranks as processes
 import torch
 import torch.distributed as dist
-from networks import COUNTS, LR, MOMENTUM, RHO, WEIGHT_DECAY, batches, imbsam, network
+from networks import COUNTS, LR, MOMENTUM, RHO, WEIGHT_DECAY, imbsam, network
+from ranks import SPLIT, STEPS, data, own
+from sharded import Scaled, assert_same, parts, sharded, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
-
-STEPS = 6
-SPLIT = ClassSplit.from_counts(COUNTS)
-
-
-class Scaled(nn.Module):
-    """A network with a parameter of one element, of which most ranks hold nothing."""
-
-    def __init__(self, norm: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.layers = network(norm, dtype)
-        self.scale = nn.Parameter(torch.full((1,), 1.5, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.layers(x)
-
-
-def sharded(model: nn.Module, **settings: Any) -> nn.Module:
-    """Convolution and classifier in shards of their own, the rest in those of the root."""
-    for layer in (model.layers[0], model.layers[-1]):
-        fully_shard(layer, **settings)
-    return fully_shard(model, **settings)
-
-
-def data() -> list[tuple[Tensor, Tensor]]:
-    """Among them batches whose second half has no tail row, no head row, or nothing but those."""
-    found = list(batches(STEPS))
-    for i, (_, y) in enumerate(found[:3]):
-        y[8:] = torch.arange(8) % 5 + (0, 5, 0)[i]
-    found[2][1][:8] = torch.arange(8) % 5 + 5
-    return found
-
-
-def own(batch: tuple[Tensor, Tensor], rank: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """This rank's rows."""
-    size = len(batch[1]) // ranks
-    rows = slice(rank * size, (rank + 1) * size)
-    return batch[0][rows], batch[1][rows]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_same(a: nn.Module, b: nn.Module, tolerance: float = 1e-12) -> None:
-    for name, (p, q) in zip(dict(b.named_parameters()), zip(a.parameters(), b.parameters())):
-        torch.testing.assert_close(whole(p), whole(q), rtol=0, atol=tolerance, msg=name)
-
-
-def parts(model: nn.Module) -> list[Tensor]:
-    """Copies of what this rank holds."""
-    return [p.to_local().detach().clone() for p in model.parameters()]
-
 
 # ---------------------------------------------------------------- as one process
 
@@ -114,9 +63,7 @@ def like_one_process(
     names = ("replicas", "shards")
     mesh = init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=names)
     mesh = mesh if replicas > 1 else mesh["shards"]
-    model = sharded(
-        Scaled(norm, torch.float64), mesh=mesh, reshard_after_forward=forward_reshards
-    )
+    model = sharded(Scaled(norm, torch.float64), mesh=mesh, reshard_after_forward=forward_reshards)
     if forward_reshards is False:
         model.set_reshard_after_backward(False)
     optimizer = train(model, rank, ranks, **settings)
@@ -376,7 +323,7 @@ def placements_are_refused(rank: int, ranks: int) -> None:
     p = of(Shard(0))
     optimizer = ImbSAM(torch.optim.SGD([p], 0.1))
     p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
-    with pytest.raises(TypeError, match=r"parameter 0 has placements \(Partial\(sum\),\), expected"):
+    with pytest.raises(TypeError, match=r"placements \(Partial\(sum\),\), expected those"):
         optimizer.third_step()
 
 
