@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_tables, gpu_timing, plots, tables
+from benchmarks import distributed_tables, gpu_tables, gpu_timing, plots, tables
 from benchmarks.tables import Lines
 from imbsam_fast import bench
 
-TABLES = {**tables.TABLES, **gpu_tables.TABLES}
+TABLES = {**tables.TABLES, **gpu_tables.TABLES, **distributed_tables.TABLES}
 NOT_MEASURED = "Not measured."
 Results = dict[str, Any]  # a bench.Report or a GpuReport by its file's path, without suffix
 MARKER = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -8,13 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from .arguments import one_kind
+from .shards import locals_of
 
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
 
 
 class Bucket:
-    """The parameters that one launch takes: one group, device and dtype, the same inputs."""
+    """The parameters that one launch takes: one group, device and dtype, the same inputs.
+
+    Of parameters that are sharded, `params` are this rank's parts.
+    """
 
     def __init__(self, group: dict[str, Any], indices: Sequence[int], params: list[Tensor]) -> None:
         self.group, self.indices, self.params = group, indices, params
@@ -30,13 +34,18 @@ def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return [p for group in groups for p in group["params"]]
 
 
+def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """This rank's parts of the parameters."""
+    return locals_of(params_of(groups))
+
+
 def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
     """The parameters with a tensor in the last list, as launches take them.
 
     That is by group, device and dtype, and by which of the lists have a tensor.
     """
     needed = lists[-1]
-    params = params_of(groups)
+    params = local_params_of(groups)
     alike = len(groups) == 1 and all(map(_all_or_none, lists))
     if alike and needed[0] is not None and one_kind(params):
         return [Bucket(groups[0], range(len(params)), params)]

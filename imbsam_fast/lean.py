@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, shards
 from .arguments import in_layout_of
 from .buckets import Slots
 from .interrupts import uninterrupted
@@ -187,6 +187,11 @@ class LeanImbSAM(ImbSAM):
 
     def _check_params(self, params: Sequence[Tensor]) -> None:
         super()._check_params(params)
+        if shards.is_sharded(params):
+            raise ValueError(
+                "the parameters are sharded, expected those of one process with a LeanImbSAM: "
+                "ranks exchange whole gradients"
+            )
         self._check_groups()
 
     def _check_groups(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .buckets import Slots, params_of
+from .shards import local
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 NAME = "master_weight"
@@ -29,7 +30,7 @@ class MasterWeights:
     def __init__(self, base: Optimizer, enabled: bool) -> None:
         self.base, self.enabled = base, enabled
         # The version of each parameter after our last write: others may write too.
-        self.versions: dict[Tensor, int] = {}
+        self.versions: dict[Tensor, tuple[int, int]] = {}
         self.new: list[Tensor] = []  # parameters whose first step has not ended
 
     def of(self, needed: Slots, saved: Slots | None = None) -> Slots:
@@ -54,10 +55,10 @@ class MasterWeights:
             made = p.detach().float()  # may fail, and must then leave no trace
             self.base.state[p][NAME] = made
             self.new.append(p)
-        master = self.base.state[p][NAME]
-        if not torch.compiler.is_compiling() and self.versions.get(p) != p._version:
-            master.copy_(torch.where(master.to(p.dtype) == p, master, p))
-            self.versions[p] = p._version
+        master, weight = local(self.base.state[p][NAME]), local(p)
+        if not torch.compiler.is_compiling() and self.versions.get(p) != _version(p):
+            master.copy_(torch.where(master.to(p.dtype) == weight, master, weight))
+            self.versions[p] = _version(p)
         return master
 
     def written(self, masters: Slots) -> None:
@@ -66,7 +67,7 @@ class MasterWeights:
         if self.enabled and not torch.compiler.is_compiling():
             for p, master in zip(params_of(self.base.param_groups), masters):
                 if master is not None:
-                    self.versions[p] = p._version
+                    self.versions[p] = _version(p)
 
     def abandon(self) -> None:
         """Forget those that were made in a step that failed."""
@@ -91,3 +92,8 @@ class MasterWeights:
                 if name in KEPT and isinstance(value, Tensor):
                     loaded = value.detach().to(p.device, torch.float32, copy=True)
                     self.base.state[p][name] = loaded
+
+
+def _version(p: Tensor) -> tuple[int, int]:
+    """Of a sharded parameter too, whoever wrote: torch counts writes to the part apart."""
+    return p._version, local(p)._version

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import grad_scaling, ops, updates
+from . import ops, shards, updates
 from .arguments import DTYPES, check_dense, in_layout_of
-from .buckets import Bucket, Slots, buckets, params_of
+from .buckets import Bucket, Slots, buckets, local_params_of, params_of
 from .interrupts import uninterrupted
 from .loading import OWN_SETTINGS, Loading
 from .losses import SplitLoss, check_split_loss
 from .master_weights import MasterWeights
+from .scaling import joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 from .validation import (
     check_bool,
@@ -124,9 +125,12 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
+            if shards.is_sharded(self._params()):  # one norm, over the parts of all ranks
+                sums = joined(partials, buckets[0].params[0].device).sum()
+                partials = [shards.summed(sums, self._params()).reshape(1)]
             self._pending.partials = partials
             for bucket in buckets:
-                sums = _joined(partials, bucket.params[0].device)
+                sums = joined(partials, bucket.params[0].device)
                 # Sharpness is the worst loss nearby, which lies downhill for who climbs.
                 rho = float(bucket.group["rho"])
                 ops.perturb_(
@@ -174,16 +178,16 @@ class ImbSAM(torch.optim.Optimizer):
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
                 [g if g is not None else h for h, g in zip(g_h, g_p)],
             )
-            for p, start, g in zip(self._params(), saved, g_p):
+            for p, start, g in zip(self._local_params(), saved, g_p):
                 if start is not None and g is None:  # perturbed, and then without any gradient
                     p.copy_(start)
                     if not torch.compiler.is_compiling():
                         torch.clear_autocast_cache()
-            scaling = self._scaling(g_h, g_p, grad_scaler, max_norm)
+            scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
             reason = updates.reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
-                updates.fused_update(self.base, saved, g_h, g_p, masters, *scaling)
+                updates.fused_update(self.base, saved, g_h, g_p, masters, *scale_and_flag)
                 self._masters.written(masters)
                 self._pending.saved = None  # updated: a failure from here on must not undo it
             elif self.master_weights:
@@ -191,7 +195,7 @@ class ImbSAM(torch.optim.Optimizer):
             else:
                 updates.merge(self.base, saved, g_h, g_p)
                 self._pending.saved = None  # restored: what the base does from here is its own
-                updates.base_step(self.base, g_p, *scaling)
+                updates.base_step(self.base, g_p, *scale_and_flag)
             self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
@@ -204,8 +208,12 @@ class ImbSAM(torch.optim.Optimizer):
                 called at theta and again at theta + epsilon. BatchNorm statistics are updated
                 by both calls, unless the closure keeps that from happening.
 
-        Returns the loss at theta.
+        Returns the loss at theta. Without a closure only torch.distributed.checkpoint steps, at
+        learning rate 0, to make the state that it then loads: it gets None.
         """
+        if closure is None and not self.state and all(g["lr"] == 0 for g in self.param_groups):
+            self.third_step()
+            return None  # type: ignore[return-value]
         if not callable(closure):
             raise TypeError(
                 f"closure is {closure!r}; step needs a closure that returns a SplitLoss; "
@@ -238,13 +246,13 @@ class ImbSAM(torch.optim.Optimizer):
     def perturbation_is_finite(self) -> Tensor:
         """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
         device = self._params()[0].device
-        return _joined(self._pending.partials, device).isfinite().all()
+        return joined(self._pending.partials, device).isfinite().all()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with uninterrupted():
-            for p, saved in zip(self._params(), self._pending.saved or ()):
+            for p, saved in zip(self._local_params(), self._pending.saved or ()):
                 if saved is not None:
                     p.copy_(saved)
             torch.clear_autocast_cache()  # which knows nothing of writes in place
@@ -348,15 +356,19 @@ class ImbSAM(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return params_of(self.param_groups)
 
+    def _local_params(self) -> list[Tensor]:
+        return local_params_of(self.param_groups)
+
     def _check_params(self, params: Sequence[Tensor]) -> None:
-        for i, p in enumerate(params):
+        shards.check_placements(self._params())
+        for i, p in enumerate(shards.locals_of(params)):
             if p.dtype not in DTYPES or p.layout != torch.strided:
                 raise TypeError(
                     f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
                     f"of {', '.join(map(str, DTYPES))}"
                 )
             check_dense(f"parameter {i}", p)
-        check_memory(self._params())
+        check_memory(self._local_params())
 
     def _warn_of_rounding(self, params: Sequence[Tensor]) -> None:
         if not self.master_weights and any(p.dtype == torch.bfloat16 for p in params):
@@ -386,43 +398,14 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
-        gradients = in_layout_of(params, [p.grad for p in params], "the gradient")
+        found = shards.local_gradients(params)
+        gradients = in_layout_of(shards.locals_of(params), found, "the gradient")
         for p in params:
             p.grad = None
         return gradients
 
     def _buckets(self, *lists: Slots) -> list[Bucket]:
         return buckets(self.param_groups, *lists)
-
-    def _scaling(
-        self,
-        g_h: Slots,
-        g_p: Slots,
-        grad_scaler: torch.amp.GradScaler | None,
-        max_norm: float | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """How many times too large the gradients are, clipping included, and found_inf."""
-        grad_scaler = grad_scaling.in_use(grad_scaler)
-        loss_scale = None if grad_scaler is None else grad_scaling.scale_of(grad_scaler, self)
-        if grad_scaler is None and max_norm is None:
-            return None, None
-        buckets = self._buckets(g_h, g_p)
-        if not buckets:
-            return None, None
-        checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in buckets]
-        device = buckets[0].params[0].device
-        scale, found_inf = torch.ones((), device=device), None
-        if grad_scaler is not None:
-            scale = loss_scale.to(device)  # type: ignore[union-attr]
-            found_inf = _joined([found for _, found in checks], device).amax()
-            if self._pending.partials:
-                overflowed = ~self.perturbation_is_finite()
-                found_inf = torch.maximum(found_inf, overflowed.float().to(device))
-            grad_scaling.leave_found_inf(grad_scaler, self, found_inf)
-        if max_norm is not None:
-            norm = _joined([partials for partials, _ in checks], device).sum().sqrt() / scale
-            scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
-        return scale.float(), found_inf
 
 
 class _Pending:
@@ -439,11 +422,6 @@ class _Pending:
         self.held: Slots | None = None  # g_h
         self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
         self.partials: list[Tensor] = []  # the squared norm of g_t
-
-
-def _joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
-    on_device = [p.to(device) for p in partials]
-    return on_device[0] if len(on_device) == 1 else torch.cat(on_device)
 
 
 def _check_base(base: object) -> None:

@@ -14,9 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from .buckets import params_of
 from .cuda_graph import GraphedSteps
-from .data_parallel import average_, process_group
-from .grad_scaling import found_inf_of, in_use
+from .data_parallel import Ranks, average_, keep_in_step, parts_overlap
 from .interrupts import uninterrupted
 from .lagged import TailGradient
 from .lean import LeanImbSAM, check_whole_gradient
@@ -32,6 +32,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .scaling import found_inf_of, in_use
 from .split import ClassSplit
 from .two_backwards import backward
 from .validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
@@ -70,7 +71,7 @@ class TrainStep:
         max_norm: clip the combined gradient to this global norm.
         perturbation: under DistributedDataParallel, "global" perturbs every rank along the
             mean of the ranks' tail gradients, as one process with all rows would, "local" each
-            along its own, which saves one of the two all-reduces.
+            along its own, which saves one of the two all-reduces. "global" for sharded weights.
         micro_batch_size: run every pass in pieces of at most so many rows and add up their
             gradients. The perturbation is that of the whole batch, so that the step equals
             the one without pieces wherever rows do not influence each other.
@@ -90,7 +91,9 @@ class TrainStep:
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
-    alike, as with DDP itself.
+    alike, as with DDP itself. So does a model that `fully_shard` (FSDP2) spread over ranks
+    before the optimizer was made: there, and with SyncBatchNorm, all ranks run all passes, on one
+    row of weight zero where a rank has none. It excludes LeanImbSAM, lagged and cuda_graph.
 
     A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
     are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
@@ -138,6 +141,7 @@ class TrainStep:
         check_bool("lagged", lagged)
         check_grad_scaler(grad_scaler)
         check_max_norm(max_norm)
+        self.ranks = Ranks(model, params_of(optimizer.param_groups))
         _check_holds_some(optimizer, model)
         _check_batch_norm_is_visible(model)
         self.model = model
@@ -150,7 +154,8 @@ class TrainStep:
         self.max_norm = max_norm
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
-        self.group = process_group(model)
+        self.group = self.ranks.group
+        self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
         self.lagged = lagged
         self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):
@@ -167,10 +172,8 @@ class TrainStep:
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
         self.optimizer.zero_grad()
-        # The reductions are those of hold, perturb and update, not the ones of DDP's hooks.
-        unsynchronised = nullcontext() if self.group is None else self.model.no_sync()  # type: ignore[operator]
         try:
-            with unsynchronised:
+            with self.ranks.one_step():
                 return plan(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
@@ -185,6 +188,8 @@ class TrainStep:
         split = self.criterion.split  # type: ignore[attr-defined]
         tail = split.tail_mask(targets) & counted
         head = (split.plain_mask(targets) & counted) | ~tail
+        if self.ranks.same_passes:
+            keep_in_step(head, tail, split)
         return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
 
     def _check_lean(self, cuda_graph: bool) -> None:
@@ -241,7 +246,13 @@ class TrainStep:
 
     def _planned(self, rows: Rows) -> Plan:
         lags = self.tail_gradient is not None and self.tail_gradient.is_known()
-        if self.plan == "auto":
+        if self.plan == "auto" and self.ranks.same_passes:  # ranks decide alike: not by rows
+            split = (
+                self.micro_batch_size is None
+                and not parts_overlap(self.criterion.split)  # type: ignore[attr-defined]
+                and not has_batch_statistics(self.model)
+            )
+        elif self.plan == "auto":
             # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
             cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * len(rows.head)
             split = cheaper and not has_batch_statistics(self.model)
@@ -310,6 +321,7 @@ class TrainStep:
         elif not has_tail:
             return
         self.optimizer.second_step()
+        self.ranks.gather_anew()
 
     def perturb_lagged(self) -> None:
         """Along the tail gradient of an earlier step."""
@@ -329,6 +341,7 @@ class TrainStep:
                 self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
             if self.grad_scaler is not None:
                 self.grad_scaler.update()
+        self.ranks.gather_anew()
 
 
 def has_batch_statistics(model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """The update of each base: by one fused kernel, or by its own step() on merged gradients.
 
 Arguments are slots, one entry a parameter: `saved`, the weights that a perturbation left, g_h and
-g_p, the master weights, and of `ImbSAM._scaling` how many times too large the gradients are, and
+g_p, the master weights, and of `scaling` how many times too large the gradients are, and
 found_inf.
 """
 
@@ -17,7 +17,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from . import ops
 from .arguments import in_layout_of
-from .buckets import Slots, buckets, params_of
+from .buckets import Slots, buckets, local_params_of, params_of
+from .shards import as_part_of, local, locals_of
 
 FUSED_BASES = (SGD, Adam, AdamW)
 
@@ -90,7 +91,7 @@ def base_step(
 ) -> None:
     """The base's own step on the merged gradients, none where found_inf says so."""
     for p, g in zip(params_of(base.param_groups), gradients):
-        p.grad = g
+        p.grad = None if g is None else as_part_of(p, g)
         if g is not None and scale is not None:
             g.div_(scale.to(g.device))
     # A base that knows nothing of found_inf needs the answer, as in GradScaler.step.
@@ -149,7 +150,7 @@ def _sgd_update(
     found_inf: Tensor | None,
 ) -> Update:
     params = params_of(base.param_groups)
-    kept = _kept(params, masters)
+    kept = _kept(local_params_of(base.param_groups), masters)
     found = _momentum_buffers(base, g_p)
     known = _fitting(kept, found, "momentum_buffer")
     m = _made_where_missing(base, known, g_p, kept)
@@ -173,8 +174,8 @@ def _sgd_update(
         if dampened and found_inf is not None and found_inf.item():
             return  # the next step is still the first one
         for p, buffer, before in zip(params, m, found):
-            if buffer is not before:
-                base.state[p]["momentum_buffer"] = buffer
+            if buffer is not None and buffer is not before:
+                base.state[p]["momentum_buffer"] = as_part_of(p, buffer)
 
     return launches, store
 
@@ -189,7 +190,7 @@ def _momentum_buffers(base: Optimizer, g_p: Slots) -> Slots:
         for p in group["params"]:
             of_p = base.state.get(p) if g_p[len(found)] is not None else None
             found.append(of_p.get("momentum_buffer") if of_p else None)
-    return found
+    return locals_of(found)
 
 
 def _made_where_missing(base: Optimizer, m: Slots, g_p: Slots, kept: list[Tensor]) -> Slots:
@@ -216,7 +217,7 @@ def _adam_update(
     found_inf: Tensor | None,
 ) -> Update:
     params = params_of(base.param_groups)
-    kept = _kept(params, masters)
+    kept = _kept(local_params_of(base.param_groups), masters)
     state = {
         "exp_avg": _moments(base, "exp_avg", g_p, kept),
         "exp_avg_sq": _moments(base, "exp_avg_sq", g_p, kept),
@@ -243,7 +244,7 @@ def _adam_update(
         for name, slots in state.items():
             for p, t in zip(params, slots):
                 if t is not None:
-                    base.state[p][name] = t
+                    base.state[p][name] = t if name == "step" else as_part_of(p, t)
 
     return launches, store
 
@@ -259,7 +260,7 @@ def _moments(base: Optimizer, name: str, g_p: Slots, kept: list[Tensor]) -> Slot
                 found.append(None)
                 continue
             known = base.state[p].get(name) if p in base.state else None
-            found.append(torch.zeros_like(kept[i]) if known is None else known)
+            found.append(torch.zeros_like(kept[i]) if known is None else local(known))
     return _fitting(kept, found, name)
 
 

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import ranks as processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from networks import COUNTS, batches, distance, imbsam, network
+from networks import batches, distance, imbsam, network
+from ranks import SPLIT, STEPS, data, join, own
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep
+from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep, frozen_batch_norm_statistics
 from imbsam_fast.data_parallel import average_
-
-STEPS = 6
-
-
-def data() -> list[tuple[Tensor, Tensor]]:
-    """Among them batches whose second half has no tail row, no head row, or nothing but those."""
-    found = list(batches(STEPS))
-    for i, (_, y) in enumerate(found[:3]):
-        y[8:] = torch.arange(8) % 5 + (0, 5, 0)[i]
-    found[2][1][:8] = torch.arange(8) % 5 + 5
-    return found
+from imbsam_fast.train_step import has_batch_statistics
 
 
 def train(model: nn.Module, rank: int, ranks: int, **settings) -> None:
-    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
-    step = TrainStep(model, criterion, imbsam(model), **settings)
-    for x, y in data():
-        size = len(y) // ranks
-        rows = slice(rank * size, (rank + 1) * size)
-        step(x[rows], y[rows])
+    step = TrainStep(model, SplitCrossEntropy(SPLIT), imbsam(model), **settings)
+    for batch in data():
+        step(*own(batch, rank, ranks))
 
 
 # Settings, and the network's normalisation; all run in one group of processes.
@@ -62,21 +49,13 @@ def on_rank(rank: int, ranks: int, folder: Path, cases: list[str]) -> None:
         dist.destroy_process_group()
 
 
-def join(rank: int, ranks: int, folder: Path) -> None:
-    rendezvous = f"file://{folder}/rendezvous"
-    timeout = timedelta(seconds=120)
-    dist.init_process_group(
-        "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timeout
-    )
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[nn.Module]]:
     """(ranks, case) -> the model of every rank after training."""
     folders = {}
-    for ranks, cases in ((2, [*CASES]), (4, ["split"])):
+    for ranks, cases in ((2, [*CASES]), (4, ["joint", "split"])):
         folders[ranks] = tmp_path_factory.mktemp("ranks")
-        mp.spawn(on_rank, (ranks, folders[ranks], cases), nprocs=ranks)
+        processes.start(on_rank, ranks, folders[ranks], cases)
 
     def models(ranks: int, case: str) -> list[nn.Module]:
         found = [network(CASES[case][0]) for _ in range(ranks)]
@@ -94,7 +73,9 @@ def alone(case: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("ranks", "case"), [(2, "joint"), (2, "split"), (4, "split")])
+@pytest.mark.parametrize(
+    ("ranks", "case"), [(2, "joint"), (2, "split"), (4, "joint"), (4, "split")]
+)
 def test_ranks_step_like_one_process(trained, ranks, case):
     expected = alone(case)
     for model in trained(ranks, case):
@@ -130,12 +111,108 @@ def test_gradients_of_several_kinds_are_averaged(tmp_path):
     assert all(torch.equal(g, torch.ones_like(g)) for g in found)
 
 
-def dies(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    join(rank, 2, folder)
+# ---------------------------------------------------------------- SyncBatchNorm
+
+
+class SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverRanks.forward(ctx, gradient)
+
+
+class SyncBatchNormOnCPU(nn.SyncBatchNorm):
+    """The same numbers on the CPU, where torch has none: statistics of the rows of all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = SumOverRanks.apply(x.sum((0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        variance = SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        scale = self.weight / (variance + self.eps).sqrt()
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+def synchronised_statistics_are_those_of_the_whole_batch(rank: int, ranks: int) -> None:
+    """Also where a rank has no tail row, or no head row: it runs the passes of the others."""
+    expected, model = network("batch"), network("batch")
+    train(expected, 0, 1)
+    wrapped = DistributedDataParallel(model)  # which refuses the layer on a CPU
+    model[1].__class__ = SyncBatchNormOnCPU
+    train(wrapped, rank, ranks)
+    assert distance(model, expected) < 1e-12
+
+
+def errors_in_the_perturbed_pass_restore_every_rank(rank: int, ranks: int) -> None:
     model = network("group")
-    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
-    step = TrainStep(DistributedDataParallel(model), criterion, imbsam(model))
+    optimizer = imbsam(model)
+    step = TrainStep(DistributedDataParallel(model), SplitCrossEntropy(SPLIT), optimizer)
+
+    def fail(*_: object) -> None:
+        if optimizer.is_perturbed:
+            raise ArithmeticError
+
+    step(*own(data()[3], rank, ranks))
+    before = [p.detach().clone() for p in model.parameters()]
+    hook = model[-1].register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        step(*own(data()[3], rank, ranks))
+    assert all(map(torch.equal, model.parameters(), before))
+    hook.remove()
+    step(*own(data()[3], rank, ranks))
+    assert not any(map(torch.equal, model.parameters(), before))
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        synchronised_statistics_are_those_of_the_whole_batch,
+        errors_in_the_perturbed_pass_restore_every_rank,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return processes.outcomes(CHECKS, 2, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_ranks(outcomes, check):
+    assert not outcomes[check], outcomes[check]
+
+
+def test_sync_batch_norm_counts_as_batch_norm():
+    """Alone, where it is ordinary BatchNorm: torch synchronises on GPUs only."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network("batch"))
+    assert isinstance(model[1], nn.SyncBatchNorm) and has_batch_statistics(model)
+    assert not has_batch_statistics(model.eval())
+    train(model.train(), 0, 1, plan="auto")
+    assert model[1].num_batches_tracked == STEPS
+    assert distance(model, alone("batch norm")) == 0
+    mean = model[1].running_mean.clone()
+    with frozen_batch_norm_statistics(model):
+        model(data()[0][0])
+    assert torch.equal(model[1].running_mean, mean)
+
+
+# ---------------------------------------------------------------- failures
+
+
+def dies(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    join(rank, ranks, folder)
+    model = network("group")
+    step = TrainStep(DistributedDataParallel(model), SplitCrossEntropy(SPLIT), imbsam(model))
     x, y = next(batches(1))
     step(x, y)
     if rank == 1:
@@ -148,13 +225,10 @@ def dies(rank: int, folder: Path) -> None:
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others_and_not_a_hang(tmp_path):
-    context = mp.get_context("spawn")
-    processes = [context.Process(target=dies, args=(rank, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=90)
-    assert [process.exitcode for process in processes] == [0, 7]
+    running = processes.start(dies, 2, tmp_path, join=False).processes
+    for process in running:
+        process.join(timeout=60)
+    assert [process.exitcode for process in running] == [0, 7]
 
 
 def test_an_unknown_perturbation_is_named():
