@@ -40,7 +40,7 @@ def load(path: Path, **parts: Any) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--checkpoint", type=Path, help="written after, read before training")
+    parser.add_argument("--checkpoint", type=Path, help="read before, written after each epoch")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -61,8 +61,8 @@ def main() -> None:
         losses = [step(images, targets).loss for images, targets in loader]
         schedule.step()
         print(f"epoch {epoch + 1}: loss {torch.stack(losses).mean():.4f}")
-    if args.checkpoint is not None:
-        save(args.checkpoint, args.epochs, **parts)
+        if args.checkpoint is not None:
+            save(args.checkpoint, epoch + 1, **parts)
 
     model.eval()
     with torch.no_grad():

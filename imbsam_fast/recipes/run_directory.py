@@ -39,7 +39,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +51,7 @@ LOG_FILE = "log.jsonl"
 LAST_FILE = "last.pt"
 BEST_FILE = "best.pt"
 RESULT_FILE = "result.json"
+UNFINISHED = ".new"  # how the names of files end that are being written
 
 
 class RunDirectoryError(Exception):
@@ -72,7 +72,7 @@ class RunDirectory:
 
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if any(path.iterdir()):
+            if any(not file.name.endswith(UNFINISHED) for file in path.iterdir()):
                 raise RunDirectoryError(
                     f"'{path}' is not empty, expected a new directory; --resume goes on with the "
                     "run in it"
@@ -190,14 +190,14 @@ def find_runs(paths: Iterable[Path]) -> list[RunDirectory]:
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Replace `path` as a whole by what `write` puts into the file it is given."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Always the same name: what a killed process left there, the next one replaces.
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise

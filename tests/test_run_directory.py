@@ -1,0 +1,73 @@
+"""The files of a run while a process that writes them is killed."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("yaml")
+
+from imbsam_fast.recipes.run_directory import RunDirectory
+
+# Writes a checkpoint, and is killed when half of the next one, or of the first file, is written.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from imbsam_fast.recipes import run_directory
+
+write = run_directory._write
+
+def killed(path, put):
+    def put_half(file):
+        put(file)
+        file.truncate(file.tell() // 2)
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, put_half)
+
+path = Path(sys.argv[1])
+if sys.argv[2] == "checkpoint":
+    run = run_directory.RunDirectory.create(path, {})
+    run.save_checkpoint({"epoch": 1, "weights": torch.arange(100_000)})
+run_directory._write = killed
+if sys.argv[2] == "checkpoint":
+    run.save_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)})
+run_directory.RunDirectory.create(path, {})
+"""
+
+
+def killed(path, what):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), what], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "run"
+    killed(path, "checkpoint")
+    assert {file.name for file in path.iterdir()} == {"config.yaml", "last.pt", ".last.pt.new"}
+    run = RunDirectory.open(path)
+    checkpoint = run.load_checkpoint()
+    assert checkpoint["epoch"] == 1 and torch.equal(checkpoint["weights"], torch.arange(100_000))
+    run.save_checkpoint({"epoch": 2})
+    assert run.load_checkpoint() == {"epoch": 2}
+    assert {file.name for file in path.iterdir()} == {"config.yaml", "last.pt"}
+
+
+def test_a_kill_while_a_run_is_made_leaves_room_for_the_next(tmp_path):
+    path = tmp_path / "run"
+    killed(path, "config")
+    assert [file.name for file in path.iterdir()] == [".config.yaml.new"]
+    RunDirectory.create(path, {"seed": 1})
+    assert RunDirectory.open(path).config["seed"] == 1
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", {})
+    with pytest.raises(Exception, match="pickle"):
+        run.save_checkpoint({"code": lambda: None})
+    assert [file.name for file in run.path.iterdir()] == ["config.yaml"]
