@@ -138,11 +138,12 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert torch.equal(weights(run), weights(tmp_path / "b" / run.name))
 
 
-def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(distributed, tmp_path, monkeypatch):
     argv = [*packed(tmp_path / "data", monkeypatch), "--data-dir", str(tmp_path / "data")]
     argv += ["--norm", "group", "--optimizer", "imbsam", "--batch-size", "6"]  # of 18 images
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "imbsam_fast", "train", *argv, "--distributed", "ddp"]
+    command = [*torchrun, "-m", "imbsam_fast", "train", *argv, "--distributed", distributed]
     subprocess.run([*command, "--save", str(tmp_path / "two")], check=True, capture_output=True)
     assert train(*argv, "--save", str(tmp_path / "one")) == 0
     (two,), (one,) = find_runs([tmp_path / "two"]), find_runs([tmp_path / "one"])

@@ -88,7 +88,9 @@ class ImageTraining:
         self.best: float | None = None  # the stage's best mean accuracy on the validation set
         stage, config = self.stage, self.stage.config
         stage.prepare(self.model)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        # FSDP2 takes contiguous weights alone; images are channels_last there too.
+        permuted = config.channels_last and self.ranks.kind != "fsdp"
+        layout = torch.channels_last if permuted else torch.contiguous_format
         self.model.to(self.ranks.device, memory_format=layout)  # type: ignore[call-overload]
         self.cap = norm_cap(classifier(self.model)) if stage.name == "classifier" else None
         self._set_mode()
