@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 
 from imbsam_fast import cli
 from imbsam_fast.recipes import image_run
+from imbsam_fast.recipes.ranks import Ranks, RanksError
 from imbsam_fast.recipes.run_directory import RunDirectory, find_runs
 from tests import recipe_data
 
@@ -151,6 +152,13 @@ def test_two_processes_train_as_one_does(distributed, tmp_path, monkeypatch):
     losses = [[row["loss"] for row in run.log()] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert two.result()["last"] == one.result()["last"]
+
+
+@pytest.mark.parametrize("method", ["wb", "lws"])
+def test_second_stages_take_no_sharded_weights(method):
+    with pytest.raises(RanksError, match=f"'ddp' or 'off' with --method {method}"):
+        Ranks("fsdp", 0, 2).check_method(method)
+    Ranks("ddp", 0, 2).check_method(method)
 
 
 # ---------------------------------------------------------------- configuration files

@@ -39,7 +39,7 @@ class ImageTraining:
         ranks: the processes that share the run.
 
     Raises RunDirectoryError where `config.stage1` is no run of this network, and RanksError for a
-    batch that the ranks cannot share alike.
+    batch that the ranks cannot share alike and a method that sharded weights exclude.
     """
 
     def __init__(self, config: RunConfig, data: LongTailImages, ranks: Ranks = ALONE) -> None:
@@ -47,6 +47,7 @@ class ImageTraining:
         self.data = data
         self.ranks = ranks
         self.stages = stages_of(config)
+        ranks.check_method(config.method)
         for stage in self.stages:
             ranks.check_batch(stage.config.batch_size, len(data.train))
         self.epoch = 0  # complete epochs, over all stages
