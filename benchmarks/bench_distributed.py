@@ -319,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_distributed", allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=int, default=15, help="rounds to take the median over")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds to take the median over")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     args = parser.parse_args(argv)

@@ -178,9 +178,9 @@ class ImbSAM(torch.optim.Optimizer):
                 [h if g is not None else None for h, g in zip(g_h, g_p)],
                 [g if g is not None else h for h, g in zip(g_h, g_p)],
             )
-            for p, start, g in zip(self._local_params(), saved, g_p):
+            for p, start, g in zip(self._params(), saved, g_p):
                 if start is not None and g is None:  # perturbed, and then without any gradient
-                    p.copy_(start)
+                    shards.local(p).copy_(start)
                     if not torch.compiler.is_compiling():
                         torch.clear_autocast_cache()
             scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
@@ -252,9 +252,9 @@ class ImbSAM(torch.optim.Optimizer):
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
         with uninterrupted():
-            for p, saved in zip(self._local_params(), self._pending.saved or ()):
+            for p, saved in zip(self._params(), self._pending.saved or ()):
                 if saved is not None:
-                    p.copy_(saved)
+                    shards.local(p).copy_(saved)
             torch.clear_autocast_cache()  # which knows nothing of writes in place
             self._masters.abandon()
             self._pending.clear()
@@ -356,19 +356,16 @@ class ImbSAM(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return params_of(self.param_groups)
 
-    def _local_params(self) -> list[Tensor]:
-        return local_params_of(self.param_groups)
-
     def _check_params(self, params: Sequence[Tensor]) -> None:
         shards.check_placements(self._params())
-        for i, p in enumerate(shards.locals_of(params)):
+        for i, p in enumerate(shards.locals_of([*params])):
             if p.dtype not in DTYPES or p.layout != torch.strided:
                 raise TypeError(
                     f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
                     f"of {', '.join(map(str, DTYPES))}"
                 )
             check_dense(f"parameter {i}", p)
-        check_memory(self._local_params())
+        check_memory(local_params_of(self.param_groups))
 
     def _warn_of_rounding(self, params: Sequence[Tensor]) -> None:
         if not self.master_weights and any(p.dtype == torch.bfloat16 for p in params):
@@ -398,8 +395,9 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
-        found = shards.local_gradients(params)
-        gradients = in_layout_of(shards.locals_of(params), found, "the gradient")
+        parts = shards.locals_of(params)
+        found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
+        gradients = in_layout_of(parts, found, "the gradient")
         for p in params:
             p.grad = None
         return gradients

@@ -39,10 +39,10 @@ def local(t: Tensor) -> Tensor:
         return t.to_local()  # type: ignore[attr-defined]
 
 
-def locals_of(tensors: Sequence[Any]) -> list[Any]:
-    """`local` of each; None stays None."""
+def locals_of(tensors: list[Any]) -> list[Any]:
+    """`local` of each; None stays None. Without DTensors it is the same list."""
     if not is_sharded(tensors):
-        return list(tensors)
+        return tensors
     return [t if t is None else local(t) for t in tensors]
 
 
@@ -59,8 +59,6 @@ def as_part_of(p: Tensor, t: Tensor) -> Tensor:
 def local_gradients(params: Sequence[Tensor]) -> list[Tensor | None]:
     """The local parts of `p.grad`; raises TypeError where ranks split it otherwise than `p`."""
     gradients = [p.grad for p in params]
-    if not is_sharded(params):
-        return gradients
     for i, (p, g) in enumerate(zip(params, gradients)):
         if g is not None and _placements(g) != _placements(p):
             raise TypeError(

@@ -19,7 +19,7 @@ from sharded import Scaled, assert_same, parts, sharded, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
@@ -236,16 +236,12 @@ class InjectedError(Exception):
     pass
 
 
-def fail() -> None:
-    raise InjectedError
-
-
 def failures(model: nn.Module, optimizer: ImbSAM) -> Iterator[Callable[[], Any]]:
     """Each arranges for a failure while the weights are perturbed, and says how to undo that."""
 
     def when_perturbed(*_: Any) -> None:
         if optimizer.is_perturbed:
-            fail()
+            raise InjectedError
 
     yield model.layers[-1].register_forward_pre_hook(when_perturbed).remove
     # In the backward, after the classifier's gradient was reduced and before the others'.
@@ -267,12 +263,28 @@ def failures_restore_every_rank(rank: int, ranks: int) -> None:
         undo()
         assert all(p.grad is None for p in model.parameters())
         assert all(map(torch.equal, parts(model), before))
-        if not hasattr(model, "reset_iter_state"):
-            with pytest.raises(RuntimeError, match="this torch has no reset_iter_state"):
-                step(*batch)
+        if not hasattr(model, "reset_iter_state"):  # an older torch: see the next check
             return
         step(*batch), expected(*batch)  # as if nothing had been
         assert all(map(torch.equal, parts(model), parts(untroubled)))
+
+
+def a_failure_ends_training_where_torch_cannot_reset(rank: int, ranks: int) -> None:
+    model = sharded(Scaled("group", torch.float64))
+    optimizer = imbsam(model)
+    step = TrainStep(model, SplitCrossEntropy(SPLIT), optimizer)
+    batch = own(data()[3], rank, ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(FSDPModule, "reset_iter_state", raising=False)
+        before = parts(model)
+        next(failures(model, optimizer))
+        with pytest.raises(InjectedError):
+            step(*batch)
+        assert all(
+            map(torch.equal, [p.to_local() for p in optimizer.param_groups[0]["params"]], before)
+        )
+        with pytest.raises(RuntimeError, match="this torch has no reset_iter_state"):
+            step(*batch)
 
 
 def unsynchronised_gradients_are_refused(rank: int, ranks: int) -> None:
@@ -350,8 +362,8 @@ CHECKS: dict[int, dict[str, processes.Check]] = {
         batch_norm_trains, sam_with_ignored_rows, calls_and_closure,
         overflow_on_one_rank_skips_the_step_on_all, master_weights_move_by_less_than_a_rounding,
         checkpoints_go_on_with_the_same_bits, checkpoints_of_plain_sgd_load,
-        failures_restore_every_rank, unsynchronised_gradients_are_refused, settings_are_refused,
-        placements_are_refused,
+        failures_restore_every_rank, a_failure_ends_training_where_torch_cannot_reset,
+        unsynchronised_gradients_are_refused, settings_are_refused, placements_are_refused,
     ),
     4: likes("joint", "split", "clipped pieces") | likes("split", "scaler", replicas=2),
 }  # fmt: skip

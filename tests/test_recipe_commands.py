@@ -17,6 +17,7 @@ pytest.importorskip("torchvision")
 
 from imbsam_fast import cli
 from imbsam_fast.recipes import image_run
+from imbsam_fast.recipes.ranks import Ranks, RanksError
 from imbsam_fast.recipes.run_directory import RunDirectory, find_runs
 from tests import recipe_data
 
@@ -138,11 +139,12 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path, monkeypatch):
     assert torch.equal(weights(run), weights(tmp_path / "b" / run.name))
 
 
-def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_does(distributed, tmp_path, monkeypatch):
     argv = [*packed(tmp_path / "data", monkeypatch), "--data-dir", str(tmp_path / "data")]
     argv += ["--norm", "group", "--optimizer", "imbsam", "--batch-size", "6"]  # of 18 images
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "imbsam_fast", "train", *argv, "--distributed", "ddp"]
+    command = [*torchrun, "-m", "imbsam_fast", "train", *argv, "--distributed", distributed]
     subprocess.run([*command, "--save", str(tmp_path / "two")], check=True, capture_output=True)
     assert train(*argv, "--save", str(tmp_path / "one")) == 0
     (two,), (one,) = find_runs([tmp_path / "two"]), find_runs([tmp_path / "one"])
@@ -150,6 +152,13 @@ def test_two_processes_train_as_one_does(tmp_path, monkeypatch):
     losses = [[row["loss"] for row in run.log()] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert two.result()["last"] == one.result()["last"]
+
+
+@pytest.mark.parametrize("method", ["wb", "lws"])
+def test_second_stages_take_no_sharded_weights(method):
+    with pytest.raises(RanksError, match=f"'ddp' or 'off' with --method {method}"):
+        Ranks("fsdp", 0, 2).check_method(method)
+    Ranks("ddp", 0, 2).check_method(method)
 
 
 # ---------------------------------------------------------------- configuration files

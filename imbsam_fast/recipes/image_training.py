@@ -39,7 +39,7 @@ class ImageTraining:
         ranks: the processes that share the run.
 
     Raises RunDirectoryError where `config.stage1` is no run of this network, and RanksError for a
-    batch that the ranks cannot share alike.
+    batch that the ranks cannot share alike and a method that sharded weights exclude.
     """
 
     def __init__(self, config: RunConfig, data: LongTailImages, ranks: Ranks = ALONE) -> None:
@@ -47,6 +47,7 @@ class ImageTraining:
         self.data = data
         self.ranks = ranks
         self.stages = stages_of(config)
+        ranks.check_method(config.method)
         for stage in self.stages:
             ranks.check_batch(stage.config.batch_size, len(data.train))
         self.epoch = 0  # complete epochs, over all stages
@@ -88,7 +89,9 @@ class ImageTraining:
         self.best: float | None = None  # the stage's best mean accuracy on the validation set
         stage, config = self.stage, self.stage.config
         stage.prepare(self.model)
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        # FSDP2 takes contiguous weights alone; images are channels_last there too.
+        permuted = config.channels_last and self.ranks.kind != "fsdp"
+        layout = torch.channels_last if permuted else torch.contiguous_format
         self.model.to(self.ranks.device, memory_format=layout)  # type: ignore[call-overload]
         self.cap = norm_cap(classifier(self.model)) if stage.name == "classifier" else None
         self._set_mode()

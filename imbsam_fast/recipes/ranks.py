@@ -50,6 +50,14 @@ class Ranks(NamedTuple):
                 f"and at most {images}, the training images"
             )
 
+    def check_method(self, method: str) -> None:
+        """Raise RanksError for a second stage, which changes the network after it was sharded."""
+        if self.kind == "fsdp" and method != "ce":
+            raise RanksError(
+                f"--distributed is 'fsdp', expected 'ddp' or 'off' with --method {method}, whose "
+                "second stage changes the network"
+            )
+
     @property
     def part(self) -> slice:
         """This rank's rows of a batch."""
