@@ -2,11 +2,12 @@
 
 from importlib.metadata import version as _version
 
+from .batch_norm import frozen_batch_norm_statistics
 from .lean import LeanImbSAM
 from .losses import SplitCrossEntropy, SplitLoss, split_loss
 from .optim import ImbSAM
 from .split import ClassSplit
-from .train_step import StepResult, TrainStep, frozen_batch_norm_statistics
+from .train_step import StepResult, TrainStep
 
 __version__ = _version("imbsam-fast")
 

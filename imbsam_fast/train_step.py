@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from .batch_norm import (
+    check_batch_norm_is_visible,
+    frozen_batch_norm_statistics,
+    has_batch_statistics,
+    statistics_where,
+)
 from .buckets import params_of
 from .cuda_graph import GraphedSteps
 from .data_parallel import Ranks, average_, keep_in_step, parts_overlap
@@ -143,7 +147,7 @@ class TrainStep:
         check_max_norm(max_norm)
         self.ranks = Ranks(model, params_of(optimizer.param_groups))
         _check_holds_some(optimizer, model)
-        _check_batch_norm_is_visible(model)
+        check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
@@ -312,7 +316,7 @@ class TrainStep:
         may_overflow = self.grad_scaler is not None and self.optimizer.is_perturbed
         if not may_overflow:
             return nullcontext()
-        return _statistics_where(self.optimizer.perturbation_is_finite(), self.model)
+        return statistics_where(self.optimizer.perturbation_is_finite(), self.model)
 
     def perturb(self, has_tail: bool) -> None:
         """Ranks without tail rows follow the others where the perturbation is a common one."""
@@ -344,53 +348,6 @@ class TrainStep:
         self.ranks.gather_anew()
 
 
-def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a BatchNorm layer of `model` normalises by the statistics of the batch now."""
-    return any(
-        isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)
-        for m in model.modules()
-    )
-
-
-@contextmanager
-def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside the block, forward passes leave the running statistics of `model` as they are.
-
-    Training-mode layers still normalise by the batch. Nests, and restores after exceptions.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
-    tracking = _tracking(model)
-    statistics = [(m, m.running_mean, m.running_var) for m in tracking]
-    try:
-        for m in tracking:
-            m.track_running_stats = False
-            if isinstance(m, _InstanceNorm):  # which would update what it has all the same
-                m.running_mean = m.running_var = None
-        yield
-    finally:
-        for m, mean, var in statistics:
-            m.track_running_stats = True
-            m.running_mean, m.running_var = mean, var
-
-
-@contextmanager
-def _statistics_where(finite: Tensor, model: nn.Module) -> Iterator[None]:
-    """The running statistics of `model` keep what happens inside the block only where `finite`."""
-    buffers = [b for m in _tracking(model) for b in m.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
-        for b, kept in zip(buffers, before):
-            b.copy_(torch.where(finite.to(b.device), b, kept))
-
-
-def _tracking(model: nn.Module) -> list[_NormBase]:
-    """The layers whose running statistics a forward pass updates now."""
-    return [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
-
-
 def _unwrapped(optimizer: object) -> ImbSAM:
     """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`."""
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -413,20 +370,6 @@ def _check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError("optimizer holds no parameter of model, expected those that are trained")
-
-
-def _check_batch_norm_is_visible(model: nn.Module) -> None:
-    for m in model.modules():
-        if isinstance(m, torch.jit.ScriptModule) and "BatchNorm" in m.original_name:
-            raise TypeError(
-                f"model has a {m.original_name} inside TorchScript, where its statistics cannot be "
-                "looked after, expected a plain nn.Module"
-            )
-
-
-def _updates_statistics(m: _NormBase) -> bool:
-    # In eval mode the flag decides which statistics normalise, so it must be left alone.
-    return m.training and m.track_running_stats and m.running_mean is not None
 
 
 def _check_batch(inputs: Any, targets: Tensor) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep, frozen_batch_norm_statistics
+from imbsam_fast.batch_norm import has_batch_statistics
 from imbsam_fast.data_parallel import average_
-from imbsam_fast.train_step import has_batch_statistics
 
 
 def train(model: nn.Module, rank: int, ranks: int, **settings) -> None:

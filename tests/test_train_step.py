@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import imbsam_fast
 from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep, dispatch, split_loss
-from imbsam_fast.train_step import has_batch_statistics
+from imbsam_fast.batch_norm import has_batch_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..train_step import frozen_batch_norm_statistics
+from ..batch_norm import frozen_batch_norm_statistics
 
 BATCH_NORM_MODES = ("running", "batch")
 

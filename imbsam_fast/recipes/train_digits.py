@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..train_step import has_batch_statistics
+from ..batch_norm import has_batch_statistics
 from . import digits
 from .plots import per_class_figure
 from .report import print_plan, print_results, progress
