@@ -45,11 +45,11 @@ def networks(device: str) -> Iterator[Network]:
         return
     import torchvision
 
-    from imbsam_fast.recipes.models import cifar_resnet
+    from imbsam_fast.recipes.cifar_models import CifarResNet
 
     rows = 512 if torch.cuda.get_device_properties(0).total_memory > ROOMY else 256
     imagenet = torchvision.models
-    yield Network("ResNet-32", lambda: cifar_resnet(32, 100), 32, 100, 128, False)
+    yield Network("ResNet-32", lambda: CifarResNet(32, 100), 32, 100, 128, False)
     yield Network("ResNet-50", lambda: imagenet.resnet50(num_classes=8142), 224, 8142, rows, False)
     yield Network(
         "ConvNeXt-T", lambda: imagenet.convnext_tiny(num_classes=8142), 224, 8142, rows, True

@@ -15,13 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import distributed_tables, gpu_tables, gpu_timing, plots, tables
+from benchmarks import (
+    distributed_tables,
+    gpu_tables,
+    gpu_timing,
+    plots,
+    recipe_tables,
+    tables,
+)
 from benchmarks.tables import Lines
 from imbsam_fast import bench
 
-TABLES = {**tables.TABLES, **gpu_tables.TABLES, **distributed_tables.TABLES}
+TABLES = {
+    **tables.TABLES,
+    **gpu_tables.TABLES,
+    **distributed_tables.TABLES,
+    **recipe_tables.TABLES,
+}
 NOT_MEASURED = "Not measured."
-Results = dict[str, Any]  # a bench.Report or a GpuReport by its file's path, without suffix
+Results = dict[str, Any]  # a Report, GpuReport or RecipeReport by its file, without suffix
 MARKER = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -57,7 +69,11 @@ def provenance(reports: Sequence[Any]) -> Lines:
     return list(dict.fromkeys(_provenance(report) for report in reports))
 
 
-def _provenance(report: bench.Report | gpu_timing.GpuReport) -> str:
+def _provenance(
+    report: bench.Report | gpu_timing.GpuReport | recipe_tables.RecipeReport,
+) -> str:
+    if isinstance(report, recipe_tables.RecipeReport):
+        return recipe_tables.provenance(report)
     if isinstance(report, gpu_timing.GpuReport):
         return gpu_tables.provenance(report)
     s = report.settings
@@ -90,6 +106,8 @@ def load_results(directory: Path) -> Results:
     found: Results = {path.stem: bench.load(path) for path in sorted(directory.glob("*.json"))}
     for path in sorted(directory.glob("gpu/bench_gpu*.json")):
         found[f"gpu/{path.stem}"] = gpu_timing.load(path)
+    for path in sorted(directory.glob("recipes/*.json")):
+        found[f"recipes/{path.stem}"] = recipe_tables.load(path)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,17 @@ def test_one_batched_backward_steps_like_the_joint_plan(dtype: torch.dtype) -> N
             step(images, targets)
         stepped.append(list(copy.state_dict().values()))
     torch.testing.assert_close(*stepped)
+
+
+def test_the_networks_of_a_gpu_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    memory = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    found = list(bench_gpu_steps.networks("cuda"))
+    assert [network.name for network in found] == ["ResNet-32", "ResNet-50", "ConvNeXt-T"]
+    for network in found:
+        with torch.device("meta"):
+            assert sum(p.numel() for p in network.make().parameters()) > 4e5
 
 
 def test_everything_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:

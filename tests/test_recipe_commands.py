@@ -16,7 +16,9 @@ import torch
 pytest.importorskip("torchvision")
 
 from imbsam_fast import cli
-from imbsam_fast.recipes import image_run
+from imbsam_fast.recipes import arguments, image_run
+from imbsam_fast.recipes.config import resolve
+from imbsam_fast.recipes.datasets import DATASETS
 from imbsam_fast.recipes.ranks import Ranks, RanksError
 from imbsam_fast.recipes.run_directory import RunDirectory, find_runs
 from tests import recipe_data
@@ -119,6 +121,9 @@ def test_every_format_through_training_interruption_resume_and_test(
         assert result["environment"]["versions"]["torch"] == torch.__version__
         first, second = (row["loss"] for row in run.log())
         assert second < first
+    assert cli.main(["report", str(stopped), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert all(f">{run.path}</td>" in page for run in runs)
 
 
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path, monkeypatch):
@@ -229,6 +234,24 @@ def test_bad_settings_in_a_file_are_named(text, message, data_dir, tmp_path, cap
     assert message in refused(argv, capsys)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["cifar100-lt"],
+        ["cifar10-lt", "--images", "small"],
+        ["cifar10-lt", "--method", "lws"],
+        ["cifar10-lt", "--preset", "released"],
+        ["cifar10-lt", "--optimizer", "sgd-weighted"],
+    ],
+)
+def test_a_runs_own_configuration_is_not_that_of_another_kind(argv, tmp_path, capsys):
+    given = {"dataset": "cifar10-lt", "data_dir": ".", "optimizer": "sgd", "seed": 0}
+    chosen = resolve(DATASETS["cifar10-lt"], given)
+    run = RunDirectory.create(tmp_path / "run", chosen.to_dict())
+    argv = [*argv, "--config", str(run.path / "config.yaml"), "--save", str(tmp_path / "b")]
+    assert "from which its other settings follow" in refused(argv, capsys)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -244,6 +267,18 @@ def test_bad_settings_in_a_file_are_named(text, message, data_dir, tmp_path, cap
         (["--data-dir", "{data}", "--save", "runs", "--largest-class", "8"],
          "imbalance_factor is 100.0, expected 1 to 8"),
         (["--data-dir", "{data}", "--save", "runs", "--distributed", "ddp"], "under torchrun"),
+        (["--data-dir", ".", "--save", "runs", "--group-borders", "9", "5"],
+         "group_borders is 9 5, expected LOW <= HIGH"),
+        (["--data-dir", ".", "--save", "runs", "--epochs", "3", "--warmup-epochs", "4"],
+         "warmup_epochs is 4, expected at most the 3 epochs"),
+        (["--data-dir", ".", "--save", "runs", "--stage1", "run"],
+         "stage1 is 'run', expected none: ce has no second stage"),
+        (["--data-dir", ".", "--save", "runs", "--method", "lws", "--stage2-epochs", "0"],
+         "stage2_epochs is 0, expected > 0 for lws"),
+        (["--data-dir", ".", "--save", "runs", "--method", "wb", "--beta", "1"],
+         "beta is 1, expected below 1"),
+        (["--data-dir", ".", "--save", "runs", "--model", "vit_b_16", "--norm", "group"],
+         "vit_b_16 has no BatchNorm"),
         (["--data-dir", "{data}", "--save", "runs", "--device", "cuda"], "no CUDA device"),
     ],
 )  # fmt: skip
@@ -269,6 +304,17 @@ def test_a_directory_with_another_run_is_not_overwritten(data_dir, tmp_path, cap
     assert "was begun with lr = 0.05, expected the same with --resume, not 0.5" in message
 
 
+@pytest.mark.parametrize("package", ["torchvision", "pyyaml", "tensorboard"])
+def test_a_package_that_is_not_installed_is_named(package, data_dir, tmp_path, capsys, monkeypatch):
+    module = "yaml" if package == "pyyaml" else package
+    installed = arguments.find_spec
+    monkeypatch.setattr(arguments, "find_spec", lambda m: None if m == module else installed(m))
+    argv = ["cifar10-lt", *CIFAR, "--data-dir", data_dir, "--save", str(tmp_path / "runs")]
+    extra = "tensorboard" if package == "tensorboard" else "recipes"
+    expected = f"{package} is not installed; pip install 'imbsam-fast[{extra}]'"
+    assert expected in refused([*argv, "--tensorboard"], capsys)
+
+
 def test_scalars_are_written_for_tensorboard(data_dir, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     argv = ["cifar10-lt", *CIFAR, "--data-dir", data_dir, "--optimizer", "sgd", "--tensorboard"]
@@ -287,6 +333,28 @@ def test_corrupt_images_are_named_or_counted(tmp_path, monkeypatch, capsys):
     bad.write_bytes(b"")
     message = refused([*argv, "--save", str(tmp_path / "a")], capsys)
     assert str(bad) in message and "--skip-corrupt" in message
-    assert train(*argv, "--save", str(tmp_path / "b"), "--skip-corrupt") == 0
+    with pytest.warns(UserWarning, match="left out"):
+        assert train(*argv, "--save", str(tmp_path / "b"), "--skip-corrupt") == 0
     result = json.loads(next((tmp_path / "b").rglob("result.json")).read_text())
     assert result["skipped_images"] == 1
+    for path in (tmp_path / "data" / "images" / "ImageNet_LT_test 2").iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="left out"):
+        message = refused([*argv, "--save", str(tmp_path / "c"), "--skip-corrupt"], capsys)
+    assert "no image of class 2 could be read for testing" in message
+
+
+def test_lists_whose_classes_do_not_fit_are_named(tmp_path, monkeypatch, capsys):
+    argv = [*imagenet(tmp_path / "data", monkeypatch), "--data-dir", str(tmp_path / "data")]
+    argv += ["--optimizer", "sgd", "--save", str(tmp_path / "runs")]
+    train_list, test_list = (tmp_path / "data" / name for name in LISTS)
+    lines = test_list.read_text().splitlines()
+    test_list.write_text("\n".join(lines[:-2]))
+    assert "ImageNet_LT_test.txt' has no image of class 2, expected" in refused(argv, capsys)
+    test_list.write_text("\n".join(lines))
+    with train_list.open("a") as file:
+        file.write(f"{lines[0].rsplit(' ', 1)[0]} 99999999999\n")
+    assert "ImageNet_LT_train.txt' has no image of class 3, expected" in refused(argv, capsys)
+    message = refused([*argv, "--image-root", "nowhere"], capsys)
+    assert "--image-root is 'nowhere', expected a directory" in message
+    assert not (tmp_path / "runs").exists()

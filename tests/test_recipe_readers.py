@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("torchvision")
 
+from PIL import Image
+
 from imbsam_fast.recipes import cifar, image_lists, packed_jpeg, stages
-from imbsam_fast.recipes.image_data import DataError, MemoryImages, generator, long_tailed
+from imbsam_fast.recipes.image_data import (
+    DataError,
+    MemoryImages,
+    decode,
+    generator,
+    long_tailed,
+)
 from imbsam_fast.recipes.image_files import FileImages, FileOptions
 from imbsam_fast.recipes.image_lists import ImageList
 from tests import recipe_data
@@ -83,7 +93,7 @@ def test_long_tailed_keeps_first_images_and_validates_on_the_next_ones():
     data = long_tailed(MemoryImages(pixels, targets, PLAIN), None, [3, 1], 2, None)
     assert data.train.pixels[:, 0, 0, 0].tolist() == [0, 1, 2, 4]
     assert data.validation.pixels[:, 0, 0, 0].tolist() == [3, 5, 6, 8]
-    with pytest.raises(DataError, match=r"class 0 has 5 images, expected at least 6: 4 .* 2 more"):
+    with pytest.raises(DataError, match=r"class 0 has 5 images, expected at least 6: 4 for tr"):
         long_tailed(MemoryImages(pixels, targets, PLAIN), None, [4, 1], 2, None)
 
 
@@ -109,6 +119,55 @@ def test_missing_and_damaged_archives_are_named(tmp_path, name):
         packed_jpeg.load(tmp_path, [1] * 10, 0)
     path.unlink()
     with pytest.raises(DataError, match=f"{name}' does not exist"):
+        packed_jpeg.load(tmp_path, [1] * 10, 0)
+
+
+def without(key):
+    return lambda archive: archive.pop(key)
+
+
+def replaced(key, change):
+    return lambda archive: archive.update({key: change(archive[key])})
+
+
+def smaller_first_image(archive) -> None:
+    image = recipe_data.jpeg(recipe_data.pixels(1, 0, 0, size=16)[0])
+    end = archive["offsets"][1]
+    archive["jpeg"] = np.concatenate([np.frombuffer(image, np.uint8), archive["jpeg"][end:]])
+    archive["offsets"][1:] += len(image) - end
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("class_names"), "class_names is not a file in the archive"),
+        (replaced("labels", lambda labels: labels[:-1]), "19 labels and 21 offsets"),
+        (replaced("labels", lambda labels: labels + 1), "labels are 1 to 10, 10 class names"),
+        (replaced("labels", lambda labels: labels / 1), "labels are float64"),
+        (replaced("labels", lambda labels: labels.astype(str)), "labels are <U"),
+        (replaced("labels", lambda labels: labels.astype(object)), "allow_pickle=False"),
+        (replaced("offsets", lambda offsets: offsets[:-1]), "20 labels and 20 offsets"),
+        (replaced("jpeg", lambda jpeg: jpeg * 0), "image 0 of .* is damaged"),
+        (smaller_first_image, "image 1 of .* is damaged .it is not as large as the others"),
+    ],
+)
+def test_an_archive_whose_parts_do_not_fit_is_named(tmp_path, damage, message):
+    path = recipe_data.packed(tmp_path, [2] * 10) / packed_jpeg.TRAIN_FILE
+    with np.load(path) as archive:
+        content = dict(archive)
+    damage(content)
+    np.savez(path, **content)
+    with pytest.raises(DataError, match=message):
+        packed_jpeg.load(tmp_path, [1] * 10, 0)
+
+
+def test_a_test_archive_without_a_class_is_refused(tmp_path):
+    path = recipe_data.packed(tmp_path, [2] * 10) / packed_jpeg.TEST_FILE
+    with np.load(path) as archive:
+        content = dict(archive)
+    content["labels"][content["labels"] == 3] = 4
+    np.savez(path, **content)
+    with pytest.raises(DataError, match=r"cifar10_test.npz' has no image of class 3, expected"):
         packed_jpeg.load(tmp_path, [1] * 10, 0)
 
 
@@ -139,7 +198,7 @@ def test_a_missing_or_damaged_cifar_file_is_named(tmp_path, monkeypatch):
 
 def test_list_of_paths_and_labels(tmp_path):
     file = tmp_path / "list.txt"
-    file.write_text("a/b c.jpg 3\n\nd.png 0\n")
+    file.write_text("a/b c.jpg 3\n\nd.png\t0\n", encoding="utf-8-sig")
     assert image_lists.read(file, Path("root")) == (["root/a/b c.jpg", "root/d.png"], [3, 0], None)
 
 
@@ -206,6 +265,16 @@ def test_files_are_augmented_only_with_a_key(listed):
     assert not torch.equal(c, d)
 
 
+def test_a_broken_png_is_a_value_error():
+    file = io.BytesIO()
+    Image.effect_noise((40, 40), 60).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    size = content.index(b"IDAT") - 4
+    content[size : size + 4] = (16).to_bytes(4, "big")  # the next chunk begins among the pixels
+    with pytest.raises(ValueError, match="broken PNG"):
+        decode(io.BytesIO(content))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "text", "missing"])
 def test_a_corrupt_image_is_named_or_skipped_and_counted(listed, damage):
     path = Path(listed.paths[1])
@@ -217,8 +286,9 @@ def test_a_corrupt_image_is_named_or_skipped_and_counted(listed, damage):
     with pytest.raises(DataError, match=f"'{path}' cannot be read .*--skip-corrupt"):
         list(FileImages(listed, options()).batches(batches))
     skipping = FileImages(listed, options(skip_corrupt=True))
-    assert [y.tolist() for _, y in skipping.batches(batches)] == [[0, 1], [0]]
-    assert skipping.skipped == 1
+    with pytest.warns(UserWarning, match=f"'{path}' cannot be read .* left out") as warned:
+        assert [y.tolist() for _, y in skipping.batches(batches)] == [[0, 1], [0]]
+    assert skipping.skipped == len(warned) == 1
 
 
 # ---------------------------------------------------------------- sampling

@@ -358,6 +358,14 @@ def test_names_tell_runs_apart():
     assert runs[0].directory_name() == "imbsam-paper-eta4-seed0"
 
 
+def test_a_tail_weight_is_named_once_and_only_where_there_is_one():
+    labels = [
+        settings(optimizer=optimizer, tail_weight=3.0).label()
+        for optimizer in ("sgd", "sgd-weighted", "sam", "focal-sam")
+    ]
+    assert labels == ["SGD", "SGD, tail weight 3, eta 4", "SAM, tail weight 3", "Focal-SAM"]
+
+
 def test_warm_up_and_cosine():
     sgd = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     schedule = cosine_with_warmup(sgd, steps=8, warmup_steps=4)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
 from .. import dispatch
+
+PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # by module, where the names differ
 
 
 class UsageError(Exception):
@@ -32,6 +35,15 @@ def number(
         return value
 
     return parse
+
+
+def require_extras(modules: list[str], extra: str = "recipes") -> None:
+    """Raise UsageError, naming `extra` of this package, where one of `modules` is missing."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        names = " and ".join(PACKAGES.get(name, name) for name in missing)
+        verb = "is" if len(missing) == 1 else "are"
+        raise UsageError(f"{names} {verb} not installed; pip install 'imbsam-fast[{extra}]'")
 
 
 def check_device(device: str) -> None:

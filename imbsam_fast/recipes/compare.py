@@ -167,8 +167,8 @@ def compare(paths: Iterable[Path]) -> Comparison:
                 runs.setdefault(directory.resolve(), read_run(directory, faults))
             except RunDirectoryError as error:
                 faults.append(Fault(directory, f"left out: {error}"))
-    sections = list(_sections(list(runs.values()), faults))
-    return Comparison(sections, list(dict.fromkeys(faults)))
+    found = sections(list(runs.values()), faults)
+    return Comparison(found, list(dict.fromkeys(faults)))
 
 
 def _run_paths(path: Path) -> list[Path]:
@@ -241,22 +241,25 @@ def _read_analyses(directory: Path, faults: list[Fault]) -> dict[str, dict[str, 
 # ---------------------------------------------------------------- groups
 
 
-def _sections(runs: Sequence[ComparedRun], faults: list[Fault]) -> Iterator[Section]:
-    """Finished runs decide the sections; the others join one of their data set."""
-    sections: dict[str, Section] = {}
+def sections(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Section]:
+    """Finished runs decide the sections; the others join one of their data set.
+
+    A seed that is there twice is left out once, and named in `faults`.
+    """
+    found: dict[str, Section] = {}
     members: dict[str, list[ComparedRun]] = {}
     for run in sorted(runs, key=lambda run: run.result is None):
         data = {key: run.config.get(key) for key in DATA_KEYS}
         counts = run.result["class_counts"] if run.result else None
-        same = (key for key, section in sections.items() if section.data == data)
+        same = (key for key, section in found.items() if section.data == data)
         key = json.dumps([data, counts])
         if counts is None:
             key = next(same, key)
-        sections.setdefault(key, Section(data, counts, []))
+        found.setdefault(key, Section(data, counts, []))
         members.setdefault(key, []).append(run)
-    for key, section in sections.items():
+    for key, section in found.items():
         section.groups = _groups(members[key], faults)
-        yield section
+    return list(found.values())
 
 
 def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:

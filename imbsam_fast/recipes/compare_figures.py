@@ -82,7 +82,7 @@ def gain_figure(section: Section) -> Figure | None:
     for axes in rows:
         mark_groups(axes, sorted(section.counts)[::-1], section.borders, axes is rows[0])
     rows[-1].set_xlabel("classes, from the most to the fewest training images")
-    figure.supylabel("gain in test accuracy (percentage points)")
+    figure.supylabel("gain (percentage points)", fontsize="medium")
     return figure
 
 

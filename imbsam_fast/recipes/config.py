@@ -12,6 +12,7 @@ from .presets import PAPER, PRESETS
 
 OPTIMIZERS = ("sgd", "sgd-weighted", "sam", "imbsam", "focal-sam")
 PERTURBING = ("sam", "imbsam", "focal-sam")
+WEIGHTING = ("sgd-weighted", "sam", "imbsam")  # those that have a tail weight
 METHODS = ("ce", "wb", "lws")
 SMALL, FULL = "small", "full"
 
@@ -161,7 +162,7 @@ class RunConfig(MethodSettings):
 
     def label(self) -> str:
         """The run's name in tables; runs that differ in the seed alone share it."""
-        return ", ".join(long for _, long in self._name_parts())
+        return ", ".join(long for _, long in self._name_parts() if long)
 
     def directory_name(self) -> str:
         return "-".join([*(short for short, _ in self._name_parts()), f"seed{self.seed}"])
@@ -175,8 +176,12 @@ class RunConfig(MethodSettings):
             parts.append((self.preset, self.preset))
         if self.optimizer in ("imbsam", "sgd-weighted"):
             parts.append((f"eta{self.eta:g}", f"eta {self.eta:g}"))
-        if self.tail_weight != default_tail_weight(self.optimizer, self.preset):
-            parts.append((f"tail{self.tail_weight:g}", f"tail weight {self.tail_weight:g}"))
+        if self.optimizer in WEIGHTING and self.tail_weight != default_tail_weight(
+            self.optimizer, self.preset
+        ):
+            # The control's long name has its weight already.
+            long = "" if self.optimizer == "sgd-weighted" else f"tail weight {self.tail_weight:g}"
+            parts.append((f"tail{self.tail_weight:g}", long))
         if self.optimizer in PERTURBING:
             if self.rho != PAPER.rho:
                 parts.append((f"rho{self.rho:g}", f"rho {self.rho:g}"))
@@ -195,7 +200,10 @@ def default_tail_weight(optimizer: str, preset: str) -> float:
 
 
 def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
-    """A full configuration: what is given, then the data set's settings, then the preset's."""
+    """A full configuration: what is given, then the data set's settings, then the preset's.
+
+    Raises ValueError for settings that contradict one another.
+    """
     values: dict[str, Any] = {**COMMON_DEFAULTS}
     preset = PRESETS[given.get("preset", PAPER.name)]
     values.update(preset=preset.name, eta=preset.eta, inclusive=preset.inclusive)
@@ -204,4 +212,25 @@ def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
     values.update(dataset.defaults)
     values.update(dataset.variants.get(given.get("images", values["images"]), {}))
     values.update(METHOD_DEFAULTS[given.get("method", values["method"])])
-    return RunConfig.from_dict({**values, **given})
+    config = RunConfig.from_dict({**values, **given})
+    _check(config)
+    return config
+
+
+def _check(config: RunConfig) -> None:
+    low, high = config.group_borders
+    if low > high:
+        raise ValueError(f"group_borders is {low} {high}, expected LOW <= HIGH")
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(
+            f"warmup_epochs is {config.warmup_epochs}, expected at most the {config.epochs} epochs"
+        )
+    if config.method == "ce":
+        if config.stage1:
+            raise ValueError(f"stage1 is '{config.stage1}', expected none: ce has no second stage")
+        return
+    for name in ("stage2_epochs", "stage2_lr", "stage2_batch_size"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected > 0 for {config.method}")
+    if config.method == "wb" and config.beta >= 1:
+        raise ValueError(f"beta is {config.beta:g}, expected below 1")

@@ -9,7 +9,7 @@ from typing import Any
 from . import cifar, image_lists, packed_jpeg
 from .config import FULL, SMALL, Dataset, RunConfig
 from .digits import long_tail_counts
-from .image_data import DataError, LongTailImages, Statistics, class_counts
+from .image_data import DataError, LongTailImages, Statistics, check_every_class, class_counts
 from .image_files import FileImages, FileOptions
 
 # CIFAR100-LT's, from the code of the baselines.
@@ -72,24 +72,28 @@ def _image_files(
 ) -> LongTailImages:
     directory = Path(config.data_dir)
     root = Path(config.image_root) if config.image_root else directory
+    if not root.is_dir():
+        option = "--image-root" if config.image_root else "--data-dir"
+        raise DataError(f"{option} is '{root}', expected a directory")
     found = [pair for pair in known if (directory / pair[0]).exists()]
     train_file, test_file = (found or known)[0]
-    train = image_lists.read(directory / (config.train_list or train_file), root)
-    test = image_lists.read(directory / (config.test_list or test_file), root)
-    held_out = None
+    names = [config.train_list or train_file, config.test_list or test_file]
     if config.validation_list:
-        held_out = image_lists.read(directory / config.validation_list, root)
+        names.append(config.validation_list)
+    lists = [image_lists.read(directory / name, root) for name in names]
+    num_classes = max(max(images.labels) for images in lists) + 1
+    for name, images in zip(names, lists):
+        check_every_class(images.labels, num_classes, f"'{directory / name}'")
     options = FileOptions(
         config.image_size, statistics, config.color_jitter, config.skip_corrupt, config.workers
     )
-    images = FileImages(train, options)
-    num_classes = max(max(part.labels) for part in (train, test, held_out) if part) + 1
+    train, test, *held_out = (FileImages(images, options) for images in lists)
     return LongTailImages(
-        images,
-        FileImages(test, options),
-        FileImages(held_out, options) if held_out else None,
-        class_counts(images.targets, num_classes),
-        train.class_names,
+        train,
+        test,
+        held_out[0] if held_out else None,
+        class_counts(train.targets, num_classes),
+        lists[0].class_names,
     )
 
 

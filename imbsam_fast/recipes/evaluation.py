@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .image_data import Images
+from .image_data import DataError, Images
 from .metrics import BORDERS, group_accuracies, shares
 from .ranks import ALONE, Ranks
 
@@ -28,7 +28,7 @@ def evaluate(
 
     "flip" averages the logits of an image and of its mirror image, as the authors' code does. The
     model runs in eval mode, in its own dtype, and its mode is left as it was. Every rank tests
-    its share. Raises ValueError where a class has no image.
+    its share. Raises DataError where no image of a class could be read.
     """
     hits = torch.zeros(3, len(counts), dtype=torch.float64, device=ranks.device)
     with in_eval_mode(model):
@@ -40,6 +40,12 @@ def evaluate(
             ):
                 hits[i] += torch.bincount(targets[right & counted], minlength=len(counts))
     rows, plain, flip = ranks.sum_(hits).cpu()
+    if not rows.all():
+        k = int((rows == 0).nonzero()[0])
+        raise DataError(
+            f"no image of class {k} could be read for testing, expected at least one; see "
+            "--test-list and --validation-list"
+        )
     return {
         name: {"per_class": accuracy, **group_accuracies(accuracy, counts, borders)}
         for name, accuracy in (("plain", shares(plain, rows)), ("flip", shares(flip, rows)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -78,12 +78,28 @@ def decode(file: str | BinaryIO) -> Tensor:
     """An image file as uint8 (3, H, W), RGB. Raises OSError or ValueError where it is damaged."""
     from PIL import Image  # comes with torchvision, whose own decoders are deprecated
 
-    with Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises many kinds, SyntaxError for a broken PNG
+        raise ValueError(str(error)) from error
 
 
 def class_counts(targets: Tensor, num_classes: int) -> list[int]:
     return torch.bincount(targets, minlength=num_classes).tolist()
+
+
+def check_every_class(labels: Iterable[int], num_classes: int, where: str) -> None:
+    """Raise DataError, naming `where`, unless each of the classes 0 .. num_classes - 1 is there."""
+    present = set(labels)
+    missing = next((k for k in range(num_classes) if k not in present), None)
+    if missing is not None:
+        raise DataError(
+            f"{where} has no image of class {missing}, expected at least one of each of the "
+            f"{num_classes} classes, numbered from 0"
+        )
 
 
 def rows_of_each_class(targets: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
@@ -95,9 +111,9 @@ def rows_of_each_class(targets: Tensor, starts: Sequence[int], counts: Sequence[
     for k, (start, count) in enumerate(zip(starts, counts, strict=True)):
         rows = (targets == k).nonzero().squeeze(1)
         if len(rows) < start + count:
+            parts = f": {start} for training and {count} for validation" if start else ""
             raise DataError(
-                f"class {k} has {len(rows)} images, expected at least {start + count}: {start} "
-                f"others and {count} more"
+                f"class {k} has {len(rows)} images, expected at least {start + count}{parts}"
             )
         kept.append(rows[start : start + count])
     return torch.cat(kept).sort().values

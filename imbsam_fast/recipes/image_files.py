@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,10 @@ class FileImages(Images):
                 f"'{corrupt[0].path}' {corrupt[0].reason}; copy it again, or leave such images out "
                 "with --skip-corrupt"
             )
-        self._corrupt.update(image.path for image in corrupt)
+        for path, reason in corrupt:
+            if path not in self._corrupt:
+                warnings.warn(f"'{path}' {reason}; left out", stacklevel=2)
+            self._corrupt.add(path)
 
 
 class _Corrupt(NamedTuple):

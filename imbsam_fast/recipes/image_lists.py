@@ -24,7 +24,7 @@ def read(file: Path, root: Path) -> ImageList:
     missing or cannot be read; the images themselves are not looked at.
     """
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(
             f"'{file}' does not exist, expected a list of `path label` lines or an iNaturalist "
@@ -43,11 +43,11 @@ def _from_lines(file: Path, text: str) -> ImageList:
     for i, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        path, _, label = line.strip().rpartition(" ")  # a path may have spaces
-        if not path or not label.isdecimal():
+        words = line.rsplit(maxsplit=1)  # a path may have spaces
+        if len(words) < 2 or not words[1].isdecimal():
             raise DataError(f"line {i} of '{file}' is {line!r}, expected a path and a class number")
-        paths.append(path.strip())
-        labels.append(int(label))
+        paths.append(words[0].strip())
+        labels.append(int(words[1]))
     return ImageList(paths, labels, None)
 
 

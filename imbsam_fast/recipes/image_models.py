@@ -21,13 +21,20 @@ def make_model(name: str, num_classes: int, norm: str, seed: int) -> nn.Module:
     `norm` replaces the BatchNorm of the residual networks, "batch" leaves it. Raises ValueError
     for a network that has no BatchNorm to replace.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
+    check_norm(name, norm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name in CIFAR_RESNETS:
             return CifarResNet(CIFAR_RESNETS[name], num_classes, norm)
         return _from_torchvision(name, num_classes, norm)
+
+
+def check_norm(name: str, norm: str) -> None:
+    """Raise ValueError where the network `name` cannot have `norm`."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
+    if norm != "batch" and not name.startswith("resn"):
+        raise ValueError(f"norm is {norm!r}, expected 'batch': {name} has no BatchNorm")
 
 
 def classifier(model: nn.Module) -> nn.Linear:
@@ -47,8 +54,6 @@ def _from_torchvision(name: str, num_classes: int, norm: str) -> nn.Module:
 
     settings: dict[str, Callable[[int], nn.Module]] = {}
     if norm != "batch":
-        if not name.startswith("resn"):
-            raise ValueError(f"norm is {norm!r}, expected 'batch': {name} has no BatchNorm")
         settings["norm_layer"] = lambda channels: make_norm(norm, channels)
     if name == "resnet34-cifar":  # as the authors released it
         model = models.resnet34(num_classes=num_classes, **settings)

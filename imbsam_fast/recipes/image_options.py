@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from ..train_step import BATCH_NORM_UPDATES, PLANS
-from .arguments import UsageError, check_device, number
+from .arguments import UsageError, check_device, number, require_extras
 from .config import METHODS, OPTIMIZERS, Dataset, RunConfig, resolve
 from .config_file import read_arguments
 from .datasets import DATASETS
 from .image_data import DataError
-from .image_models import MODELS
+from .image_models import MODELS, check_norm
 from .image_run import InterruptedRun
 from .models import NORMS
 from .presets import PRESETS
@@ -183,8 +183,11 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Make the runs: 0, or 130 where a signal ended them, each with its checkpoint."""
+    require_extras(["torchvision", "yaml"])
     args = _with_file(args)
     configs = configurations(args)
+    if configs[0].tensorboard:
+        require_extras(["tensorboard"], "tensorboard")
     distributed, device = configs[0].distributed, configs[0].device
     check_device(device)
     try:
@@ -202,7 +205,11 @@ def main(args: argparse.Namespace) -> int:
 def _with_file(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with those of --config under them, and the defaults under both."""
     known = vars(args)
-    from_file = read_arguments(known["config"], args.parser) if "config" in known else {}
+    from_file = {}
+    if "config" in known:
+        from_file = read_arguments(
+            known["config"], args.parser, {**known, "dataset": known["recipe"]}
+        )
     merged = {**_DEFAULTS, **from_file, **known}
     for name in _NEEDED:
         if name not in merged:
@@ -215,11 +222,13 @@ def configurations(args: argparse.Namespace) -> list[RunConfig]:
     given = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
     dataset = DATASETS[args.recipe]
     try:
-        return [
+        configs = [
             resolve(dataset, {**given, "dataset": args.recipe, "optimizer": name, "seed": seed})
             for seed in range(args.seed, args.seed + args.seeds)
             for name in OPTIMIZERS
             if name in args.optimizer
         ]
+        check_norm(configs[0].model, configs[0].norm)
+        return configs
     except ValueError as error:
         raise UsageError(str(error)) from error

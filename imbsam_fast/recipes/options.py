@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from ..train_step import PLANS
 from . import image_options
-from .arguments import UsageError, check_device, number
+from .arguments import UsageError, check_device, number, require_extras
 from .digits import ETA, MAX_PER_CLASS, NUM_CLASSES, TEST_PER_CLASS
 from .models import NORMS
 from .presets import PRESETS
@@ -134,13 +133,6 @@ def _settings(args: argparse.Namespace) -> Settings:
         imbalance_factor=args.imbalance_factor,
         device=args.device,
     )
-
-
-def require_extras(modules: list[str]) -> None:
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        names = " and ".join("scikit-learn" if m == "sklearn" else m for m in missing)
-        raise UsageError(f"{names} is not installed; pip install 'imbsam-fast[recipes]'")
 
 
 def _prepare_directory(directory: Path) -> None:

@@ -22,6 +22,7 @@ from .image_data import (
     DataError,
     LongTailImages,
     MemoryImages,
+    check_every_class,
     decode,
     long_tailed,
 )
@@ -39,6 +40,7 @@ def load(directory: Path, counts: Sequence[int], validation: int) -> LongTailIma
     pixels, targets, names = read(directory / TRAIN_FILE)
     test_pixels, test_targets, _ = read(directory / TEST_FILE)
     train = MemoryImages(pixels, targets, CIFAR10_STATISTICS)
+    check_every_class(test_targets.tolist(), len(counts), f"'{directory / TEST_FILE}'")
     test = MemoryImages(test_pixels, test_targets, CIFAR10_STATISTICS)
     return long_tailed(train, test, counts, validation, names)
 
@@ -49,20 +51,32 @@ def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
         raise DataError(f"'{path}' does not exist, expected a packed JPEG archive; see --data-dir")
     try:
         with np.load(path) as archive:
-            jpeg, offsets = archive["jpeg"], archive["offsets"]
-            targets = torch.from_numpy(archive["labels"]).long()
+            jpeg, offsets, labels = archive["jpeg"], archive["offsets"], archive["labels"]
             names = [str(name) for name in archive["class_names"]]
+        _check_labels(labels, offsets, len(names))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(
             f"'{path}' is damaged ({error}), expected an .npz archive with jpeg, offsets, labels "
             "and class_names; copy it again"
         ) from error
-    images = []
+    images: list[Tensor] = []
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         try:
-            images.append(decode(io.BytesIO(jpeg[start:end].tobytes())))
+            image = decode(io.BytesIO(jpeg[start:end].tobytes()))
+            if images and image.shape != images[0].shape:
+                raise ValueError("it is not as large as the others")
+            images.append(image)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"image {i} of '{path}' is damaged ({error}); copy the archive again"
             ) from error
-    return torch.stack(images), targets, names
+    return torch.stack(images), torch.from_numpy(labels.astype(np.int64)), names
+
+
+def _check_labels(labels: np.ndarray, offsets: np.ndarray, num_classes: int) -> None:
+    if labels.dtype.kind not in "iu" or offsets.dtype.kind not in "iu":
+        raise ValueError(f"labels are {labels.dtype}, offsets {offsets.dtype}, not whole numbers")
+    if len(labels) == 0 or len(offsets) != len(labels) + 1:
+        raise ValueError(f"{len(labels)} labels and {len(offsets)} offsets")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels are {labels.min()} to {labels.max()}, {num_classes} class names")

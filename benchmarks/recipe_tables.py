@@ -1,0 +1,230 @@
+"""The tables on long-tailed classification in docs/results.md, and the record that they come from.
+
+    python -m benchmarks.recipe_tables RUN... --json FILE
+
+writes what the finished runs of `imbsam-fast train` in RUN... say into one small file: settings,
+final losses and accuracies, what `imbsam-fast analyze` found, environments. Files in
+benchmarks/results/recipes/ are read by `python -m benchmarks.report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.tables import NO_VALUE, Lines, Table, markdown
+from imbsam_fast.recipes.compare import (
+    PLACE_KEYS,
+    VIEWS,
+    ComparedRun,
+    Group,
+    Section,
+    Value,
+    compare,
+    differences,
+    sections,
+)
+from imbsam_fast.recipes.config import RunConfig
+from imbsam_fast.recipes.methods import sharpness_split
+from imbsam_fast.recipes.metrics import COLUMNS, mean_and_std
+
+FORMAT = 1
+# Where runs may differ from their control: everything that makes the method.
+METHOD_KEYS = frozenset(
+    ("label", "optimizer", "preset", "eta", "inclusive", "tail_weight", "batch_norm", "rho", "plan",
+     "lagged", "gamma", "lam")
+)  # fmt: skip
+NOT_RECORDED = PLACE_KEYS - {"seed"}
+ANALYSED = ("analysis", "classes", "class_list", "rows", "checkpoint", "lambda_max", "trace")
+
+
+class RecipeReport(NamedTuple):
+    """Finished runs on one data set, and where they were made."""
+
+    section: Section
+    environments: list[dict[str, Any]]  # of each run
+
+
+# ---------------------------------------------------------------- the record
+
+
+def condensed(runs: Sequence[ComparedRun]) -> dict[str, Any]:
+    """What is recorded of finished runs, as plain values."""
+    configs = [{k: v for k, v in run.config.items() if k not in NOT_RECORDED} for run in runs]
+    shared = {k: v for k, v in configs[0].items() if all(c.get(k, c) == v for c in configs)}
+    environments: list[dict[str, Any]] = []
+    recorded = []
+    for run, config in zip(runs, configs):
+        result = dict(run.result or {})
+        environment = dict(result.pop("environment"))
+        date = environment.pop("date")
+        if environment not in environments:
+            environments.append(environment)
+        result.pop("seconds")  # other work ran beside
+        recorded.append(
+            {
+                "config": {k: v for k, v in config.items() if k not in shared},
+                "log": run.log[-1:],
+                "result": result,
+                "environment": environments.index(environment),
+                "date": date,
+                "analyses": {
+                    name: {key: analysis[key] for key in ANALYSED}
+                    for name, analysis in run.analyses.items()
+                    if analysis["analysis"] == "hessian"
+                },
+            }
+        )
+    return {"format": FORMAT, "settings": shared, "runs": recorded, "environments": environments}
+
+
+def load(path: Path) -> RecipeReport:
+    content = json.loads(path.read_text())
+    runs, environments = [], []
+    for run in content["runs"]:
+        config = {**content["settings"], **run["config"]}
+        runs.append(ComparedRun(path, config, run["log"], run["result"], run["analyses"]))
+        environment = content["environments"][run["environment"]]
+        environments.append({**environment, "date": run["date"]})
+    (section,) = sections(runs, [])
+    return RecipeReport(section, environments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0; 1 unless there are finished runs, on one data set. What is left out is named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe_tables", allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args(argv)
+    comparison = compare(args.runs)
+    for fault in comparison.faults:
+        print(f"{fault.path}: {fault.what}")
+    found = [section for section in comparison.sections if section.finished]
+    if len(found) != 1:
+        print(f"RUN has finished runs on {len(found)} data sets, expected one")
+        return 1
+    finished = [run for group in found[0].groups for run in group.finished]
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(condensed(finished), separators=(",", ":")) + "\n")
+    print(f"{len(finished)} runs: {args.json}")
+    return 0
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def cell(value: Value | None, sign: str = "") -> str:
+    if value is None:
+        return NO_VALUE
+    mean, std = value
+    return f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
+
+
+def accuracy(report: RecipeReport) -> Lines:
+    """Test accuracy after the last epoch, and how far training came."""
+    rows = []
+    for group in report.section.groups:
+        tested = [group.accuracy("last", view) or {} for view in VIEWS]
+        trained = [run.log[-1]["train_accuracy"] for run in group.finished]
+        rows.append(
+            (group.label, str(len(group.finished)), *(cell(t[c]) for t in tested for c in COLUMNS),
+             cell(mean_and_std(trained)))
+        )  # fmt: skip
+    names = [column.capitalize() for column in COLUMNS]
+    header = ("%", "seeds", *names, *(f"{name}, flip" for name in names), "training")
+    return markdown(header, rows)
+
+
+def paired(report: RecipeReport) -> Lines:
+    """Differences of a seed's runs: to the control and to SGD."""
+    rows = []
+    for group in report.section.groups:
+        for other in _compared_with(group, report.section):
+            by_seed = list(_differences(group, other))
+            if by_seed:
+                cells = [
+                    cell(mean_and_std([difference[i] for difference in by_seed]), "+")
+                    for i in range(len(COLUMNS))
+                ]
+                rows.append((f"{group.label} minus {other.label}", str(len(by_seed)), *cells))
+    return markdown(("points", "seeds", *(column.capitalize() for column in COLUMNS)), rows)
+
+
+def sharpness(report: RecipeReport) -> Lines:
+    """The Hessian of the mean loss on chosen classes, of the runs that were analysed."""
+    rows = []
+    for group in report.section.groups:
+        for run in group.finished:
+            for analysis in run.analyses.values():
+                top, trace = analysis["lambda_max"], analysis["trace"]
+                name = f"{group.label}, seed {run.config['seed']}"
+                error = NO_VALUE if trace["error"] is None else f"{trace['error']:.3g}"
+                values = (f"{top['value']:.4g}", f"{trace['value']:.4g}", error)
+                rows.append((name, analysis["classes"], str(analysis["rows"]), *values))
+    header = ("run", "classes", "images", "λ_max", "trace", "its standard error")
+    return markdown(header, rows) if rows else ["Not recorded."]
+
+
+def _compared_with(group: Group, section: Section) -> Iterator[Group]:
+    """The control, SGD with the same class weights, and SGD, where it is another one."""
+    weights = _class_weights(group, section)
+    for other in section.groups:
+        if other is group or not other.config["optimizer"].startswith("sgd"):
+            continue
+        if set(differences([group, other])) - METHOD_KEYS:
+            continue
+        is_control = torch.equal(weights, _class_weights(other, section))
+        if other.config["optimizer"] == "sgd" or is_control:
+            yield other
+
+
+def _class_weights(group: Group, section: Section) -> torch.Tensor:
+    """(K,), plain plus sharp: the weights of the loss without any perturbation."""
+    config = RunConfig.from_dict({**group.config, **dict.fromkeys(NOT_RECORDED, 0), "seed": 0})
+    split = sharpness_split(config.step_method, config, section.counts or [])
+    return (split.plain + split.sharp).float()
+
+
+def _differences(group: Group, other: Group) -> Iterator[list[float]]:
+    """By COLUMNS, for every seed that both have, images as they are."""
+    of_seed = {run.config["seed"]: run.result for run in other.finished}
+    for run in group.finished:
+        result = of_seed.get(run.config["seed"])
+        if result is not None and run.result is not None:
+            ours, theirs = (r["last"]["plain"] for r in (run.result, result))
+            yield [ours[column] - theirs[column] for column in COLUMNS]
+
+
+def provenance(report: RecipeReport) -> str:
+    """One sentence for each environment."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for e in report.environments:
+        machine, versions = e["machine"], e["versions"]
+        key = (
+            f"{machine['cpu']}, {machine['torch_threads']} thread",
+            f"imbsam-fast {versions['imbsam-fast']}, torch {versions['torch']}, "
+            f"Python {versions['python']}",
+            f"commit {(e['git_commit'] or 'unknown')[:12]}",
+        )
+        found.setdefault(key, []).append(e["date"][:10])
+    return " ".join(
+        f"{len(dates)} runs: {'; '.join(key)}, {' to '.join(sorted({min(dates), max(dates)}))}."
+        for key, dates in found.items()
+    )
+
+
+SMALL = ("recipes/cifar10_lt_small",)
+TABLES = {
+    "cifar10-lt-small": Table(SMALL, accuracy),
+    "cifar10-lt-small-paired": Table(SMALL, paired),
+    "cifar10-lt-small-sharpness": Table(SMALL, sharpness),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
