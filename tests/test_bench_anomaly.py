@@ -17,7 +17,6 @@ from imbsam_fast.recipes.anomaly.networks import Encoder, Scorer
 from imbsam_fast.recipes.anomaly.run import write_results
 from imbsam_fast.recipes.anomaly.settings import Fit
 
-
 REPOSITORY = Path(__file__).parent.parent
 
 
