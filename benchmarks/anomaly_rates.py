@@ -1,6 +1,6 @@
 """Learning rates for the anomaly detectors, compared on training rows alone.
 
-    python -m benchmarks.anomaly_rates --data-dir DIR --json FILE
+    python -m benchmarks.anomaly_rates --data-dir DIR [--sets NAME ...] --json FILE
 
 The paper does not say its learning rate. For every rate, set and protocol the detector is trained
 with plain SGD on 70 % of the training rows, and its AUCROC taken on the other 30 %; no test row of
@@ -62,19 +62,21 @@ def means(found: Sequence[Trial]) -> Iterator[tuple[str, float, dict[str, float]
     """(detector, rate, {protocol: mean AUCROC over the sets})"""
     for name, lr in itertools.product(DETECTORS, RATES):
         own = [t for t in found if (t.detector, t.lr) == (name, lr)]
-        yield name, lr, {p: fmean(t.aucroc for t in own if t.protocol == p) for p in PROTOCOLS}
+        of_protocols = {p: [t.aucroc for t in own if t.protocol == p] for p in PROTOCOLS}
+        yield name, lr, {p: fmean(areas) for p, areas in of_protocols.items() if areas}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.anomaly_rates", allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR")
     parser.add_argument("--sets", nargs="+", metavar="NAME")
+    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     found = []
-    for path, protocol in itertools.product(data.find(args.data_dir, args.sets), PROTOCOLS):
+    for path, protocol in itertools.product(data.find(args.data_dir, args.sets), args.protocol):
         found += trials(data.read(path), protocol, args.seed)
         print(path.stem, protocol, flush=True)
     content = {
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fields": list(Trial._fields),
         "trials": found,
     }
-    args.json.write_text(json.dumps(content, indent=None) + "\n")
+    args.json.write_text(json.dumps(content) + "\n")
     for name, lr, areas in means(found):
         of_protocols = ", ".join(f"{p} {area:.2f}" for p, area in areas.items())
         print(f"{DETECTOR_NAMES[name]}, lr {lr:g}: AUCROC on held-out training rows {of_protocols}")
