@@ -58,12 +58,13 @@ def trials(data_set: data.DataSet, protocol: str, seed: int) -> Iterator[Trial]:
             yield Trial(name, lr, data_set.name, protocol, None, 50.0)
 
 
-def means(found: Sequence[Trial]) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """(detector, rate, {protocol: mean AUCROC over the sets})"""
-    for name, lr in itertools.product(DETECTORS, RATES):
-        own = [t for t in found if (t.detector, t.lr) == (name, lr)]
-        of_protocols = {p: [t.aucroc for t in own if t.protocol == p] for p in PROTOCOLS}
-        yield name, lr, {p: fmean(areas) for p, areas in of_protocols.items() if areas}
+def means(found: Sequence[Trial]) -> dict[tuple[str, str], dict[tuple[str, float], float]]:
+    """(family, protocol) -> (detector, rate) -> mean AUCROC over the sets"""
+    areas: dict[tuple[str, str], dict[tuple[str, float], list[float]]] = {}
+    for t in found:
+        of_family = areas.setdefault((paper.family(t.set), t.protocol), {})
+        of_family.setdefault((t.detector, t.lr), []).append(t.aucroc)
+    return {key: {k: fmean(a) for k, a in own.items()} for key, own in areas.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,9 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trials": found,
     }
     args.json.write_text(json.dumps(content) + "\n")
-    for name, lr, areas in means(found):
-        of_protocols = ", ".join(f"{p} {area:.2f}" for p, area in areas.items())
-        print(f"{DETECTOR_NAMES[name]}, lr {lr:g}: AUCROC on held-out training rows {of_protocols}")
+    for (family, protocol), areas in means(found).items():
+        for (name, lr), area in areas.items():
+            print(f"{family}, {protocol}, {DETECTOR_NAMES[name]}, lr {lr:g}: AUCROC {area:.1f}")
     return 0
 
 

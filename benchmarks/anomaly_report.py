@@ -3,9 +3,9 @@
     python -m benchmarks.anomaly_report [--check] [--root DIR]
 
 Tables go between `<!-- anomaly: NAME -->` and `<!-- end -->`; the names are in TABLES. They come
-from benchmarks/results/anomaly/results.json, which `imbsam-fast anomaly --save` wrote, and from
-benchmarks/results/bench_anomaly.json. Exits 1 for an unknown name, with --check also where the
-document says something else.
+from results.json and base_*.json in benchmarks/results/anomaly, which `imbsam-fast anomaly --save`
+wrote, from rates_*.json, which anomaly_rates wrote, and from benchmarks/results/bench_anomaly.json.
+Exits 1 for an unknown name, with --check also where the document says something else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks import report
+from benchmarks.anomaly_rates import Trial, means
 from benchmarks.tables import NO_VALUE, Lines, markdown, milliseconds
 from imbsam_fast import bench
 from imbsam_fast.recipes.anomaly import paper
@@ -36,7 +37,8 @@ from imbsam_fast.recipes.anomaly.summary import areas, at_every_ratio, differenc
 from imbsam_fast.recipes.anomaly.tables import HEADER, by_family, signed, tables, value
 
 DOCUMENT = "docs/results.md"
-GRID = "benchmarks/results/anomaly/results.json"
+RESULTS = "benchmarks/results/anomaly"
+GRID = "results.json"
 EPOCHS = "benchmarks/results/bench_anomaly.json"
 PLOTS = "benchmarks/plots"
 MARKER = re.compile(r"(<!-- anomaly: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -105,6 +107,34 @@ def ratios(root: Path) -> Lines:
     return [f"{seeds} seeds:", "", *markdown(header, rows), "", *_provenance(own, grid.runs)]
 
 
+def other_bases(root: Path) -> Lines:
+    """What the detectors reach without SGD."""
+    lines: Lines = []
+    for path in sorted((root / RESULTS).glob("base_*.json")):
+        grid = read_grid(path)
+        for table in tables(grid.fits, grid.settings):
+            lines += [f"{table.title}:", "", *markdown(HEADER, table.rows), ""]
+        lines += [*_provenance(grid.fits, grid.runs), ""]
+    return lines[:-1] or NOT_RECORDED
+
+
+def rates(root: Path) -> Lines:
+    """AUCROC on held-out training rows for each learning rate."""
+    contents = [json.loads(p.read_text()) for p in sorted((root / RESULTS).glob("rates_*.json"))]
+    if not contents:
+        return NOT_RECORDED
+    columns = means([Trial(*row) for content in contents for row in content["trials"]])
+    keys = dict.fromkeys(key for areas in columns.values() for key in areas)
+    rows = [
+        (f"{DETECTOR_NAMES[name]}, {lr:g}",
+         *(f"{areas[name, lr]:.1f}" for areas in columns.values()))
+        for name, lr in keys
+    ]  # fmt: skip
+    header = ("detector, rate", *(f"{family}, {protocol}" for family, protocol in columns))
+    made = [_made(f"{len(c['trials'])} fits", c["environment"]) for c in contents]
+    return [*markdown(header, rows), "", *made]
+
+
 def _at_ratios(fits: Sequence[Fit], metric: str, ratios: Sequence[float]) -> dict[str, list[str]]:
     """method -> a cell a ratio"""
     cells: dict[str, list[str]] = {}
@@ -154,6 +184,8 @@ TABLES: dict[str, Callable[[Path], Lines]] = {
     "comparisons": comparisons,
     "clean": partial(protocol_tables, protocol="clean"),
     "adbench": partial(protocol_tables, protocol="adbench"),
+    "other-bases": other_bases,
+    "rates": rates,
     "ratios": ratios,
     "epoch": epochs,
 }
@@ -172,19 +204,23 @@ def _leaks(fits: Sequence[Fit]) -> str:
 
 
 def _provenance(fits: Sequence[Fit], runs: Sequence[dict[str, Any]]) -> Lines:
-    lines = []
-    for number in sorted({fit.run for fit in fits}):
-        e = runs[number]
-        machine, versions = e["machine"], e["versions"]
-        made = sum(fit.run == number for fit in fits)
-        commit = e["git_commit"] or "unknown"
-        dirty = " with uncommitted changes" if commit.endswith("-dirty") else ""
-        lines.append(
-            f"{made} fits: {machine['cpu']}, {machine['torch_threads']} thread; imbsam-fast "
-            f"{versions['imbsam-fast']}, torch {versions['torch']}, Python {versions['python']}; "
-            f"commit {commit[:12]}{dirty}, {e['date'][:10]}."
-        )
-    return lines
+    """A line for each commit and day; a grid that was interrupted has several runs."""
+    made: dict[str, int] = {}
+    for fit in fits:
+        facts = _made("", runs[fit.run])
+        made[facts] = made.get(facts, 0) + 1
+    return [f"{number} fits{facts}" for facts, number in sorted(made.items())]
+
+
+def _made(what: str, environment: dict[str, Any]) -> str:
+    machine, versions = environment["machine"], environment["versions"]
+    commit = environment["git_commit"] or "unknown"
+    dirty = " with uncommitted changes" if commit.endswith("-dirty") else ""
+    return (
+        f"{what}: {machine['cpu']}, {machine['torch_threads']} thread; imbsam-fast "
+        f"{versions['imbsam-fast']}, torch {versions['torch']}, Python {versions['python']}; "
+        f"commit {commit[:12]}{dirty}, {environment['date'][:10]}."
+    )
 
 
 # ---------------------------------------------------------------- files
@@ -197,9 +233,11 @@ class Grid(NamedTuple):
 
 
 def load_grid(root: Path) -> Grid | None:
-    path = root / GRID
-    if not path.exists():
-        return None
+    path = root / RESULTS / GRID
+    return read_grid(path) if path.exists() else None
+
+
+def read_grid(path: Path) -> Grid:
     content = json.loads(path.read_text())
     fits = [Fit(**dict(zip(content["fields"], row))) for row in content["fits"]]
     return Grid(Settings(**content["settings"]), fits, content["runs"])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks import anomaly_report, bench_anomaly
+from benchmarks import anomaly_rates, anomaly_report, bench_anomaly
 from imbsam_fast import bench
+from imbsam_fast.recipes.anomaly import DevNet, data
 from imbsam_fast.recipes.anomaly.losses import deepsad_loss, deviation_loss
 from imbsam_fast.recipes.anomaly.networks import Encoder, Scorer
 from imbsam_fast.recipes.anomaly.run import write_results
@@ -115,7 +118,7 @@ def root(tmp_path):
 
 def written(root, table: str, content: dict) -> list[str]:
     """The lines that `table` has when `content` was recorded."""
-    write_results(root / anomaly_report.GRID, content)
+    write_results(root / anomaly_report.RESULTS / anomaly_report.GRID, content)
     (root / "docs/results.md").write_text(f"<!-- anomaly: {table} -->\n<!-- end -->\n")
     assert anomaly_report.main(["--root", str(root)]) == 0
     return (root / "docs/results.md").read_text().splitlines()
@@ -176,6 +179,59 @@ def test_ratios_are_compared_on_the_same_sets_and_seeds(root):
         "| DevNet | MVTec-AD_a | AUCPR of anomalies (%) | SAM minus SGD | +0.50 ± 0.00 | +0.50 ± "
         "0.00 |",
     ]
+
+
+def test_other_bases_have_tables_of_their_own(root):
+    content = results([row("sgd", 95.0, seed) for seed in (0, 1)])
+    content["settings"]["base"] = "adam"
+    write_results(root / anomaly_report.RESULTS / "base_adam.json", content)
+    lines = written(root, "other-bases", results())
+    assert any("base Adam, 2 seeds" in line for line in lines)
+    assert any(line.startswith("| MVTec-AD_a | Adam | 95.0 ± 0.0 |") for line in lines)
+
+
+def test_rates_are_means_over_the_sets_of_a_family(root):
+    trials = [
+        anomaly_rates.Trial("devnet", lr, name, "clean", 0.5, area + 1000 * lr)
+        for lr in (0.01, 0.001)
+        for name, area in (("MVTec-AD_a", 70.0), ("MVTec-AD_b", 80.0), ("SVHN_0", 60.0))
+    ]
+    content = {"environment": results()["runs"][0], "seed": 0, "trials": trials}
+    (root / anomaly_report.RESULTS / "rates_all.json").write_text(json.dumps(content))
+    lines = written(root, "rates", results())
+    assert "| detector, rate | MVTec, clean | SVHN, clean |" in lines
+    assert "| DevNet, 0.01 | 85.0 | 70.0 |" in lines and "| DevNet, 0.001 | 76.0 | 61.0 |" in lines
+
+
+def test_rates_are_compared_on_training_rows_alone(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    y = (np.arange(90) % 3 == 0).astype(np.int64)
+    X = (rng.normal(size=(90, 4)) + 3 * y[:, None]).astype(np.float32)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "a.npz", X=X, y=y)
+    parts = data.part(data.read(tmp_path / "data" / "a.npz"), "clean", 0.25, 0)
+    seen = []
+    for name in ("fit", "decision_function"):
+        method = getattr(DevNet, name)
+
+        def noted(self, rows, *rest, method=method):
+            seen.append({row.tobytes() for row in rows})
+            return method(self, rows, *rest)
+
+        monkeypatch.setattr(DevNet, name, noted)
+    monkeypatch.setattr(anomaly_rates, "RATES", (0.001, 1e30))
+    path = tmp_path / "rates.json"
+    argv = ["--data-dir", str(tmp_path / "data"), "--protocol", "clean", "--json", str(path)]
+    assert anomaly_rates.main(argv) == 0
+    fitted, held = seen[:2]
+    assert not fitted & held and fitted | held == {row.tobytes() for row in X[parts.train_rows]}
+    content = json.loads(path.read_text())
+    trials = [anomaly_rates.Trial(*row) for row in content["trials"]]
+    assert [(t.detector, t.lr) for t in trials] == [
+        (name, lr) for name in ("deepsad", "devnet") for lr in (0.001, 1e30)
+    ]
+    assert all(t.aucroc > 60 for t in trials if t.lr == 0.001)
+    assert all(t.train_loss is None and t.aucroc == 50 for t in trials if t.lr == 1e30)
 
 
 def test_uncommitted_changes_are_told(root):
