@@ -210,6 +210,9 @@ def test_adbench_leaves_middling_sets_alone_and_thins_large_ones():
         parts = data.part(data.DataSet("x", *features(rows)), "adbench", 0.25, seed=0)
         found = np.concatenate([parts.train_rows, parts.test_rows])
         assert len(found) == len(set(found)) == kept and parts.leaked == 0
+    middling = data.DataSet("x", *features(1_500))
+    parts = [data.part(middling, protocol, 0.25, seed=0) for protocol in PROTOCOLS]
+    assert all(map(np.array_equal, *parts))  # the protocols are one
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
