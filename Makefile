@@ -46,7 +46,7 @@ wheel-test: wheel
 # Everything at full size, for a quiet machine; `imbsam-fast bench` is the short form. Recorded
 # results are replaced at the end, all from one commit.
 BENCHMARKS := bench_optimizer bench_split_cross_entropy bench_step bench_growth bench_memory \
-	bench_distributed
+	bench_distributed bench_anomaly
 bench: $(VENV)/.installed
 	rm -rf build/results
 	set -e; for name in $(BENCHMARKS); do \
@@ -54,6 +54,7 @@ bench: $(VENV)/.installed
 	mkdir -p benchmarks/results
 	cp build/results/*.json benchmarks/results
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.anomaly_report
 
 # For a machine with an NVIDIA GPU, also without a network: builds with the torch, setuptools,
 # cmake, ninja, pybind11 and nvcc that $(PYTHON) has, tests, looks for races and bad addresses,

@@ -1,11 +1,11 @@
-"""Writes the recorded results of the anomaly recipe into docs/anomaly.md.
+"""Writes the recorded results of the anomaly recipe into docs/results.md.
 
     python -m benchmarks.anomaly_report [--check] [--root DIR]
 
-Tables go between `<!-- results: NAME -->` and `<!-- end -->`; the names are in TABLES. They come
-from benchmarks/results/anomaly/results.json, which `imbsam-fast anomaly --save` wrote, and from
-benchmarks/results/bench_anomaly.json. Exits 1 for an unknown name, with --check also where the
-document says something else.
+Tables go between `<!-- anomaly: NAME -->` and `<!-- end -->`; the names are in TABLES. They come
+from results.json and base_*.json in benchmarks/results/anomaly, which `imbsam-fast anomaly --save`
+wrote, from rates_*.json, which anomaly_rates wrote, and from benchmarks/results/bench_anomaly.json.
+Exits 1 for an unknown name, with --check also where the document says something else.
 """
 
 from __future__ import annotations
@@ -18,55 +18,149 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import report
-from benchmarks.tables import Lines, markdown, milliseconds
+from benchmarks.anomaly_rates import Trial, means
+from benchmarks.tables import NO_VALUE, Lines, markdown, milliseconds
 from imbsam_fast import bench
 from imbsam_fast.recipes.anomaly import paper
-from imbsam_fast.recipes.anomaly.plots import aucpr_figure
-from imbsam_fast.recipes.anomaly.settings import Fit, Settings
-from imbsam_fast.recipes.anomaly.tables import HEADER, tables
+from imbsam_fast.recipes.anomaly.plots import PANELS, aucpr_figure
+from imbsam_fast.recipes.anomaly.settings import (
+    DETECTOR_NAMES,
+    PROTOCOLS,
+    Fit,
+    Settings,
+    method_order,
+)
+from imbsam_fast.recipes.anomaly.summary import areas, at_every_ratio, difference, over_seeds
+from imbsam_fast.recipes.anomaly.tables import HEADER, by_family, signed, tables, value
 
-DOCUMENT = "docs/anomaly.md"
-GRID = "benchmarks/results/anomaly/results.json"
+DOCUMENT = "docs/results.md"
+RESULTS = "benchmarks/results/anomaly"
+GRID = "results.json"
 EPOCHS = "benchmarks/results/bench_anomaly.json"
 PLOTS = "benchmarks/plots"
+MARKER = re.compile(r"(<!-- anomaly: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 NOT_RECORDED = ["Not recorded yet."]
+# (a, b): a minus b. The last two are the controls of the tail weight.
+COMPARED = (("sam", "sgd"), ("imbsam", "sgd"), ("imbsam", "sam"), ("sgd@2", "sgd"),
+            ("imbsam@2", "sgd@2"))  # fmt: skip
 
 
 # ---------------------------------------------------------------- tables
 
 
-def areas(root: Path, protocol: str, ratio: float = paper.RATIO) -> Lines:
+def protocol_tables(root: Path, protocol: str) -> Lines:
     grid = load_grid(root)
-    if grid is None:
-        return NOT_RECORDED
-    settings, fits, runs = grid
-    own = [fit for fit in fits if fit.protocol == protocol and fit.ratio == ratio]
-    if not own:
+    own = [] if grid is None else at_the_papers_ratio(grid.fits, protocol)
+    if grid is None or not own:
         return NOT_RECORDED
     lines: Lines = []
-    for table in tables(own, settings):
+    for table in tables(own, grid.settings):
         lines += [f"{table.title}:", "", *markdown(HEADER, table.rows), ""]
     leaks = _leaks(own)
-    return lines + ([leaks, ""] if leaks else []) + _provenance(own, runs)
+    return lines + ([leaks, ""] if leaks else []) + _provenance(own, grid.runs)
+
+
+def comparisons(root: Path) -> Lines:
+    """COMPARED in AUCROC under both protocols, beside the paper's differences."""
+    grid = load_grid(root)
+    own = [] if grid is None else at_the_papers_ratio(grid.fits)
+    if grid is None or not own:
+        return NOT_RECORDED
+    rows = []
+    for detector in dict.fromkeys(fit.detector for fit in own):
+        for family in by_family([fit for fit in own if fit.detector == detector]):
+            for a, b in COMPARED:
+                cells = [_compared(at_the_papers_ratio(family.fits, p), a, b) for p in PROTOCOLS]
+                if set(cells) == {NO_VALUE}:
+                    continue
+                label = f"{grid.settings.label(a)} minus {grid.settings.label(b)}"
+                rows.append(
+                    (DETECTOR_NAMES[detector], family.title, label, *cells,
+                     _paper_difference(detector, family.name, a, b))
+                )  # fmt: skip
+    return markdown(("detector", "sets", "AUCROC", *PROTOCOLS, "paper"), rows)
 
 
 def ratios(root: Path) -> Lines:
-    """AUCPR of anomalies at every ratio that was run under the clean protocol."""
+    """The areas of Figure 5: the base's, and the differences of the others to it."""
     grid = load_grid(root)
-    own = [] if grid is None else [fit for fit in grid[1] if fit.protocol == "clean"]
-    if grid is None or len({fit.ratio for fit in own}) < 2:
+    own = [] if grid is None else [fit for fit in grid.fits if fit.protocol == "clean"]
+    found = sorted({fit.ratio for fit in own})
+    if grid is None or len(found) < 2:
         return NOT_RECORDED
+    own = at_every_ratio(own)
+    rows = []
+    for detector in sorted({fit.detector for fit in own}):
+        for family in by_family([fit for fit in own if fit.detector == detector]):
+            for metric, title in PANELS.items():
+                of_methods = _at_ratios(family.fits, metric, found)
+                for method, cells in of_methods.items():
+                    label = grid.settings.label(method)
+                    if method != "sgd":
+                        label = f"{label} minus {grid.settings.label('sgd')}"
+                    rows.append((DETECTOR_NAMES[detector], family.title, title, label, *cells))
+    seeds = len({fit.seed for fit in own})
+    header = ("detector", "sets", "area", "method", *(f"{100 * r:g} %" for r in found))
+    return [f"{seeds} seeds:", "", *markdown(header, rows), "", *_provenance(own, grid.runs)]
+
+
+def other_bases(root: Path) -> Lines:
+    """What the detectors reach without SGD."""
+    lines: Lines = []
+    for path in sorted((root / RESULTS).glob("base_*.json")):
+        grid = read_grid(path)
+        for table in tables(grid.fits, grid.settings):
+            lines += [f"{table.title}:", "", *markdown(HEADER, table.rows), ""]
+        lines += [*_provenance(grid.fits, grid.runs), ""]
+    return lines[:-1] or NOT_RECORDED
+
+
+def rates(root: Path) -> Lines:
+    """AUCROC on held-out training rows for each learning rate."""
+    contents = [json.loads(p.read_text()) for p in sorted((root / RESULTS).glob("rates_*.json"))]
+    if not contents:
+        return NOT_RECORDED
+    columns = means([Trial(*row) for content in contents for row in content["trials"]])
+    keys = dict.fromkeys(key for areas in columns.values() for key in areas)
     rows = [
-        (f"{100 * table.ratio:g} %", table.title.partition(",")[0], row.sets, row.method,
-         row.aucpr_anomaly, row.aucpr_anomaly_difference, row.aucpr_normal)
-        for table in tables(own, grid[0])
-        for row in table.rows
+        (f"{DETECTOR_NAMES[name]}, {lr:g}",
+         *(f"{areas[name, lr]:.1f}" for areas in columns.values()))
+        for name, lr in keys
     ]  # fmt: skip
-    header = ("labelled", "detector", "sets", "method", *HEADER[6:])
-    return [*markdown(header, rows), "", *_provenance(own, grid[2])]
+    header = ("detector, rate", *(f"{family}, {protocol}" for family, protocol in columns))
+    made = [_made(f"{len(c['trials'])} fits", c["environment"]) for c in contents]
+    return [*markdown(header, rows), "", *made]
+
+
+def _at_ratios(fits: Sequence[Fit], metric: str, ratios: Sequence[float]) -> dict[str, list[str]]:
+    """method -> a cell a ratio"""
+    cells: dict[str, list[str]] = {}
+    for method in sorted({fit.method for fit in fits}, key=method_order):
+        for ratio in ratios:
+            at = [fit for fit in fits if fit.ratio == ratio]
+            own, base = (areas([f for f in at if f.method == m], metric) for m in (method, "sgd"))
+            text = value(over_seeds(own)) if method == "sgd" else signed(difference(own, base))
+            cells.setdefault(method, []).append(text)
+    return cells
+
+
+def _compared(fits: Sequence[Fit], a: str, b: str) -> str:
+    """The mean paired difference with its standard error, and on how many sets it is positive."""
+    first, second = (areas([f for f in fits if f.method == m], "aucroc") for m in (a, b))
+    if not first or first.keys() != second.keys():
+        return NO_VALUE
+    found = difference(first, second)
+    if found.sets == 1:
+        return signed(found)
+    return f"{signed(found)}, {found.sets_better} of {found.sets} sets"
+
+
+def _paper_difference(detector: str, family: str, a: str, b: str) -> str:
+    first, second = (paper.reported(detector, m, family, paper.RATIO) for m in (a, b))
+    return NO_VALUE if first is None or second is None else f"{first - second:+.1f}"
 
 
 def epochs(root: Path) -> Lines:
@@ -87,10 +181,13 @@ def epochs(root: Path) -> Lines:
 
 
 TABLES: dict[str, Callable[[Path], Lines]] = {
-    "anomaly-clean": partial(areas, protocol="clean"),
-    "anomaly-adbench": partial(areas, protocol="adbench"),
-    "anomaly-ratios": ratios,
-    "anomaly-epoch": epochs,
+    "comparisons": comparisons,
+    "clean": partial(protocol_tables, protocol="clean"),
+    "adbench": partial(protocol_tables, protocol="adbench"),
+    "other-bases": other_bases,
+    "rates": rates,
+    "ratios": ratios,
+    "epoch": epochs,
 }
 
 
@@ -107,29 +204,47 @@ def _leaks(fits: Sequence[Fit]) -> str:
 
 
 def _provenance(fits: Sequence[Fit], runs: Sequence[dict[str, Any]]) -> Lines:
-    lines = []
-    for number in sorted({fit.run for fit in fits}):
-        e = runs[number]
-        machine, versions = e["machine"], e["versions"]
-        made = sum(fit.run == number for fit in fits)
-        lines.append(
-            f"{made} fits: {machine['cpu']}, {machine['torch_threads']} thread; imbsam-fast "
-            f"{versions['imbsam-fast']}, torch {versions['torch']}, Python {versions['python']}; "
-            f"commit {(e['git_commit'] or 'unknown')[:12]}, {e['date'][:10]}."
-        )
-    return lines
+    """A line for each commit and day; a grid that was interrupted has several runs."""
+    made: dict[str, int] = {}
+    for fit in fits:
+        facts = _made("", runs[fit.run])
+        made[facts] = made.get(facts, 0) + 1
+    return [f"{number} fits{facts}" for facts, number in sorted(made.items())]
+
+
+def _made(what: str, environment: dict[str, Any]) -> str:
+    machine, versions = environment["machine"], environment["versions"]
+    commit = environment["git_commit"] or "unknown"
+    dirty = " with uncommitted changes" if commit.endswith("-dirty") else ""
+    return (
+        f"{what}: {machine['cpu']}, {machine['torch_threads']} thread; imbsam-fast "
+        f"{versions['imbsam-fast']}, torch {versions['torch']}, Python {versions['python']}; "
+        f"commit {commit[:12]}{dirty}, {environment['date'][:10]}."
+    )
 
 
 # ---------------------------------------------------------------- files
 
 
-def load_grid(root: Path) -> tuple[Settings, list[Fit], list[dict[str, Any]]] | None:
-    path = root / GRID
-    if not path.exists():
-        return None
+class Grid(NamedTuple):
+    settings: Settings
+    fits: list[Fit]
+    runs: list[dict[str, Any]]  # the environment of each
+
+
+def load_grid(root: Path) -> Grid | None:
+    path = root / RESULTS / GRID
+    return read_grid(path) if path.exists() else None
+
+
+def read_grid(path: Path) -> Grid:
     content = json.loads(path.read_text())
     fits = [Fit(**dict(zip(content["fields"], row))) for row in content["fits"]]
-    return Settings(**content["settings"]), fits, content["runs"]
+    return Grid(Settings(**content["settings"]), fits, content["runs"])
+
+
+def at_the_papers_ratio(fits: Sequence[Fit], protocol: str | None = None) -> list[Fit]:
+    return [f for f in fits if f.ratio == paper.RATIO and protocol in (None, f.protocol)]
 
 
 def filled(text: str, root: Path) -> tuple[str, list[str]]:
@@ -143,7 +258,7 @@ def filled(text: str, root: Path) -> tuple[str, list[str]]:
             return marker[0]
         return start + "\n".join(["", *TABLES[name](root), ""]) + "\n" + end
 
-    return report.MARKER.sub(fill, text), complaints
+    return MARKER.sub(fill, text), complaints
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,11 +283,10 @@ def _draw(root: Path) -> None:
     grid = load_grid(root)
     if grid is None:
         return
-    settings, fits, _ = grid
     (root / PLOTS).mkdir(parents=True, exist_ok=True)
-    for protocol in dict.fromkeys(fit.protocol for fit in fits):
+    for protocol in dict.fromkeys(fit.protocol for fit in grid.fits):
         path = root / PLOTS / f"anomaly_aucpr_{protocol}.png"
-        aucpr_figure(fits, settings, protocol).savefig(path, dpi=150)
+        aucpr_figure(grid.fits, grid.settings, protocol).savefig(path, dpi=150)
         print(path)
 
 

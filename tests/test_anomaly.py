@@ -20,6 +20,7 @@ from imbsam_fast.recipes.anomaly.detectors import DETECTORS
 from imbsam_fast.recipes.anomaly.losses import deepsad_loss, deviation_loss
 from imbsam_fast.recipes.anomaly.metrics import detection_metrics
 from imbsam_fast.recipes.anomaly.networks import Decoder, Encoder, Scorer
+from imbsam_fast.recipes.anomaly.settings import PROTOCOLS
 from imbsam_fast.recipes.anomaly.training import (
     anomalies_are_tail,
     balanced_batches,
@@ -209,9 +210,12 @@ def test_adbench_leaves_middling_sets_alone_and_thins_large_ones():
         parts = data.part(data.DataSet("x", *features(rows)), "adbench", 0.25, seed=0)
         found = np.concatenate([parts.train_rows, parts.test_rows])
         assert len(found) == len(set(found)) == kept and parts.leaked == 0
+    middling = data.DataSet("x", *features(1_500))
+    parts = [data.part(middling, protocol, 0.25, seed=0) for protocol in PROTOCOLS]
+    assert all(map(np.array_equal, *parts))  # the protocols are one
 
 
-@pytest.mark.parametrize("protocol", data.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_seed_decides_the_rows_and_the_ratio_only_the_labels(small_set, protocol):
     first, again, more, other = (
         data.part(small_set, protocol, ratio, seed)

@@ -15,7 +15,14 @@ from imbsam_fast.recipes.anomaly import grid, load, options, paper, run, tables
 from imbsam_fast.recipes.anomaly.detector import Detector
 from imbsam_fast.recipes.anomaly.plots import aucpr_figure
 from imbsam_fast.recipes.anomaly.settings import Fit, Settings, methods
-from imbsam_fast.recipes.anomaly.summary import Difference, Value, areas, difference, over_seeds
+from imbsam_fast.recipes.anomaly.summary import (
+    Difference,
+    Value,
+    areas,
+    at_every_ratio,
+    difference,
+    over_seeds,
+)
 
 SETTINGS = Settings(
     base="sgd", lr=0.01, momentum=0.9, rho=0.05, plan="auto", epochs=1, batch_size=64,
@@ -261,6 +268,20 @@ def test_only_seeds_that_every_set_has_are_compared():
     assert difference(of("imbsam", fits), of("sgd", fits)).mean == pytest.approx((0.5 - 1) / 2)
 
 
+def test_ratios_are_compared_on_the_sets_and_seeds_of_every_ratio():
+    fits = [f._replace(ratio=r) for f in TWO_SETS for r in (0.1, 0.5)]
+    alone = [fit("sgd", 3, 1.0, ratio=0.1), fit("sgd", 0, 1.0, "c", ratio=0.5)]
+    assert at_every_ratio([*fits, *alone]) == fits
+    assert at_every_ratio([]) == []
+
+
+def test_a_table_says_the_fewest_seeds_of_any_method():
+    (table,) = tables.tables(
+        [*TWO_SETS, fit("sam", 0, 1.0), fit("sam", 0, 1.0, "MVTec-AD_b")], SETTINGS
+    )
+    assert table.title.endswith("1 seed")
+
+
 def test_comparing_other_sets_is_refused():
     with pytest.raises(ValueError, match="expected the same sets"):
         difference(of("imbsam", TWO_SETS[:6]), of("sgd"))
@@ -311,7 +332,9 @@ def test_methods_bring_the_control_of_a_tail_weight():
 def test_the_picture_has_a_line_a_detector_and_method():
     fits = [f._replace(ratio=r, aucpr_anomaly=100 * r) for f in TWO_SETS for r in (0.5, 0.01)]
     fits.append(fit("sgd", 0, 90.0, "at one ratio alone", ratio=0.5))
+    fits.append(fit("sgd", 3, 90.0, ratio=0.5))  # a seed at one ratio alone
     figure = aucpr_figure(fits, SETTINGS, "clean")
+    assert figure.get_suptitle() == "2 sets, clean protocol, mean ± std over 3 seeds"
     anomaly, normal = figure.axes
     labels = [line.get_label() for line in anomaly.containers]
     assert labels == ["DevNet, SGD", "DevNet, ImbSAM"]

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-PROTOCOLS = ("clean", "adbench")
 TEST_SHARE = 0.3
 ADBENCH_LEAST_ROWS = 1_000
 ADBENCH_MOST_ROWS = 10_000

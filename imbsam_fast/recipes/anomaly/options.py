@@ -12,9 +12,7 @@ from rich.console import Console
 from ...train_step import PLANS
 from ..arguments import UsageError, number
 from ..options import require_extras
-from .settings import BASE_NAMES, DETECTOR_NAMES, OPTIMIZERS, Settings, methods
-
-PROTOCOLS = ("clean", "adbench")
+from .settings import BASE_NAMES, DETECTOR_NAMES, OPTIMIZERS, PROTOCOLS, Settings, methods
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..plots import COLOURS
 from .settings import DETECTOR_NAMES, Fit, Settings, method_order, parsed_method
-from .summary import Value, areas, over_seeds
+from .summary import Value, areas, at_every_ratio, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,15 +18,13 @@ PANELS = {"aucpr_anomaly": "AUCPR of anomalies (%)", "aucpr_normal": "AUCPR of n
 def aucpr_figure(fits: Sequence[Fit], settings: Settings, protocol: str) -> Figure:
     """A panel for anomalies and one for normal rows; a line a detector and method.
 
-    Points are means over seeds and over the sets that were run at every ratio, each counting
-    alike; bars, the standard deviation over seeds. Ratios are spread evenly, as in the paper.
+    Points are means over the seeds and sets that were run at every ratio, each counting alike;
+    bars, the standard deviation over seeds. Ratios are spread evenly, as in the paper.
     """
     from matplotlib.figure import Figure
 
-    own = [fit for fit in fits if fit.protocol == protocol]
+    own = at_every_ratio([fit for fit in fits if fit.protocol == protocol])
     ratios = sorted({fit.ratio for fit in own})
-    everywhere = set.intersection(*({f.set for f in own if f.ratio == r} for r in ratios))
-    own = [fit for fit in own if fit.set in everywhere]
     detectors = sorted({fit.detector for fit in own})
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (metric, label) in zip(figure.subplots(1, 2), PANELS.items()):
@@ -40,7 +38,8 @@ def aucpr_figure(fits: Sequence[Fit], settings: Settings, protocol: str) -> Figu
         axes.grid(axis="y", color="#e4e4e4")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    title = f"{len(everywhere)} sets, {protocol} protocol, mean ± std over seeds"
+    sets, seeds = (len({getattr(fit, field) for fit in own}) for field in ("set", "seed"))
+    title = f"{sets} sets, {protocol} protocol, mean ± std over {seeds} seeds"
     figure.suptitle(title, fontsize="medium")
     return figure
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 BASE_NAMES = {"sgd": "SGD", "adam": "Adam", "rmsprop": "RMSprop"}
 DETECTOR_NAMES = {"deepsad": "DeepSAD", "devnet": "DevNet"}
 OPTIMIZERS = ("sgd", "sam", "imbsam")
+PROTOCOLS = ("clean", "adbench")
 
 
 def methods(optimizers: Iterable[str], tail_weights: Iterable[float] = (1.0,)) -> list[str]:

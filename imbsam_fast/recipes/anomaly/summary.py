@@ -38,6 +38,15 @@ def areas(fits: Iterable[Fit], metric: str) -> Areas:
     return found
 
 
+def at_every_ratio(fits: Sequence[Fit]) -> list[Fit]:
+    """The fits whose set and seed were run at every ratio, so that ratios can be compared."""
+    run: dict[float, set[tuple[str, int]]] = {}
+    for fit in fits:
+        run.setdefault(fit.ratio, set()).add((fit.set, fit.seed))
+    everywhere = set.intersection(*run.values()) if run else set()
+    return [fit for fit in fits if (fit.set, fit.seed) in everywhere]
+
+
 def over_seeds(found: Areas) -> Value:
     """Only seeds that every set has count."""
     seeds = common_seeds([found])

@@ -32,13 +32,21 @@ HEADER = Row(
 )  # fmt: skip
 
 
+class Family(NamedTuple):
+    """The fits of one data family."""
+
+    name: str  # as the paper has it
+    title: str  # with the number of sets, or the name of the only one
+    fits: list[Fit]
+
+
 class Table(NamedTuple):
     """One detector under one protocol at one ratio."""
 
     detector: str
     protocol: str
     ratio: float
-    seeds: int  # the fewest that a family has
+    seeds: int  # the fewest that a family and method has
     base: str
     rows: list[Row]
 
@@ -58,28 +66,34 @@ def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
         own = [f for f in fits if (f.detector, f.protocol, f.ratio) == key]
         rows: list[Row] = []
         seeds = []
-        for family in dict.fromkeys(sorted(map(paper.family, {f.set for f in own}))):
-            of_family = [f for f in own if paper.family(f.set) == family]
-            seeds.append(len(common_seeds([areas(of_family, "aucroc")])))
-            rows += _family_rows(family, of_family, settings)
+        for family in by_family(own):
+            for method in {f.method for f in family.fits}:
+                of_method = [f for f in family.fits if f.method == method]
+                seeds.append(len(common_seeds([areas(of_method, "aucroc")])))
+            rows += _family_rows(family, settings)
         yield Table(*key, min(seeds), BASE_NAMES[settings.base], rows)
 
 
-def _family_rows(family: str, fits: list[Fit], settings: Settings) -> Iterator[Row]:
-    names = sorted({f.set for f in fits})
-    name = names[0] if len(names) == 1 else f"{family}, {len(names)} sets"
-    for method in sorted({f.method for f in fits}, key=method_order):
-        own = [f for f in fits if f.method == method]
-        base = [f for f in fits if f.method == "sgd"]
+def by_family(fits: Sequence[Fit]) -> Iterator[Family]:
+    for name in sorted({paper.family(f.set) for f in fits}):
+        own = [f for f in fits if paper.family(f.set) == name]
+        sets = {f.set for f in own}
+        yield Family(name, f"{name}, {len(sets)} sets" if len(sets) > 1 else own[0].set, own)
+
+
+def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
+    for method in sorted({f.method for f in family.fits}, key=method_order):
+        own = [f for f in family.fits if f.method == method]
+        base = [f for f in family.fits if f.method == "sgd"]
         roc, anomaly = (
             _difference(areas(own, metric), areas(base, metric), method)
             for metric in ("aucroc", "aucpr_anomaly")
         )
         yield Row(
-            name,
+            family.title,
             settings.label(method),
             value(over_seeds(areas(own, "aucroc"))),
-            _paper(own[0], method, family),
+            _paper(own[0], method, family.name),
             NO_VALUE if roc is None else signed(roc),
             NO_VALUE if roc is None else f"{roc.sets_better} of {roc.sets}",
             value(over_seeds(areas(own, "aucpr_anomaly"))),
