@@ -148,15 +148,11 @@ class _SplitPerSampleLoss(nn.Module):
         labels = torch.zeros_like(targets) if any_number else targets.where(counted, 0)
         b = counted.sum().clamp(min=1) if batch_size is None else batch_size
 
-        def part(weights: Tensor) -> Tensor:
-            # index_select, unlike indexing, refuses negative labels.
-            w = weights.index_select(0, labels) * counted
-            return torch.where(w == 0, 0, w * losses).sum() / b
-
-        head, tail = map(
-            part, self.split.weights(len(self.split.plain), losses.device, losses.dtype)
-        )
-        return SplitLoss(head, self.tail_weight * tail)
+        weights = self.split.weights(self.split.plain.shape[0], losses.device, losses.dtype)
+        # Both parts at once, (2, N). index_select, unlike indexing, refuses negative labels.
+        w = torch.stack([part.index_select(0, labels) for part in weights]) * counted
+        head, tail = (torch.where(w == 0, 0, w * losses).sum(1) / b).unbind()
+        return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
 
 
 def split_loss(

@@ -312,6 +312,13 @@ class ImbSAM(torch.optim.Optimizer):
         self._fill_groups()
         self._warn_of_rounding(self.param_groups[-1]["params"])
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for p in self._params():  # torch's own opens a profiler record, longer than a small step's
+            p.grad = None
+
     def state_dict(self) -> dict[str, Any]:
         self.require_idle("state_dict")
         return super().state_dict()

@@ -208,7 +208,7 @@ def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
         if x.layout != torch.strided:
             return x.index_select(0, index)
         # Like x, so that channels_last images stay channels_last.
-        return torch.index_select(x, 0, index, out=torch.empty_like(x[: len(rows)]))
+        return torch.index_select(x, 0, index, out=torch.empty_like(x[: rows.shape[0]]))
 
     return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
 
@@ -222,12 +222,12 @@ def _assemble(rows: Rows, head: Seen, tail: Seen) -> Any:
     def merge(h: Any, t: Any) -> Any:
         if not isinstance(h, Tensor):
             return h
-        if h.dim() == 0 or (len(h), len(t)) != (len(indices[0]), len(indices[1])):
+        if h.dim() == 0 or (h.shape[0], t.shape[0]) != (indices[0].shape[0], indices[1].shape[0]):
             raise ValueError(
                 f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
                 f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
             )
-        out = h.new_empty(len(rows.head), *h.shape[1:])
+        out = h.new_empty(rows.head.shape[0], *h.shape[1:])
         for index, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
             out.index_copy_(0, index.to(h.device, non_blocking=True), part)
         return out

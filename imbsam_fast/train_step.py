@@ -186,8 +186,9 @@ class TrainStep:
     def _rows(self, targets: Tensor) -> Rows:
         """From the labels alone, on their device."""
         ignore_index = getattr(self.criterion, "ignore_index", None)
-        counted = torch.ones_like(targets, dtype=torch.bool)
-        if ignore_index is not None:
+        if ignore_index is None:
+            counted = torch.ones_like(targets, dtype=torch.bool)
+        else:
             counted = targets != ignore_index
         split = self.criterion.split  # type: ignore[attr-defined]
         tail = split.tail_mask(targets) & counted
@@ -258,7 +259,7 @@ class TrainStep:
             )
         elif self.plan == "auto":
             # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
-            cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * len(rows.head)
+            cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * rows.head.shape[0]
             split = cheaper and not has_batch_statistics(self.model)
         else:
             split = self.plan == "split"
@@ -271,7 +272,7 @@ class TrainStep:
     def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The rows of a pass in pieces of at most micro_batch_size."""
         size = self.micro_batch_size
-        if size is None or size >= len(targets):
+        if size is None or size >= targets.shape[0]:
             yield inputs, targets
             return
         for start in range(0, len(targets), size):
@@ -379,7 +380,7 @@ def _check_batch(inputs: Any, targets: Tensor) -> None:
         raise ValueError(
             f"targets is {targets.dtype} {tuple(targets.shape)}, expected int64 labels (N,)"
         )
-    if len(targets) == 0:
+    if targets.shape[0] == 0:
         raise ValueError("targets is empty, expected at least one row")
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     if not tensors:
@@ -387,7 +388,7 @@ def _check_batch(inputs: Any, targets: Tensor) -> None:
             f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them"
         )
     for x in tensors:
-        if x.dim() == 0 or len(x) != len(targets):
+        if x.dim() == 0 or x.shape[0] != targets.shape[0]:
             raise ValueError(
                 f"inputs holds a tensor of shape {tuple(x.shape)}, expected {len(targets)} rows "
                 "as in targets"
