@@ -13,7 +13,9 @@ NO_VALUE = "-"
 
 
 class Row(NamedTuple):
-    """Areas in % as "mean ± std over seeds", differences as "mean ± standard error"."""
+    """Areas in % as "mean ± std over seeds", differences as "mean ± standard error"; the loss, of
+    the last epoch, as a mean.
+    """
 
     sets: str
     method: str
@@ -24,11 +26,12 @@ class Row(NamedTuple):
     aucpr_anomaly: str
     aucpr_anomaly_difference: str
     aucpr_normal: str
+    train_loss: str
 
 
 HEADER = Row(
     "sets", "method", "AUCROC", "paper", "minus base", "sets better", "AUCPR anomaly",
-    "minus base", "AUCPR normal",
+    "minus base", "AUCPR normal", "training loss",
 )  # fmt: skip
 
 
@@ -99,6 +102,7 @@ def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
             value(over_seeds(areas(own, "aucpr_anomaly"))),
             NO_VALUE if anomaly is None else signed(anomaly),
             value(over_seeds(areas(own, "aucpr_normal"))),
+            f"{over_seeds(areas(own, 'train_loss')).mean:.3f}",
         )
 
 
