@@ -107,10 +107,14 @@ def test_the_centre_is_taken_in_eval_mode():
 
 
 @pytest.mark.parametrize(
-    ("rows", "sizes"), [(10, [4, 4, 2]), (9, [4, 5]), (4, [4]), (3, [3]), (1, [1])]
-)
-def test_an_epoch_holds_every_row_once_and_leaves_no_row_alone(rows, sizes):
-    batches = shuffled_batches(rows, 4, torch.Generator().manual_seed(0))
+    ("rows", "size", "sizes"),
+    [
+        (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (4, 4, [4]), (3, 4, [3]), (1, 4, [1]),
+        (258, 128, [128, 130]), (287, 128, [128, 159]), (288, 128, [128, 128, 32]), (2, 128, [2]),
+    ],
+)  # fmt: skip
+def test_an_epoch_holds_every_row_once_and_leaves_few_rows_to_no_batch(rows, size, sizes):
+    batches = shuffled_batches(rows, size, torch.Generator().manual_seed(0))
     assert [len(b) for b in batches] == sizes
     assert sorted(torch.cat(batches).tolist()) == list(range(rows))
 
