@@ -280,6 +280,8 @@ def test_a_table_says_the_fewest_seeds_of_any_method():
         [*TWO_SETS, fit("sam", 0, 1.0), fit("sam", 0, 1.0, "MVTec-AD_b")], SETTINGS
     )
     assert table.title.endswith("1 seed")
+    (table,) = tables.tables([*TWO_SETS, fit("sam", 0, 1.0)], SETTINGS)
+    assert [row.sets for row in table.rows] == ["MVTec, 2 sets", "MVTec-AD_a", "MVTec, 2 sets"]
 
 
 def test_comparing_other_sets_is_refused():

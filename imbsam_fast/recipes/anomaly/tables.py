@@ -93,7 +93,7 @@ def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
             for metric in ("aucroc", "aucpr_anomaly")
         )
         yield Row(
-            family.title,
+            next(by_family(own)).title,  # a method may not have all sets yet
             settings.label(method),
             value(over_seeds(areas(own, "aucroc"))),
             _paper(own[0], method, family.name),
