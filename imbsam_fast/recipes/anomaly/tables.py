@@ -49,13 +49,16 @@ class Table(NamedTuple):
     detector: str
     protocol: str
     ratio: float
-    seeds: int  # the fewest that a family and method has
+    seeds: tuple[int, int]  # the fewest and the most that a family and method has
     base: str
     rows: list[Row]
 
     @property
     def title(self) -> str:
-        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        least, most = self.seeds
+        seeds = f"{most} seed{'s' if most > 1 else ''}"
+        if least < most:
+            seeds = f"{least} to {seeds}"
         return (
             f"{DETECTOR_NAMES[self.detector]}, {self.protocol} protocol, "
             f"{100 * self.ratio:g} % of the anomalies labelled, base {self.base}, {seeds}"
@@ -74,7 +77,7 @@ def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
                 of_method = [f for f in family.fits if f.method == method]
                 seeds.append(len(common_seeds([areas(of_method, "aucroc")])))
             rows += _family_rows(family, settings)
-        yield Table(*key, min(seeds), BASE_NAMES[settings.base], rows)
+        yield Table(*key, (min(seeds), max(seeds)), BASE_NAMES[settings.base], rows)
 
 
 def by_family(fits: Sequence[Fit]) -> Iterator[Family]:
