@@ -150,7 +150,8 @@ def _at_ratios(fits: Sequence[Fit], metric: str, ratios: Sequence[float]) -> dic
 def _compared(fits: Sequence[Fit], a: str, b: str) -> str:
     """The mean paired difference with its standard error, and on how many sets it is positive."""
     first, second = (areas([f for f in fits if f.method == m], "aucroc") for m in (a, b))
-    if not first or first.keys() != second.keys():
+    sets = {fit.set for fit in fits}
+    if not sets or not first.keys() == second.keys() == sets:
         return NO_VALUE
     found = difference(first, second)
     if found.sets == 1:

@@ -1,4 +1,4 @@
-"""Tiny data sets in the formats that the recipes read: 8 images a class, generated."""
+"""Tiny data in the formats that the recipes read: 8 images a class, and rows of features."""
 
 from __future__ import annotations
 
@@ -115,3 +115,10 @@ def as_json(directory: Path, lists: tuple[str, str], names: tuple[str, str]) -> 
         (directory / name).write_text(json.dumps(content))
         (directory / source).unlink()
     return directory
+
+
+def features(rows: int = 120, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with 8 features, of which every fifth is an anomaly with larger ones."""
+    rng = np.random.default_rng(seed)
+    y = (np.arange(rows) % 5 == 0).astype(np.int64)
+    return (rng.normal(size=(rows, 8)) + 1.5 * y[:, None]).astype(np.float32), y

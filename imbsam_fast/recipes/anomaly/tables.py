@@ -13,7 +13,9 @@ NO_VALUE = "-"
 
 
 class Row(NamedTuple):
-    """Areas in % as "mean ± std over seeds", differences as "mean ± standard error"."""
+    """Areas in % as "mean ± std over seeds", differences as "mean ± standard error"; the loss, of
+    the last epoch, as a mean.
+    """
 
     sets: str
     method: str
@@ -24,11 +26,12 @@ class Row(NamedTuple):
     aucpr_anomaly: str
     aucpr_anomaly_difference: str
     aucpr_normal: str
+    train_loss: str
 
 
 HEADER = Row(
     "sets", "method", "AUCROC", "paper", "minus base", "sets better", "AUCPR anomaly",
-    "minus base", "AUCPR normal",
+    "minus base", "AUCPR normal", "training loss",
 )  # fmt: skip
 
 
@@ -46,13 +49,16 @@ class Table(NamedTuple):
     detector: str
     protocol: str
     ratio: float
-    seeds: int  # the fewest that a family and method has
+    seeds: tuple[int, int]  # the fewest and the most that a family and method has
     base: str
     rows: list[Row]
 
     @property
     def title(self) -> str:
-        seeds = "1 seed" if self.seeds == 1 else f"{self.seeds} seeds"
+        least, most = self.seeds
+        seeds = f"{most} seed{'s' if most > 1 else ''}"
+        if least < most:
+            seeds = f"{least} to {seeds}"
         return (
             f"{DETECTOR_NAMES[self.detector]}, {self.protocol} protocol, "
             f"{100 * self.ratio:g} % of the anomalies labelled, base {self.base}, {seeds}"
@@ -71,7 +77,7 @@ def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
                 of_method = [f for f in family.fits if f.method == method]
                 seeds.append(len(common_seeds([areas(of_method, "aucroc")])))
             rows += _family_rows(family, settings)
-        yield Table(*key, min(seeds), BASE_NAMES[settings.base], rows)
+        yield Table(*key, (min(seeds), max(seeds)), BASE_NAMES[settings.base], rows)
 
 
 def by_family(fits: Sequence[Fit]) -> Iterator[Family]:
@@ -90,7 +96,7 @@ def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
             for metric in ("aucroc", "aucpr_anomaly")
         )
         yield Row(
-            family.title,
+            next(by_family(own)).title,  # a method may not have all sets yet
             settings.label(method),
             value(over_seeds(areas(own, "aucroc"))),
             _paper(own[0], method, family.name),
@@ -99,6 +105,7 @@ def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
             value(over_seeds(areas(own, "aucpr_anomaly"))),
             NO_VALUE if anomaly is None else signed(anomaly),
             value(over_seeds(areas(own, "aucpr_normal"))),
+            f"{over_seeds(areas(own, 'train_loss')).mean:.3f}",
         )
 
 

@@ -71,10 +71,11 @@ def _plain_step(network: nn.Module, criterion: nn.Module, base: torch.optim.Opti
 def shuffled_batches(rows: int, size: int, generator: torch.Generator) -> list[Tensor]:
     """Row numbers of one epoch in random order, `size` at a time.
 
-    A single row that would be left over joins the batch before it: BatchNorm needs two.
+    A rest of one row, or of fewer than size / 4, joins the batch before it. BatchNorm cannot
+    normalise one row, and the statistics of a few are noise that the epoch would end with.
     """
     batches = list(torch.randperm(rows, generator=generator).split(size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < max(2, size // 4):
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
