@@ -195,12 +195,9 @@ def test_an_unfinished_run_is_named_and_has_curves_only(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "planned"),
-    [
-        ({"stage2_epochs": 10}, "13"),
-        ({"stage2_epochs": 10, "stage1": "runs/sgd-seed0"}, "10"),
-        ({"epochs": "three"}, "unknown"),
-    ],
-)
+    [({"stage2_epochs": 10}, 13), ({"stage2_epochs": 10, "stage1": "a-seed0"}, 10),
+     ({"epochs": "three"}, "unknown")],
+)  # fmt: skip
 def test_the_epochs_of_an_unfinished_run_are_those_of_its_stages(config, planned, tmp_path):
     write_run(tmp_path / "a", None, **config)
     (fault,) = compare([tmp_path]).faults
