@@ -41,6 +41,7 @@ METHOD_KEYS = frozenset(
      "lagged", "gamma", "lam")
 )  # fmt: skip
 NOT_RECORDED = PLACE_KEYS - {"seed"}
+LOGGED = ("epoch", "loss", "head", "tail", "train_accuracy")  # no times: other work ran beside
 ANALYSED = ("analysis", "classes", "class_list", "rows", "checkpoint", "lambda_max", "trace")
 
 
@@ -66,11 +67,11 @@ def condensed(runs: Sequence[ComparedRun]) -> dict[str, Any]:
         date = environment.pop("date")
         if environment not in environments:
             environments.append(environment)
-        result.pop("seconds")  # other work ran beside
+        result.pop("seconds")
         recorded.append(
             {
                 "config": {k: v for k, v in config.items() if k not in shared},
-                "log": run.log[-1:],
+                "log": [{key: row[key] for key in LOGGED} for row in run.log[-1:]],
                 "result": result,
                 "environment": environments.index(environment),
                 "date": date,

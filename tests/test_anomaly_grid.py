@@ -223,7 +223,7 @@ def test_a_bad_file_is_named_before_anything_is_trained(data_dir, tmp_path, monk
 
 
 def test_missing_extras_are_named(data_dir, monkeypatch, capsys):
-    monkeypatch.setattr("imbsam_fast.recipes.options.find_spec", lambda module: None)
+    monkeypatch.setattr("imbsam_fast.recipes.arguments.find_spec", lambda module: None)
     message = refused(command(data_dir), capsys)
     assert "numpy and scikit-learn is not installed; pip install 'imbsam-fast[recipes]'" in message
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from imbsam_fast import ClassSplit, ImbSAM, cli, dispatch, env, native
-from imbsam_fast.recipes import digits, options, train_digits, training
+from imbsam_fast.recipes import arguments, digits, options, train_digits, training
 from imbsam_fast.recipes.models import ConvNet
 
 METHODS = ["sgd", "sgd_weighted", "sam", "imbsam"]
@@ -441,8 +441,8 @@ def test_a_file_is_no_directory_to_save_in(tmp_path, capsys):
     [({"sklearn"}, False, "scikit-learn"), ({"matplotlib"}, True, "matplotlib")],
 )
 def test_missing_extras_are_named(missing, save, named, monkeypatch, capsys, tmp_path):
-    find_spec = options.find_spec
-    monkeypatch.setattr(options, "find_spec", lambda m: None if m in missing else find_spec(m))
+    find_spec = arguments.find_spec
+    monkeypatch.setattr(arguments, "find_spec", lambda m: None if m in missing else find_spec(m))
     argv = ["train", "digits", *(["--save", str(tmp_path / "run")] if save else [])]
     message = refused(argv, capsys)
     assert message.endswith(f"{named} is not installed; pip install 'imbsam-fast[recipes]'")

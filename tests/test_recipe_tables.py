@@ -14,6 +14,7 @@ from imbsam_fast.recipes.datasets import DATASETS
 from tests import tiny_runs
 
 COUNTS = [500, 50, 5]
+LINE = {"loss": 1.0, "head": 1.0, "tail": 1.0, "train_accuracy": 12.0, "seconds": 9.0}
 DATE = "2031-02-0{}T04:05:06+00:00"
 
 
@@ -26,7 +27,7 @@ def write(root: Path, optimizer: str, accuracies: list[list[float]], **changes) 
             root / config.directory_name(),
             per_class or None,
             COUNTS,
-            [{"epoch": 1, "train_accuracy": 12.0}, {"epoch": 2, "train_accuracy": 90.0 + seed}],
+            [{**LINE, "epoch": 1}, {**LINE, "epoch": 2, "train_accuracy": 90.0 + seed}],
             **config.to_dict(),
         )
         result = run.result()
@@ -66,7 +67,7 @@ def test_the_record_has_what_is_finished_and_no_places(recorded):
     assert len(content["runs"]) == 7 and len(content["environments"]) == 1
     assert content["settings"]["model"] == "resnet32"
     assert set(content["runs"][0]["config"]) >= {"optimizer", "seed", "tail_weight"}
-    assert "/home/me" not in recorded.read_text()
+    assert "/home/me" not in recorded.read_text() and "seconds" not in recorded.read_text()
 
 
 def test_accuracies_are_those_of_the_runs(recorded):

@@ -193,6 +193,17 @@ def test_an_unfinished_run_is_named_and_has_curves_only(tmp_path):
     assert all("no finished run" in text for text in (shown(comparison), page(comparison)))
 
 
+@pytest.mark.parametrize(
+    ("config", "planned"),
+    [({"stage2_epochs": 10}, 13), ({"stage2_epochs": 10, "stage1": "a-seed0"}, 10),
+     ({"epochs": "three"}, "unknown")],
+)  # fmt: skip
+def test_the_epochs_of_an_unfinished_run_are_those_of_its_stages(config, planned, tmp_path):
+    write_run(tmp_path / "a", None, **config)
+    (fault,) = compare([tmp_path]).faults
+    assert f"not finished (0 of {planned} epochs)" in fault.what
+
+
 def test_a_path_without_runs_is_named(tmp_path):
     write_run(tmp_path / "runs" / "a", [1, 2, 3])
     (tmp_path / "empty").mkdir()

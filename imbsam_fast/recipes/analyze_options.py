@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from rich.console import Console
 
 from .analysis import AnalysisSettings
 from .analyze_runs import KINDS, Request, analyse, print_analysis, progress
-from .arguments import UsageError, number
+from .arguments import UsageError, number, require_extras
 from .compare import ANALYSES
 from .image_data import DataError
 from .modes import BATCH_NORM_MODES
@@ -86,11 +85,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    missing = [m for m in ("yaml", "matplotlib") if find_spec(m) is None]
-    if missing:
-        raise UsageError(
-            f"{' and '.join(missing)} not installed; pip install 'imbsam-fast[recipes]'"
-        )
+    require_extras(["yaml", "matplotlib", "torchvision"])
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device is 'cuda', expected 'cpu': torch finds no CUDA device here")
     for name in ("line_points", "plane_points"):

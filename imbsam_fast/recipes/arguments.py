@@ -42,8 +42,7 @@ def require_extras(modules: list[str], extra: str = "recipes") -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         names = " and ".join(PACKAGES.get(name, name) for name in missing)
-        verb = "is" if len(missing) == 1 else "are"
-        raise UsageError(f"{names} {verb} not installed; pip install 'imbsam-fast[{extra}]'")
+        raise UsageError(f"{names} is not installed; pip install 'imbsam-fast[{extra}]'")
 
 
 def check_device(device: str) -> None:

@@ -194,10 +194,19 @@ def read_run(path: Path, faults: list[Fault]) -> ComparedRun:
         faults.append(Fault(path, f"without accuracies: its result is damaged ({error})"))
     else:
         if run.result is None:
-            epochs = f"{len(run.log)} of {run.config.get('epochs', 'unknown')} epochs"
+            epochs = f"{len(run.log)} of {_planned_epochs(run.config)} epochs"
             faults.append(Fault(path, f"not finished ({epochs}): its curves are shown, no more"))
     run.analyses = _read_analyses(path / ANALYSES, faults)
     return run
+
+
+def _planned_epochs(config: dict[str, Any]) -> int | str:
+    """Of all stages; the first is left out where another run made it."""
+    try:
+        first = 0 if config.get("stage1") else config["epochs"]
+        return first + config.get("stage2_epochs", 0)
+    except (KeyError, TypeError):
+        return "unknown"
 
 
 def _checked_row(row: Any) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _run(group: Group, run: ComparedRun) -> dict[str, Any]:
     return {
         "label": group.label,
         "seed": run.config.get("seed", "-"),
-        "epochs": last.get("epoch", 0) if run.result is None else run.config.get("epochs", "-"),
+        "epochs": (result.get("last") or last).get("epoch", 0),
         "accuracy": number(last.get("train_accuracy"), ".1f"),
         "loss": number(last.get("loss"), ".4f"),
         "hours": number(seconds / 3600 if seconds is not None else None, ".2f"),
