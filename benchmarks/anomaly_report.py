@@ -104,7 +104,8 @@ def ratios(root: Path) -> Lines:
                     rows.append((DETECTOR_NAMES[detector], family.title, title, label, *cells))
     seeds = len({fit.seed for fit in own})
     header = ("detector", "sets", "area", "method", *(f"{100 * r:g} %" for r in found))
-    return [f"{seeds} seeds:", "", *markdown(header, rows), "", *_provenance(own, grid.runs)]
+    said = "1 seed:" if seeds == 1 else f"{seeds} seeds:"
+    return [said, "", *markdown(header, rows), "", *_provenance(own, grid.runs)]
 
 
 def other_bases(root: Path) -> Lines:

@@ -271,6 +271,7 @@ def test_only_seeds_that_every_set_has_are_compared():
 def test_ratios_are_compared_on_the_sets_and_seeds_of_every_ratio():
     fits = [f._replace(ratio=r) for f in TWO_SETS for r in (0.1, 0.5)]
     alone = [fit("sgd", 3, 1.0, ratio=0.1), fit("sgd", 0, 1.0, "c", ratio=0.5)]
+    alone.append(fit("sgd@2", 0, 1.0, ratio=0.1))  # a method that one ratio has
     assert at_every_ratio([*fits, *alone]) == fits
     assert at_every_ratio([]) == []
 

@@ -39,7 +39,8 @@ def aucpr_figure(fits: Sequence[Fit], settings: Settings, protocol: str) -> Figu
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     sets, seeds = (len({getattr(fit, field) for fit in own}) for field in ("set", "seed"))
-    title = f"{sets} sets, {protocol} protocol, mean ± std over {seeds} seeds"
+    spread = "1 seed" if seeds == 1 else f"mean ± std over {seeds} seeds"
+    title = f"{sets} sets, {protocol} protocol, {spread}"
     figure.suptitle(title, fontsize="medium")
     return figure
 

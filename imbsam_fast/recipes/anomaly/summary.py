@@ -39,12 +39,16 @@ def areas(fits: Iterable[Fit], metric: str) -> Areas:
 
 
 def at_every_ratio(fits: Sequence[Fit]) -> list[Fit]:
-    """The fits whose set and seed were run at every ratio, so that ratios can be compared."""
-    run: dict[float, set[tuple[str, int]]] = {}
+    """The fits whose like was run at every ratio, so that ratios can be compared."""
+    run: dict[float, set[tuple[str, str, str, int]]] = {}
     for fit in fits:
-        run.setdefault(fit.ratio, set()).add((fit.set, fit.seed))
+        run.setdefault(fit.ratio, set()).add(_but_for_ratio(fit))
     everywhere = set.intersection(*run.values()) if run else set()
-    return [fit for fit in fits if (fit.set, fit.seed) in everywhere]
+    return [fit for fit in fits if _but_for_ratio(fit) in everywhere]
+
+
+def _but_for_ratio(fit: Fit) -> tuple[str, str, str, int]:
+    return fit.detector, fit.method, fit.set, fit.seed
 
 
 def over_seeds(found: Areas) -> Value:
