@@ -42,7 +42,10 @@ run_directory.RunDirectory.create(path, {})
 
 
 def killed(path, what):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), what], capture_output=True)
+    # Elsewhere than in a checkout, which would hide what is installed.
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), what], capture_output=True, cwd=path.parent
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
