@@ -30,6 +30,7 @@ from imbsam_fast.recipes.analyze_runs import file_part
 from imbsam_fast.recipes.compare_figures import styles_of
 from imbsam_fast.recipes.image_models import make_model
 
+pytest.importorskip("torchvision")
 pytest.importorskip("yaml")
 pytest.importorskip("matplotlib")
 
