@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,9 +19,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from benchmarks import report
+from benchmarks import documents, report
 from benchmarks.anomaly_rates import Trial, means
-from benchmarks.tables import NO_VALUE, Lines, markdown, milliseconds
+from benchmarks.tables import NO_VALUE, Lines, commit, markdown, milliseconds, software
 from imbsam_fast import bench
 from imbsam_fast.recipes.anomaly import paper
 from imbsam_fast.recipes.anomaly.plots import PANELS, aucpr_figure
@@ -41,7 +40,8 @@ RESULTS = "benchmarks/results/anomaly"
 GRID = "results.json"
 EPOCHS = "benchmarks/results/bench_anomaly.json"
 PLOTS = "benchmarks/plots"
-MARKER = re.compile(r"(<!-- anomaly: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+WORD = "anomaly"
+MARKER = documents.marker(WORD)
 NOT_RECORDED = ["Not recorded yet."]
 # (a, b): a minus b. The last two are the controls of the tail weight.
 COMPARED = (("sam", "sgd"), ("imbsam", "sgd"), ("imbsam", "sam"), ("sgd@2", "sgd"),
@@ -215,13 +215,10 @@ def _provenance(fits: Sequence[Fit], runs: Sequence[dict[str, Any]]) -> Lines:
 
 
 def _made(what: str, environment: dict[str, Any]) -> str:
-    machine, versions = environment["machine"], environment["versions"]
-    commit = environment["git_commit"] or "unknown"
-    dirty = " with uncommitted changes" if commit.endswith("-dirty") else ""
+    machine = environment["machine"]
     return (
-        f"{what}: {machine['cpu']}, {machine['torch_threads']} thread; imbsam-fast "
-        f"{versions['imbsam-fast']}, torch {versions['torch']}, Python {versions['python']}; "
-        f"commit {commit[:12]}{dirty}, {environment['date'][:10]}."
+        f"{what}: {machine['cpu']}, {machine['torch_threads']} thread; {software(environment)}; "
+        f"{commit(environment)}, {environment['date'][:10]}."
     )
 
 
@@ -249,18 +246,9 @@ def at_the_papers_ratio(fits: Sequence[Fit], protocol: str | None = None) -> lis
     return [f for f in fits if f.ratio == paper.RATIO and protocol in (None, f.protocol)]
 
 
-def filled(text: str, root: Path) -> tuple[str, list[str]]:
+def filled(text: str, root: Path) -> documents.Filled:
     """The document with its tables made anew, and a complaint for each that has no maker."""
-    complaints = []
-
-    def fill(marker: re.Match[str]) -> str:
-        start, name, _, end = marker.groups()
-        if name not in TABLES:
-            complaints.append(f"no table is called {name}; there are {', '.join(TABLES)}")
-            return marker[0]
-        return start + "\n".join(["", *TABLES[name](root), ""]) + "\n" + end
-
-    return MARKER.sub(fill, text), complaints
+    return documents.fill(text, WORD, TABLES, lambda name: TABLES[name](root))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,17 +256,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, only compare")
     parser.add_argument("--root", type=Path, default=Path(__file__).parent.parent, metavar="DIR")
     args = parser.parse_args(argv)
-    path = args.root / DOCUMENT
-    text = path.read_text()
-    new, complaints = filled(text, args.root)
-    if args.check and new != text:
-        complaints.append("differs from the results; run python -m benchmarks.anomaly_report")
+    fine = documents.update(
+        [args.root / DOCUMENT],
+        args.root,
+        partial(filled, root=args.root),
+        args.check,
+        "python -m benchmarks.anomaly_report",
+    )
     if not args.check:
-        path.write_text(new)
         _draw(args.root)
-    for complaint in complaints:
-        print(f"{DOCUMENT}: {complaint}")
-    return int(bool(complaints))
+    return int(not fine)
 
 
 def _draw(root: Path) -> None:

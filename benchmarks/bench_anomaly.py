@@ -126,7 +126,6 @@ def operation(detector: str, ratio: float, rows: int) -> Operation:
 
 
 def groups(quick: bool) -> Iterator[Group]:
-    torch.set_num_threads(1)
     rows = 300 if quick else ROWS
     for ratio in RATIOS:
         yield [operation("DeepSAD", ratio, rows)]
@@ -145,4 +144,5 @@ def summary(report: bench.Report) -> list[str]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # before the environment is written down
     sys.exit(bench.run_script(__file__, groups, summary))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.gpu_timing import GpuReport, Result
-from benchmarks.tables import NO_VALUE, Lines, Table, markdown, milliseconds, percent
+from benchmarks.tables import NO_VALUE, Lines, Table, commit, markdown, milliseconds, percent
 
 
 def operations(report: GpuReport) -> Lines:
@@ -37,7 +37,7 @@ def provenance(report: GpuReport) -> str:
         f"copy {report.copy_gb_per_s:.0f} GB/s",
         f"imbsam-fast {versions['imbsam-fast']}, torch {versions['torch']}, "
         f"CUDA {versions['cuda']}, Python {versions['python']}",
-        f"commit {(e['git_commit'] or 'unknown')[:12]}, {e['date'][:10]}",
+        f"{commit(e)}, {e['date'][:10]}",
         f"{report.rounds} rounds",
     )
     return f"Measured: {'; '.join(facts)}."

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.tables import NO_VALUE, Lines, Table, markdown
+from benchmarks.tables import NO_VALUE, Lines, Table, commit, markdown, software
 from imbsam_fast.recipes.compare import (
     PLACE_KEYS,
     VIEWS,
@@ -206,12 +206,11 @@ def provenance(report: RecipeReport) -> str:
     """One sentence for each environment."""
     found: dict[tuple[str, ...], list[str]] = {}
     for e in report.environments:
-        machine, versions = e["machine"], e["versions"]
+        machine = e["machine"]
         key = (
             f"{machine['cpu']}, {machine['torch_threads']} thread",
-            f"imbsam-fast {versions['imbsam-fast']}, torch {versions['torch']}, "
-            f"Python {versions['python']}",
-            f"commit {(e['git_commit'] or 'unknown')[:12]}",
+            software(e),
+            commit(e),
         )
         found.setdefault(key, []).append(e["date"][:10])
     return " ".join(

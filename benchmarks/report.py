@@ -9,14 +9,15 @@ Exits 1 where a marker cannot be filled, with --check also where a document says
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import (
     distributed_tables,
+    documents,
     gpu_tables,
     gpu_timing,
     plots,
@@ -34,34 +35,24 @@ TABLES = {
 }
 NOT_MEASURED = "Not measured."
 Results = dict[str, Any]  # a Report, GpuReport or RecipeReport by its file, without suffix
-MARKER = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+WORD = "results"
+MARKER = documents.marker(WORD)
 
 
 def filled(text: str, results: Results) -> tuple[str, list[str]]:
     """The document with its tables made anew, and a complaint for each that cannot be made."""
-    complaints = []
 
-    def fill(marker: re.Match[str]) -> str:
-        start, name, _, end = marker.groups()
-        if name not in TABLES:
-            complaints.append(f"no table is called {name}; there are {', '.join(TABLES)}")
-            return marker[0]
-        sources = TABLES[name].sources
-        missing = [source for source in sources if source not in results]
-        if missing and TABLES[name].optional:
-            return f"{start}\n{NOT_MEASURED}\n\n{end}"
+    def lines(name: str) -> Lines:
+        table = TABLES[name]
+        missing = [source for source in table.sources if source not in results]
+        if missing and table.optional:
+            return [NOT_MEASURED]
         if missing:
-            complaints.append(f"no result for {name}: {', '.join(missing)} was not run")
-            return marker[0]
-        reports = [results[source] for source in sources]
-        lines = ["", *TABLES[name].lines(*reports), "", *provenance(reports), ""]
-        return start + "\n".join(lines) + "\n" + end
+            raise documents.UnfilledError(f"no result for {name}: {', '.join(missing)} was not run")
+        reports = [results[source] for source in table.sources]
+        return [*table.lines(*reports), "", *provenance(reports)]
 
-    new = MARKER.sub(fill, text)
-    markers = text.count("<!-- results:")
-    if markers != len(MARKER.findall(text)):
-        complaints.append(f"{markers} markers start, expected an end for each")
-    return new, complaints
+    return documents.fill(text, WORD, TABLES, lines)
 
 
 def provenance(reports: Sequence[Any]) -> Lines:
@@ -78,14 +69,13 @@ def _provenance(
         return gpu_tables.provenance(report)
     s = report.settings
     e = s["environment"]
-    machine, versions, native = e["machine"], e["versions"], e["native"]
+    machine, native = e["machine"], e["native"]
     others = s.get("cores_used_by_others")
     facts = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} used, "
         f"{native['isa_in_use'] if native['loaded'] else 'no compiled kernels'}",
-        f"imbsam-fast {versions['imbsam-fast']}, torch {versions['torch']}, "
-        f"Python {versions['python']}",
-        f"commit {(e['git_commit'] or 'unknown')[:12]}{_dirty(e['git_commit'])}, {e['date'][:10]}",
+        tables.software(e),
+        f"{tables.commit(e)}, {e['date'][:10]}",
     ]
     if report.timings:
         facts.append(f"{s['rounds']} rounds, freed memory {s['freed_memory']}")
@@ -94,11 +84,7 @@ def _provenance(
     return f"Measured ({report.title}): {'; '.join(facts)}.{load}{tiny}"
 
 
-def _dirty(commit: str | None) -> str:
-    return " with uncommitted changes" if (commit or "").endswith("-dirty") else ""
-
-
-def documents(root: Path) -> list[Path]:
+def documents_of(root: Path) -> list[Path]:
     return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
 
 
@@ -120,21 +106,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, default=here / "plots", metavar="DIR")
     args = parser.parse_args(argv)
     results = load_results(args.results)
-    failed = False
-    for path in documents(args.root):
-        document = path.relative_to(args.root)
-        text = path.read_text()
-        new, complaints = filled(text, results)
-        if args.check and new != text:
-            complaints.append("differs from the results; run python -m benchmarks.report")
-        if not args.check:
-            path.write_text(new)
-        for complaint in complaints:
-            print(f"{document}: {complaint}")
-        failed = failed or bool(complaints)
+    fine = documents.update(
+        documents_of(args.root),
+        args.root,
+        partial(filled, results=results),
+        args.check,
+        "python -m benchmarks.report",
+    )
     if not args.check:
         _draw(results, args.plots)
-    return int(failed)
+    return int(not fine)
 
 
 def _draw(results: Results, directory: Path) -> None:

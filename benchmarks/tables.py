@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks import bench_growth, bench_step, peers
 from imbsam_fast.bench import Report
@@ -296,6 +296,20 @@ def _at(rows: Rows, start: str) -> tuple[str, dict[str, Timing]]:
 
 
 # ---------------------------------------------------------------- by name
+
+
+def software(environment: dict[str, Any]) -> str:
+    versions = environment["versions"]
+    return (
+        f"imbsam-fast {versions['imbsam-fast']}, torch {versions['torch']}, "
+        f"Python {versions['python']}"
+    )
+
+
+def commit(environment: dict[str, Any]) -> str:
+    name = environment["git_commit"] or "unknown"
+    dirty = " with uncommitted changes" if name.endswith("-dirty") else ""
+    return f"commit {name[:12]}{dirty}"
 
 
 class Table(NamedTuple):

@@ -28,6 +28,7 @@ from .validation import (
     check_group,
     check_max_norm,
     check_memory,
+    check_own_settings,
     check_rho,
     check_state_dict,
 )
@@ -115,8 +116,7 @@ class ImbSAM(torch.optim.Optimizer):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
             self._fill_groups()  # the base may have new ones
             for i, group in enumerate(self.param_groups):
-                check_rho(group["rho"], f"param_groups[{i}]['rho']")
-                check_bool(f"param_groups[{i}]['adaptive']", group["adaptive"])
+                check_own_settings(f"param_groups[{i}]", group)
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             masters = self._masters.of(g_t)

@@ -113,9 +113,8 @@ class ClassSplit(nn.Module):
     @property
     def num_classes(self) -> int | None:
         """K, or None where the split holds for any number of classes."""
-        k = self.plain.shape[
-            0
-        ]  # len() of a tensor takes ten times as long, and this is asked often
+        # Not len(), which takes a tensor ten times as long: this is asked in every pass.
+        k = self.plain.shape[0]
         return None if k == 1 and self.counts is None else k
 
     @property

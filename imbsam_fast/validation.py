@@ -70,20 +70,25 @@ def check_memory(params: Sequence[Tensor]) -> None:
             )
 
 
-def check_rho(rho: object, name: str = "rho") -> float:
+def check_rho(rho: object, name: str = "rho") -> None:
     if isinstance(rho, torch.nn.Module):
         raise ValueError(
             f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model"
         )
-    return check_number(name, rho, "a finite number >= 0", _is_not_negative)
+    check_number(name, rho, "a finite number >= 0", _is_not_negative)
 
 
-def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:
-    """Refuse settings that torch lets into a group and that no step could use."""
+def check_own_settings(name: str, group: dict[str, Any]) -> None:
+    """Refuse values of what ImbSAM adds to a group, where there are any."""
     if "rho" in group:
         check_rho(group["rho"], f"{name}['rho']")
     if "adaptive" in group:
         check_bool(f"{name}['adaptive']", group["adaptive"])
+
+
+def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:
+    """Refuse settings that torch lets into a group and that no step could use."""
+    check_own_settings(name, group)
     if group.get("differentiable"):
         raise ValueError(f"{name}['differentiable'] is True, expected False")
     if type(base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):

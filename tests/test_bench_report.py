@@ -280,7 +280,7 @@ def test_markers_that_cannot_be_filled_are_named():
 def test_the_documents_of_this_repository_have_every_table_once():
     found = [
         name
-        for document in report.documents(REPOSITORY)
+        for document in report.documents_of(REPOSITORY)
         for _, name, _, _ in report.MARKER.findall(document.read_text())
     ]
     assert sorted(found) == sorted(report.TABLES)
