@@ -15,7 +15,8 @@ NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cm
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(BIN)/imbsam-fast train digits
+	$(BIN)/imbsam-fast train digits --preset released --seeds 3 --save demo/runs --resume
+	$(BIN)/imbsam-fast report demo/runs --out demo/report.html
 
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
@@ -89,4 +90,4 @@ $(VENV)/.installed: $(NATIVE)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(WHEEL_VENV)
+	rm -rf build demo dist *.egg-info $(VENV) $(WHEEL_VENV)

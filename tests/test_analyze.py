@@ -335,7 +335,7 @@ def test_the_second_stage_of_lws_is_analysed_as_it_was_trained(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "instead", "message"),
     [
-        ("dataset: tiny", "dataset: other", "is 'other', expected one of cifar10-lt"),
+        ("dataset: tiny", "dataset: other", "is 'other', expected one of digits"),
         ("model: resnet8", "", "lacks or spoils 'model'"),
     ],
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -150,13 +153,52 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, mon
     run.save_checkpoint({"epoch": 1})
 
     def fail(*_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_directory.os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunDirectoryError, match=r"cannot write '.*last.pt': No space left"):
         run.save_checkpoint({"epoch": 2})
     assert run.load_checkpoint() == {"epoch": 1}
     assert sorted(p.name for p in run.path.iterdir()) == ["config.yaml", "last.pt"]
+
+
+FILE_LIMIT = """
+import resource, signal, sys, torch
+from pathlib import Path
+from imbsam_fast.recipes.run_directory import RunDirectory
+
+run = RunDirectory.create(Path(sys.argv[1]), {"seed": 0})
+run.save_checkpoint({"epoch": 1})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+run.save_checkpoint({"epoch": 2, "model": torch.zeros(100_000)})
+"""
+
+
+def test_what_the_system_does_not_take_is_named(tmp_path):
+    """A limit on the size of files: torch.save fails in words of its own."""
+    path = tmp_path / "run"
+    ended = subprocess.run(
+        [sys.executable, "-c", FILE_LIMIT, str(path)], capture_output=True, text=True
+    )
+    last = ended.stderr.splitlines()[-1]
+    assert last.endswith(f"RunDirectoryError: cannot write '{path / 'last.pt'}': File too large")
+    assert RunDirectory.open(path).load_checkpoint() == {"epoch": 1}
+    assert sorted(p.name for p in path.iterdir()) == ["config.yaml", "last.pt"]
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(data, tmp_path):
+    run = RunDirectory.create(tmp_path / "run", settings().to_dict())
+    with run.in_use():
+        refused = pytest.raises(RunDirectoryError, match=r"run' is in use: another process")
+        with refused, RunDirectory.open(run.path).in_use():
+            pass
+    with RunDirectory.open(run.path).in_use():  # free again
+        pass
+    (run.path / "config.yaml").unlink()
+    refused = pytest.raises(RunDirectoryError, match=r"cannot write '.*config.yaml': No such file")
+    with refused, run.in_use():
+        pass
 
 
 def test_a_line_of_the_log_that_was_cut_off_is_not_read(tmp_path):

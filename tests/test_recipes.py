@@ -1,50 +1,41 @@
-"""The digits recipe: its data, metrics, methods, timing and picture."""
+"""The digits, the metrics, and what each method trains, on the digits."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from imbsam_fast import ClassSplit, dispatch
-from imbsam_fast.recipes import digits, metrics, timing, training
+from imbsam_fast import ClassSplit
+from imbsam_fast.recipes import digits, metrics
+from imbsam_fast.recipes.config import RunConfig, resolve
+from imbsam_fast.recipes.datasets import DATASETS
+from imbsam_fast.recipes.datasets import load as load_images
+from imbsam_fast.recipes.evaluation import evaluate
+from imbsam_fast.recipes.image_data import LongTailImages, generator
+from imbsam_fast.recipes.image_models import make_model
+from imbsam_fast.recipes.image_training import ORDER, ImageTraining, TrainingDivergedError
+from imbsam_fast.recipes.methods import make_trainer
 from imbsam_fast.recipes.models import ConvNet
-from imbsam_fast.recipes.presets import PAPER, RELEASED
-from imbsam_fast.recipes.training import Settings
 
 pytest.importorskip("sklearn")
 
 COUNTS = [124, 74, 44, 26, 16, 9, 5, 3, 2, 1]
-SETTINGS = Settings(
-    optimizers=("sgd", "sam", "imbsam"),
-    preset="paper",
-    eta=20.0,
-    inclusive=True,
-    tail_weight=1.0,
-    batch_norm="once",
-    rho=0.05,
-    epochs=1,
-    batch_size=64,
-    lr=0.05,
-    momentum=0.9,
-    weight_decay=5e-4,
-    norm="batch",
-    plan="auto",
-    seeds=1,
-    imbalance_factor=100.0,
-    device="cpu",
-)
 
 
-def settings(**changes) -> Settings:
-    return dataclasses.replace(SETTINGS, **changes)
+def settings(optimizer: str, **changes) -> RunConfig:
+    quick = {"dataset": "digits", "epochs": 1, "batch_size": 64, "seed": 0}
+    return resolve(DATASETS["digits"], {**quick, "optimizer": optimizer, **changes})
 
 
 @pytest.fixture(scope="module")
 def data() -> digits.LongTailData:
     return digits.load(imbalance_factor=100, seed=0)
+
+
+@pytest.fixture(scope="module")
+def images() -> LongTailImages:
+    return load_images(settings("sgd"))
 
 
 # ---------------------------------------------------------------- data
@@ -114,6 +105,29 @@ def test_digits_keep_image_and_label_together(data):
         assert labels == targets.tolist()
 
 
+def test_the_recipe_trains_on_these_digits(data, images):
+    assert images.counts == COUNTS and images.class_names[3] == "digit 3"
+    for found, expected, targets in (
+        (images.train, data.train_images, data.train_targets),
+        (images.test, data.test_images, data.test_targets),
+    ):
+        for key in (None, (0, 1)):  # with augmentation too: there is none
+            ((x, y),) = found.batches([torch.arange(len(found))], key)
+            assert x.shape[1:] == (3, 8, 8)
+            for k in range(10):
+                same = {image.numpy().tobytes() for image in expected[targets == k]}
+                for channel in x[y == k].round(decimals=4).unbind(1):
+                    assert {image.numpy().tobytes() for image in channel} == same
+
+
+def test_validation_digits_are_beside_the_others():
+    found = load_images(settings("sgd", validation=10, largest_class=100))
+    assert torch.bincount(found.validation.targets).tolist() == [10] * 10
+    seen = [{p.numpy().tobytes() for p in part.pixels}
+            for part in (found.train, found.validation, found.test)]  # fmt: skip
+    assert not seen[0] & seen[1] and not seen[1] & seen[2] and not seen[0] & seen[2]
+
+
 # ---------------------------------------------------------------- metrics
 
 
@@ -164,199 +178,126 @@ def test_model_refuses_an_unknown_norm():
         ConvNet("layer")
 
 
-@pytest.mark.parametrize(("preset", "plain", "sharp"), [(PAPER, 0, 1), (RELEASED, 1, 0)])
+@pytest.mark.parametrize(("preset", "plain", "sharp"), [("paper", 0, 1), ("released", 1, 0)])
 def test_a_class_of_exactly_eta_images_is_tail_in_the_paper_only(preset, plain, sharp):
-    split = settings(eta=20, inclusive=preset.inclusive).split([21, 20, 19])
+    split = settings("imbsam", preset=preset).split([21, 20, 19])
     assert split.plain.tolist() == [1, plain, 0]
     assert split.sharp.tolist() == [0, sharp, 1]
 
 
-def test_a_tail_weight_brings_its_control_with_it():
-    assert settings().methods() == ["sgd", "sam", "imbsam"]
-    weighted = settings(tail_weight=2.0, optimizers=("imbsam",))
-    assert weighted.methods() == ["sgd_weighted", "imbsam"]
-    assert weighted.label("sgd_weighted") == "SGD, tail weight 2"
-    assert settings(tail_weight=2.0, optimizers=("sgd", "sam")).methods() == ["sgd", "sam"]
+def train(optimizer: str, images: LongTailImages, **changes) -> ImageTraining:
+    training = ImageTraining(settings(optimizer, **changes), images)
+    training.rows = []
+    while training.epoch < training.epochs:
+        training.rows.append(training.train_epoch(lambda training: None))
+    return training
 
 
-def weights(trained: training.Trained) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trained.model.parameters()])
+def weights(training: ImageTraining) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in training.model.parameters()])
 
 
-def test_sgd_is_the_plain_pytorch_loop(data):
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = ConvNet("batch", 10)
+def test_sgd_is_the_plain_pytorch_loop(images):
+    model = make_model("convnet", 10, "batch", seed=5).to(memory_format=torch.channels_last)
     sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    shuffle = torch.Generator().manual_seed(5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 10)
-    for _ in range(2):
-        for rows in torch.randperm(304, generator=shuffle).split(64):
+    ((x, targets),) = images.train.batches([torch.arange(304)])
+    for epoch in range(2):
+        shuffled = torch.randperm(304, generator=generator(5, ORDER, epoch))
+        for rows in shuffled.split(64):
             sgd.zero_grad()
-            F.cross_entropy(model(data.train_images[rows]), data.train_targets[rows]).backward()
+            F.cross_entropy(model(x[rows]), targets[rows]).backward()
             sgd.step()
             schedule.step()
-    trained = training.train("sgd", settings(epochs=2), data, seed=5)
+    training = train("sgd", images, epochs=2, seed=5)
     expected = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert torch.equal(weights(trained), expected)
-    assert sgd.param_groups[0]["lr"] == pytest.approx(0)
+    torch.testing.assert_close(weights(training), expected, rtol=1e-4, atol=1e-6)
+    assert training.rows[-1]["lr"] == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
-    ("method", "same_as", "changes"),
+    ("optimizer", "same_as", "changes"),
     [
         ("imbsam", "sgd", {"eta": 0.0}),
         ("imbsam", "sam", {"eta": 1000.0}),
         # Without a perturbation a tail weight is all that is left of ImbSAM.
-        ("imbsam", "sgd_weighted", {"rho": 0.0, "tail_weight": 2.0}),
+        ("imbsam", "sgd-weighted", {"rho": 0.0, "tail_weight": 2.0}),
+        ("focal-sam", "sam", {"gamma": 0.0, "lam": 1.0}),
     ],
 )
-def test_methods_agree_where_they_are_the_same(data, method, same_as, changes):
-    one, other = (training.train(m, settings(**changes), data, 0) for m in (method, same_as))
+def test_methods_agree_where_they_are_the_same(images, optimizer, same_as, changes):
+    one, other = (train(name, images, **changes) for name in (optimizer, same_as))
     torch.testing.assert_close(weights(one), weights(other), rtol=1e-3, atol=1e-5)
-    assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+    assert one.rows[-1]["loss"] == pytest.approx(other.rows[-1]["loss"], rel=1e-4)
 
 
-def test_methods_differ_with_the_defaults(data):
-    changed = settings(tail_weight=2.0, optimizers=("sgd", "sam", "imbsam"))
-    vectors = [weights(training.train(m, changed, data, 0)) for m in changed.methods()]
+def test_methods_differ_with_the_defaults(images):
+    names = ("sgd", "sgd-weighted", "sam", "imbsam", "focal-sam")
+    vectors = [weights(train(name, images, epochs=3)) for name in names]
     for i in range(len(vectors)):
         for j in range(i):
             assert (vectors[i] - vectors[j]).norm() > 1e-3 * vectors[i].norm()
 
 
-def test_presets_update_batch_norm_once_or_twice_a_step(data):
+def test_presets_update_batch_norm_once_or_twice_a_step(images):
     steps = 5  # batches of 64 in 304 images
-    for batch_norm, per_step in (("once", 1), ("twice", 2)):
-        trained = training.train("sam", settings(batch_norm=batch_norm), data, 0)
-        norms = [m for m in trained.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for preset, per_step in (("paper", 1), ("released", 2)):
+        training = train("imbsam", images, preset=preset, eta=1000.0)
+        norms = [m for m in training.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         assert [int(m.num_batches_tracked) for m in norms] == [steps * per_step] * 3
 
 
 @pytest.mark.parametrize(("norm", "passes"), [("batch", [64, 64]), ("group", [56, 8, 8])])
-def test_the_plan_follows_from_the_norm(data, norm, passes):
-    rows = torch.cat([torch.arange(56), torch.arange(304 - 8, 304)])  # 8 tail rows at the end
-    model = training.make_model(settings(norm=norm), seed=0)
+def test_the_plan_follows_from_the_norm(images, norm, passes):
+    rows = images.train.targets.argsort()
+    rows = torch.cat([rows[:56], rows[-8:]])  # 8 tail rows at the end
+    config = settings("imbsam", norm=norm)
+    model = make_model("convnet", 10, norm, seed=0)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    trainer = training.make_trainer("imbsam", model, settings(norm=norm), COUNTS)
-    trainer.step(data.train_images[rows], data.train_targets[rows])
+    trainer = make_trainer("imbsam", model, config, COUNTS)
+    ((x, targets),) = images.train.batches([rows])
+    trainer.step(x, targets)
     assert seen == passes
 
 
-def test_training_learns(data):
-    trained = training.train("imbsam", settings(epochs=8, batch_size=32), data, seed=0)
-    assert trained.train_loss < 0.5
-    assert min(trained.per_class[:4]) > 60
-
-
-def test_training_repeats_bit_for_bit(data):
-    changed = settings(tail_weight=2.0)
-    one, two = (weights(training.train("imbsam", changed, data, seed=1)) for _ in range(2))
-    assert torch.equal(one, two)
-
-
-def test_training_reports_every_epoch(data):
-    losses: list[float] = []
-    trained = training.train("sgd", settings(epochs=3), data, 0, losses.append)
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2] == trained.train_loss
-
-
-def test_a_diverged_training_stops_with_advice(data):
-    with pytest.raises(training.TrainingDivergedError, match=r"SGD, seed 4, is .* below 1e\+12"):
-        training.train("sgd", settings(lr=1e12), data, seed=4)
-
-
-@pytest.mark.parametrize("mode", [True, False])
-def test_evaluate_uses_running_statistics_and_leaves_the_mode(data, mode):
-    model = training.make_model(SETTINGS, seed=0).train(mode)
-    accuracy = training.evaluate(model, data)
-    assert model.training == mode
-    model.eval()
-    right = model(data.test_images).argmax(1) == data.test_targets
-    assert accuracy == [100 * right[data.test_targets == k].double().mean() for k in range(10)]
-
-
-# ---------------------------------------------------------------- timing
-
-
-def test_timings_are_relative_to_the_plain_loop_with_medians(data, monkeypatch):
-    calls: dict[str, int] = {}
-    factors = [100, 0.5, 50, 1.5, 0.5]  # the first is not counted, the median of the rest is 1
-
-    def timed_step(trainer, backend, batch):
-        repetition = calls.get(backend, 0) // 5  # 5 batches
-        calls[backend] = calls.get(backend, 0) + 1
-        return factors[repetition] * {"": 0.002, "native": 0.005, "reference": 0.008}[backend]
-
-    monkeypatch.setattr(timing, "_timed_step", timed_step)
-    monkeypatch.setattr(timing, "backends", lambda device: ["native", "reference"])
-    found = timing.time_steps(settings(optimizers=("imbsam",)), data, repetitions=4)
-    assert found.sgd_ms == pytest.approx(2)
-    assert found.relative == {
-        "sgd": {"native": 1, "reference": 1},
-        "imbsam": {"native": pytest.approx(2.5), "reference": pytest.approx(4)},
-    }
-    assert (found.batches, found.repetitions) == (5, 4)
-    assert calls == {"": 25, "native": 25, "reference": 25}
-
-
-def test_timing_runs_each_step_on_the_backend_it_names(data, monkeypatch):
-    used: list[str] = []
-    select = dispatch.select
-
-    def spy(device):
-        used.append(dispatch.backend_name(device.type))
-        return select(device)
-
-    monkeypatch.setattr(dispatch, "select", spy)
-    found = timing.time_steps(settings(optimizers=("imbsam",)), data, repetitions=1)
-    assert list(found.relative["imbsam"]) == timing.backends("cpu")
-    assert [*dict.fromkeys(used)] == timing.backends("cpu")
-    assert all(ratio > 1 for ratio in found.relative["imbsam"].values())
-
-
-def test_a_forced_reference_is_timed_once():
-    with dispatch.use_backend("reference"):
-        assert timing.backends("cpu") == ["reference"]
-
-
-# ---------------------------------------------------------------- picture
-
-
-def test_the_picture_shows_the_accuracies():
-    pytest.importorskip("matplotlib")
-    from imbsam_fast.recipes.plots import per_class_figure
-
-    results = {
-        "settings": {"seeds": 2, "imbalance_factor": 100.0},
-        "data": {"class_counts": [120, 30, 1], "tail_classes": [2]},
-        "results": {
-            "sgd": {
-                "label": "SGD",
-                "seeds": [{"per_class": p} for p in ([90, 50, 0], [94, 60, 0])],
-            },
-            "imbsam": {"label": "ImbSAM", "seeds": [{"per_class": [80, 70, 60]}] * 2},
-        },
-    }
-    figure = per_class_figure(results)
-    (axes,) = figure.axes
-    heights = [bar.get_height() for bar in axes.patches]
-    assert heights == [92, 55, 0, 80, 70, 60]
-    ticks = [label.get_text() for label in axes.get_xticklabels()]
-    assert ticks == ["digit 0\n120 images", "digit 1\n30 images", "digit 2\n1 image*"]
-    assert {text.get_text() for text in axes.texts} == {"Many", "Medium", "Few"}
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["SGD", "ImbSAM"]
-
-
-def test_class_weights_of_the_control_are_those_of_imbsam(data):
-    changed = settings(tail_weight=3.0)
-    model = training.make_model(changed, seed=0)
-    trainer = training.make_trainer("sgd_weighted", model, changed, COUNTS)
-    images, targets = data.train_images[-40:], data.train_targets[-40:]
-    losses = F.cross_entropy(model(images), targets, reduction="none")
+def test_class_weights_of_the_control_are_those_of_imbsam(images):
+    config = settings("sgd-weighted", tail_weight=3.0)
+    model = make_model("convnet", 10, "batch", seed=0)
+    trainer = make_trainer("sgd_weighted", model, config, COUNTS)
+    ((x, targets),) = images.train.batches([images.train.targets.argsort()[-40:]])
+    losses = F.cross_entropy(model(x), targets, reduction="none")
     tail = ClassSplit.from_counts(COUNTS, eta=20).tail_mask(targets)
     assert 0 < tail.sum() < 40
     expected = (losses[~tail].sum() + 3 * losses[tail].sum()) / 40
-    torch.testing.assert_close(trainer.step(images, targets).loss, expected.detach())
+    torch.testing.assert_close(trainer.step(x, targets).loss, expected.detach())
+
+
+def test_training_learns(images):
+    training = train("imbsam", images, epochs=8, batch_size=32)
+    losses = [row["loss"] for row in training.rows]
+    assert losses[0] > losses[3] > losses[7] and losses[7] < 0.5
+    assert min(evaluate(training.model, images.test, COUNTS)["plain"]["per_class"][:4]) > 60
+
+
+def test_training_repeats_bit_for_bit(images):
+    one, two = (weights(train("imbsam", images, preset="released", seed=1)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_a_diverged_training_stops_with_advice(images):
+    with pytest.raises(TrainingDivergedError, match=r"SGD, seed 4, is .* below 1e\+12"):
+        train("sgd", images, lr=1e12, seed=4)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_evaluate_uses_running_statistics_and_leaves_the_mode(images, mode):
+    model = make_model("convnet", 10, "batch", seed=0).train(mode)
+    accuracy = evaluate(model, images.test, COUNTS)
+    assert model.training == mode
+    model.eval()
+    ((x, targets),) = images.test.batches([torch.arange(len(images.test))])
+    right = model(x).argmax(1) == targets
+    expected = [100 * right[targets == k].double().mean() for k in range(10)]
+    assert accuracy["plain"]["per_class"] == expected
+    assert accuracy["flip"] == accuracy["plain"]  # a mirrored digit is another sign

@@ -7,11 +7,11 @@ blind readers; lines and points differ in dashes and markers too, for print.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .compare import Family, Group, Section, baseline, families
-from .metrics import COLUMNS, GROUPS
-from .plots import mark_groups
+from .metrics import COLUMNS, GROUPS, group_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +80,29 @@ def gain_figure(section: Section) -> Figure | None:
         axes.set_title(f"{group.label}, minus {over}", loc="left", fontsize="medium")
         plain_axes(axes)
     for axes in rows:
-        mark_groups(axes, sorted(section.counts)[::-1], section.borders, axes is rows[0])
+        _mark_groups(axes, sorted(section.counts)[::-1], section.borders, axes is rows[0])
     rows[-1].set_xlabel("classes, from the most to the fewest training images")
     figure.supylabel("gain (percentage points)", fontsize="medium")
     return figure
+
+
+def _mark_groups(axes: Axes, counts: Sequence[int], borders: tuple[int, int], named: bool) -> None:
+    """Part the Many, Medium and Few classes of falling `counts` by lines; name them on top."""
+    members = [group_of(count, borders) for count in counts]
+    for k, (before, after) in enumerate(pairwise(members)):
+        if before != after:
+            axes.axvline(k + 0.5, color="#808080", linewidth=0.8, linestyle=(0, (4, 3)))
+    for group in GROUPS if named else ():
+        places = [k for k, member in enumerate(members) if member == group]
+        if places:
+            axes.annotate(
+                group.capitalize(),
+                ((places[0] + places[-1]) / 2, 0.98),
+                xycoords=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                color="#505050",
+            )
 
 
 def _draw_gains(axes: Axes, gains: list[float], colour: str) -> None:

@@ -77,12 +77,14 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a recipe trains on: its published settings, and how it is read."""
+    """What a recipe trains on: its settings, and how it is read."""
 
     help: str
     load: Callable[[RunConfig], LongTailImages]
     defaults: dict[str, Any]
+    files: bool = True  # whether --data-dir has to say where it is
     lists: bool = False  # whether it is read from lists of image files
+    package: str = "torchvision"  # the module that reads it
     # Settings that follow from the value of `images`; empty where there is no such option.
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 

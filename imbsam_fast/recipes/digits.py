@@ -13,10 +13,6 @@ TEST_PER_CLASS = 50
 # The rarest digit has 174 images, so every class can give 124 after the test split.
 MAX_PER_CLASS = 124
 
-# The paper's 100 would make nine of the ten classes tail. 20 makes the Few classes tail, with
-# 12 % of the images; on CIFAR100-LT, where the paper has 100, tail classes hold 19 %.
-ETA = 20.0
-
 
 class LongTailData(NamedTuple):
     """Images are float32 (n, 1, 8, 8) from -1 to 1, targets int64 (n,)."""
@@ -67,16 +63,21 @@ def split_rows(
     return torch.cat(train), torch.cat(test)
 
 
+def read() -> tuple[Tensor, Tensor]:
+    """Pixels uint8 (1797, 8, 8), from 0 to 16, and digits int64 (1797,). Needs scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    return torch.from_numpy(source.images).byte(), torch.from_numpy(source.target).long()
+
+
 def load(imbalance_factor: float, seed: int) -> LongTailData:
     """Long-tailed training digits and a balanced test set of 50 digits a class.
 
     Which images are in which set depends on `seed` alone. Needs scikit-learn.
     """
-    from sklearn.datasets import load_digits
-
-    source = load_digits()
-    images = torch.from_numpy(source.images).float().unsqueeze(1) / 8 - 1  # pixels are 0 to 16
-    targets = torch.from_numpy(source.target).long()
+    pixels, targets = read()
+    images = pixels.float().unsqueeze(1) / 8 - 1
     counts = long_tail_counts(MAX_PER_CLASS, imbalance_factor, NUM_CLASSES)
     train, test = split_rows(targets, TEST_PER_CLASS, counts, seed)
     return LongTailData(images[train], targets[train], images[test], targets[test], counts)

@@ -26,15 +26,16 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """{"plain": groups, "flip": groups} as run_directory.py describes them, in %.
 
-    "flip" averages the logits of an image and of its mirror image, as the authors' code does. The
-    model runs in eval mode, in its own dtype, and its mode is left as it was. Every rank tests
-    its share. Raises DataError where no image of a class could be read.
+    "flip" averages the logits of an image and of its mirror image, as the authors' code does, where
+    `images.mirrored`, and is "plain" elsewhere. The model runs in eval mode, in its own dtype, and
+    its mode is left as it was. Every rank tests its share. Raises DataError where no image of a
+    class could be read.
     """
     hits = torch.zeros(3, len(counts), dtype=torch.float64, device=ranks.device)
     with in_eval_mode(model):
         for x, targets, counted in _batches(images, ranks):
             logits = model(x)
-            averaged = logits + model(x.flip(3))
+            averaged = logits + model(x.flip(3)) if images.mirrored else logits
             for i, right in enumerate(
                 (counted, logits.argmax(dim=1) == targets, averaged.argmax(dim=1) == targets)
             ):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # mean, std of RGB
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 
 CIFAR10_STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 CIFAR100_STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -30,6 +30,7 @@ class Images(ABC):
 
     targets: Tensor  # int64 (n,)
     skipped = 0  # corrupt images that were left out
+    mirrored = True  # whether the mirror image of an image is one of its class
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -135,28 +136,39 @@ def long_tailed(
 class MemoryImages(Images):
     """Small images held as bytes, cropped and flipped as a batch.
 
-    Augmentation is torchvision's RandomCrop(size, padding=4) and RandomHorizontalFlip.
+    Augmentation is torchvision's RandomCrop(size, padding) and RandomHorizontalFlip.
 
     Args:
         pixels: uint8 (n, 3, H, W).
         targets: int64 (n,).
         statistics: mean and standard deviation of the channels, of pixels from 0 to 1.
+        padding: zeros around an image that a crop may reach into.
+        mirrored: whether to flip.
     """
 
-    PADDING = 4
-
-    def __init__(self, pixels: Tensor, targets: Tensor, statistics: Statistics) -> None:
+    def __init__(
+        self,
+        pixels: Tensor,
+        targets: Tensor,
+        statistics: Statistics,
+        padding: int = 4,
+        mirrored: bool = True,
+    ) -> None:
         self.pixels = pixels
         self.targets = targets
         self.statistics = statistics
+        self.padding = padding
+        self.mirrored = mirrored
         mean, std = (torch.tensor(values) for values in statistics)
         self._scale, self._shift = 1 / (255 * std), -mean / std
-        padded = torch.nn.functional.pad(pixels, (self.PADDING,) * 4)
+        padded = torch.nn.functional.pad(pixels, (padding,) * 4)
         # Channels last, so that one gather of rows, y and x crops, flips and stays dense.
         self._padded = padded.permute(0, 2, 3, 1).contiguous()
 
     def subset(self, rows: Tensor) -> MemoryImages:
-        return MemoryImages(self.pixels[rows], self.targets[rows], self.statistics)
+        return MemoryImages(
+            self.pixels[rows], self.targets[rows], self.statistics, self.padding, self.mirrored
+        )
 
     def batches(
         self,
@@ -174,13 +186,13 @@ class MemoryImages(Images):
         height, width = self.pixels.shape[2:]
         ys, xs = torch.arange(height), torch.arange(width)
         if random is None:
-            top = left = torch.full((len(rows), 1), self.PADDING)
+            top = left = torch.full((len(rows), 1), self.padding)
             xs = xs.expand(len(rows), -1)
         else:
-            offsets = torch.randint(2 * self.PADDING + 1, (2, len(rows), 1), generator=random)
+            offsets = torch.randint(2 * self.padding + 1, (2, len(rows), 1), generator=random)
             top, left = offsets
             flip = torch.randint(2, (len(rows), 1), generator=random).bool()
-            xs = torch.where(flip, xs.flip(0), xs)
+            xs = torch.where(flip & self.mirrored, xs.flip(0), xs)
         rows, ys, xs = rows[part], (top + ys)[part], (left + xs)[part]
         return self._padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]]
 

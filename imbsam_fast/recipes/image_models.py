@@ -8,22 +8,24 @@ import torch
 from torch import nn
 
 from .cifar_models import DEPTHS, CifarResNet
-from .models import NORMS, make_norm
+from .models import NORMS, ConvNet, make_norm
 
 CIFAR_RESNETS = {f"resnet{depth}": depth for depth in DEPTHS}
 TORCHVISION_MODELS = ("resnet50", "resnext50_32x4d", "convnext_tiny", "vit_b_16")
-MODELS = (*CIFAR_RESNETS, "resnet34-cifar", *TORCHVISION_MODELS)
+MODELS = ("convnet", *CIFAR_RESNETS, "resnet34-cifar", *TORCHVISION_MODELS)
 
 
 def make_model(name: str, num_classes: int, norm: str, seed: int) -> nn.Module:
     """The network `name`, one of MODELS, with weights that depend on `seed` alone.
 
-    `norm` replaces the BatchNorm of the residual networks, "batch" leaves it. Raises ValueError
-    for a network that has no BatchNorm to replace.
+    It takes images (N, 3, H, W). `norm` replaces the BatchNorm of convnet and the residual
+    networks, "batch" leaves it. Raises ValueError for a network without BatchNorm to replace.
     """
     check_norm(name, norm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if name == "convnet":
+            return ConvNet(norm, num_classes, channels=3)
         if name in CIFAR_RESNETS:
             return CifarResNet(CIFAR_RESNETS[name], num_classes, norm)
         return _from_torchvision(name, num_classes, norm)
@@ -33,7 +35,7 @@ def check_norm(name: str, norm: str) -> None:
     """Raise ValueError where the network `name` cannot have `norm`."""
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}, expected one of {', '.join(NORMS)}")
-    if norm != "batch" and not name.startswith("resn"):
+    if norm != "batch" and not name.startswith(("convnet", "resn")):
         raise ValueError(f"norm is {norm!r}, expected 'batch': {name} has no BatchNorm")
 
 

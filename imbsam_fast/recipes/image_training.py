@@ -24,10 +24,13 @@ from .ranks import ALONE, Ranks, load_state, state_of
 from .run_directory import RunDirectory, RunDirectoryError
 from .schedule import cosine_with_warmup
 from .stages import Stage, norm_cap, project_norms, stages_of
-from .training import TrainingDivergedError
 
 # What the random numbers of a run are for, part of the key of each generator.
 ORDER, AUGMENTATION, NETWORK = range(3)
+
+
+class TrainingDivergedError(Exception):
+    """The training loss is no longer a finite number."""
 
 
 class ImageTraining:

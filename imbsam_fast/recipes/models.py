@@ -10,21 +10,22 @@ NORMS = ("batch", "group")
 class ConvNet(nn.Module):
     """Three 3x3 convolutions with a normalisation each, global average, a linear classifier.
 
-    Takes images (N, 1, H, W) and returns logits (N, num_classes). 24,058 parameters for ten
-    classes.
+    Takes images (N, channels, H, W) and returns logits (N, num_classes). 24,058 parameters for
+    one channel and ten classes.
 
     Args:
         norm: "batch" for BatchNorm (rows of a batch influence each other: joint plan), "group"
             for GroupNorm (they do not: split plan).
         num_classes: K, the length of a row of logits.
+        channels: of the images.
 
     Raises ValueError for any other `norm`.
     """
 
-    def __init__(self, norm: str = "batch", num_classes: int = 10) -> None:
+    def __init__(self, norm: str = "batch", num_classes: int = 10, channels: int = 1) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            _block(1, 16, norm, stride=1),
+            _block(channels, 16, norm, stride=1),
             _block(16, 32, norm, stride=2),
             _block(32, 64, norm, stride=1),
         )

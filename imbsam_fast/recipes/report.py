@@ -1,51 +1,88 @@
-"""What a training run shows in the terminal."""
+"""What `imbsam-fast train` says in the terminal, before and after the live display."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import dispatch
-from .digits import LongTailData
-from .metrics import COLUMNS
-from .results import Run, summary
-from .timing import Timings
-from .training import Settings
+from ..batch_norm import has_batch_statistics
+from .config import PERTURBING, RunConfig
+from .image_data import LongTailImages
+from .image_models import make_model
+from .metrics import COLUMNS, mean_and_std
+
+FEW = 12  # counts and classes are listed up to so many
 
 
-def print_plan(console: Console, settings: Settings, data: LongTailData, model: dict) -> None:
-    """What is about to be trained."""
-    split = settings.split(data.counts)
-    tail = (split.sharp > 0).nonzero().flatten().tolist()
-    border = "at most" if settings.inclusive else "fewer than"
-    tail_names = ", ".join(map(str, tail)) or "none: ImbSAM is SGD"
-    if len(tail) == len(data.counts):
-        tail_names = "all: ImbSAM is SAM"
+def plan_table(configs: Sequence[RunConfig], data: LongTailImages) -> Table:
+    """What is about to be trained, in runs that differ in the optimizer and the seed alone."""
+    config = configs[0]
+    with torch.device("meta"):
+        model = make_model(config.model, len(data.counts), config.norm, config.seed)
+    facts = {
+        "data": _data(config, data),
+        "tail classes": _tail_classes(config, data.counts),
+        "model": f"{config.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
+    }
+    if any(c.optimizer in PERTURBING for c in configs):
+        facts["plan"] = f"{config.plan} ({_why_plan(config, has_batch_statistics(model))})"
+        facts["backend"] = _backend(config.device)
+    seeds = len({c.seed for c in configs})
+    facts["training"] = (
+        f"{config.method.upper()}, {_plural(seeds, 'seed')} of {_plural(config.epochs, 'epoch')}, "
+        f"batch {config.batch_size}, lr {config.lr:g} cosine, rho {config.rho:g}, "
+        f"preset {config.preset}"
+    )
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
-    for name, value in {
-        "data": f"{len(data.train_targets)} training images, {len(data.test_targets)} test images "
-        f"({len(data.test_targets) // len(data.counts)} a class)",
-        "class counts": " ".join(map(str, data.counts)),
-        "tail classes": f"{tail_names} ({border} {settings.eta:g} images), "
-        f"{100 * split.tail_fraction:.1f} % of the training images",
-        "model": f"convolutional, {settings.norm} norm, {model['parameters']:,} parameters",
-        "plan": f"{model['plan']} ({_why_plan(settings, model['plan'])})",
-        "backend": _describe_backend(settings.device),
-        "preset": f"{settings.preset}: tail weight {settings.tail_weight:g}, BatchNorm statistics "
-        f"{settings.batch_norm} a step",
-        "training": f"{_plural(settings.seeds, 'seed')} of {_plural(settings.epochs, 'epoch')}, "
-        f"batch {settings.batch_size}, lr {settings.lr:g} cosine, rho {settings.rho:g}",
-    }.items():
+    for name, value in facts.items():
         table.add_row(name, value)
-    console.print(table)
+    return table
 
 
-def _describe_backend(device: str) -> str:
+def _data(config: RunConfig, data: LongTailImages) -> str:
+    counts = data.counts
+    listed = " ".join(map(str, counts)) if len(counts) <= FEW else f"{max(counts)} to {min(counts)}"
+    return (
+        f"{config.dataset}: {len(data.train):,} training images in {len(counts)} classes "
+        f"({listed}), {len(data.test):,} test images"
+    )
+
+
+def _tail_classes(config: RunConfig, counts: Sequence[int]) -> str:
+    split = config.split(counts)
+    tail = (split.sharp > 0).nonzero().flatten().tolist()
+    if not tail:
+        which = "none, ImbSAM is SGD"
+    elif len(tail) == len(counts):
+        which = "all, ImbSAM is SAM"
+    elif len(tail) <= FEW:
+        which = ", ".join(map(str, tail))
+    else:
+        which = f"{len(tail)} of {len(counts)}"
+    border = "at most" if config.inclusive else "fewer than"
+    return (
+        f"{which} ({border} {config.eta:g} images): {100 * split.tail_fraction:.1f} % of the "
+        "training images"
+    )
+
+
+def _why_plan(config: RunConfig, batch_statistics: bool) -> str:
+    if config.plan == "auto":
+        if batch_statistics:
+            return "joint: rows of a batch share BatchNorm statistics"
+        return "the cheaper one for each batch: its rows do not influence each other"
+    if config.plan == "split" and batch_statistics:
+        return "asked for; under BatchNorm each part is normalised by its own statistics"
+    return "asked for"
+
+
+def _backend(device: str) -> str:
     """The backend in use and, where a better one could not be taken, why."""
     used = dispatch.backend_name(device)
     if dispatch.forced_backend():
@@ -60,34 +97,18 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _why_plan(settings: Settings, plan: str) -> str:
-    if settings.plan == "auto":
-        return "auto: rows of a batch " + (
-            "share BatchNorm statistics" if plan == "joint" else "do not influence each other"
-        )
-    if plan == "split" and settings.norm == "batch":
-        return "asked for; under BatchNorm each part is normalised by its own statistics"
-    return "asked for"
-
-
-def progress(console: Console) -> Progress:
-    """A bar whose one task has the field `loss`, a text."""
-    return Progress(
-        TextColumn("{task.description:24}"),
-        TextColumn("{task.fields[loss]:11}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
+def one_line(config: RunConfig, result: dict[str, Any]) -> str:
+    """The outcome of one run."""
+    tested = result["last"]["plain"]
+    groups = " / ".join(_over([tested[column]]) for column in COLUMNS)
+    return (
+        f"{config.label()}, seed {config.seed}: {groups} (Many / Medium / Few / All), training "
+        f"{result['train_accuracy']:.1f}, {result['seconds']:.0f} s"
     )
 
 
-def print_results(
-    console: Console, settings: Settings, counts: list[int], runs: Sequence[Run], timings: Timings
-) -> None:
-    """Accuracy by group and time per step, a row a method."""
-    backends = list(timings.relative["sgd"])
+def results_table(results: dict[str, list[dict[str, Any]]]) -> Table:
+    """Test accuracy after the last epoch: mean and standard deviation over the runs of a label."""
     table = Table(
         title="Test accuracy in % after the last epoch",
         box=SIMPLE_HEAD,
@@ -95,25 +116,19 @@ def print_results(
         pad_edge=False,
         show_edge=False,
     )
-    table.add_column("", min_width=9)
-    titles = ["Many\n> 100", "Medium\n20 - 100", "Few\n< 20", "All\nclasses"]
-    for title in titles + [f"step time\n{backend}" for backend in backends]:
+    table.add_column("", min_width=18)  # what 80 columns leave
+    for title in ("Many", "Medium", "Few", "All", "All, flip"):
         table.add_column(title, justify="right", no_wrap=True)
-    for method in settings.methods():
-        columns = summary([run for run in runs if run.method == method], counts)
-        times = [f"{timings.relative[method][b]:.2f}x" for b in backends]
-        table.add_row(settings.label(method), *(accuracy_cell(columns[c]) for c in COLUMNS), *times)
-    console.print(table)
-    console.print(
-        f"All is the mean of the per-class accuracies; mean ± standard deviation over "
-        f"{settings.seeds} seeds.\n"
-        if settings.seeds > 1
-        else "All is the mean of the per-class accuracies.\n",
-        f"1.00x is a plain torch.optim.SGD step, {timings.sgd_ms:.2f} ms; medians of "
-        f"{timings.repetitions} interleaved repetitions of {timings.batches} batches.",
-        style="dim",
-        sep="",
-    )
+    for label, runs in results.items():
+        cells = [_over([run["last"]["plain"][column] for run in runs]) for column in COLUMNS]
+        cells.append(_over([run["last"]["flip"]["all"] for run in runs]))
+        table.add_row(label, *cells)
+    return table
+
+
+def _over(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return accuracy_cell(mean_and_std(known) if known else None)
 
 
 def accuracy_cell(value: tuple[float, float | None] | None) -> str:

@@ -28,7 +28,7 @@
 
 GROUPS is {"per_class": [...], "many": x, "medium": x, "few": x, "all": x}, in %, null for a group
 without classes; all is the mean of the per-class accuracies. "flip" averages the logits of an
-image and of its mirror image.
+image and of its mirror image, where that shows the same (digits: "flip" is "plain").
 
 Every file is replaced as a whole (temporary file, fsync, os.replace), so that whoever reads it sees
 the old one or the new one; log.jsonl alone grows line by line, and a half-written last line is
@@ -39,7 +39,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,7 +56,7 @@ UNFINISHED = ".new"  # how the names of files end that are being written
 
 
 class RunDirectoryError(Exception):
-    """A run directory cannot be made or read; the text names the path and says what to do."""
+    """A run directory cannot be made, read or written; the text names the path and the reason."""
 
 
 class RunDirectory:
@@ -77,11 +78,11 @@ class RunDirectory:
                     f"'{path}' is not empty, expected a new directory; --resume goes on with the "
                     "run in it"
                 )
-            config = {"format": FORMAT, **config}
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-            _write(path / CONFIG_FILE, lambda file: file.write(text.encode()))
         except OSError as error:
             raise RunDirectoryError(f"cannot write into '{path}': {error.strerror}") from error
+        config = {"format": FORMAT, **config}
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        _write(path / CONFIG_FILE, lambda file: file.write(text.encode()))
         return cls(path, config)
 
     @classmethod
@@ -103,12 +104,38 @@ class RunDirectory:
             raise RunDirectoryError(f"'{file}' has format {found!r}, expected {FORMAT}")
         return cls(path, config)
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside the block no other process can train here; RunDirectoryError where one does.
+
+        The lock is the system's, on config.yaml, and ends with the process however that ends.
+        """
+        import fcntl  # where used: not on every system
+
+        path = self.path / CONFIG_FILE
+        try:
+            file = path.open("r+b")
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunDirectoryError(
+                    f"'{self.path}' is in use: another process trains this run"
+                ) from error
+            yield
+
     # ------------------------------------------------------------ log
 
     def append_log(self, row: dict[str, Any]) -> None:
         """Add the line of one epoch."""
-        with (self.path / LOG_FILE).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        path = self.path / LOG_FILE
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise _unwritable(path, error) from error
 
     def log(self) -> list[dict[str, Any]]:
         """One dictionary an epoch, in order; empty before the first epoch ended."""
@@ -189,7 +216,10 @@ def find_runs(paths: Iterable[Path]) -> list[RunDirectory]:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Replace `path` as a whole by what `write` puts into the file it is given."""
+    """Replace `path` as a whole by what `write` puts into the file it is given.
+
+    Raises RunDirectoryError, with `path` as it was, where the system does not take it.
+    """
     # Always the same name: what a killed process left there, the next one replaces.
     temporary = path.with_name(f".{path.name}{UNFINISHED}")
     try:
@@ -198,6 +228,15 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises a RuntimeError of its own over the system's error.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise _unwritable(path, cause) from error
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(f"cannot write '{path}': {error.strerror or error}")

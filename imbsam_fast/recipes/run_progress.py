@@ -26,6 +26,7 @@ class RunProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,  # a file gets the outcome of each run
         )
         self._task = self._bar.add_task(
             f"{config.label()}, seed {config.seed}",

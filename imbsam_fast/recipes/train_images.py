@@ -1,25 +1,22 @@
-"""`imbsam-fast train` on images: one run after the other, and a table of all."""
+"""`imbsam-fast train`: one run after the other, and a table of all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from .config import RunConfig
 from .datasets import load
 from .image_data import LongTailImages
 from .image_run import run_to_the_end
 from .image_training import ImageTraining
-from .metrics import COLUMNS, mean_and_std
 from .ranks import ALONE, Ranks
-from .report import accuracy_cell
+from .report import one_line, plan_table, results_table
 from .run_directory import RunDirectory, RunDirectoryError
 from .run_progress import RunProgress
 from .stop_signals import StopSignals
@@ -42,14 +39,14 @@ def train_all(
     """
     data = load(configs[0])
     directories = [_directory(config, save, resume, ranks) for config in configs]
-    console.print(_describe(configs[0], data), style="dim")
+    console.print(plan_table(configs, data), highlight=False)
     results: dict[str, list[dict[str, Any]]] = {}
     with _threads(configs[0].threads), StopSignals() as signals:
         for config, directory in zip(configs, directories):
             result = directory.result()
             if result is None:
                 result = _run(config, data, directory, console, ranks, signals)
-            console.print(_one_line(config, result), highlight=False)
+            console.print(one_line(config, result), highlight=False)
             results.setdefault(config.label(), []).append(result)
     console.print(results_table(results))
     return results
@@ -101,6 +98,7 @@ def _run(
     training = ImageTraining(config, data, ranks)
     writes_scalars = config.tensorboard and ranks.writes
     with (
+        directory.in_use() if ranks.writes else nullcontext(),
         RunProgress(training, console) as progress,
         _scalars(directory.path, writes_scalars) as on_epoch,
     ):
@@ -122,38 +120,3 @@ def _scalars(path: Path, wanted: bool) -> Iterator[Callable[[dict[str, Any]], No
 
     with SummaryWriter(str(path / "tensorboard")) as writer:
         yield write
-
-
-def _describe(config: RunConfig, data: LongTailImages) -> str:
-    return (
-        f"{config.dataset}: {len(data.train)} training images in {len(data.counts)} classes, "
-        f"{len(data.test)} test images; {config.model}, {config.epochs} epochs"
-    )
-
-
-def _one_line(config: RunConfig, result: dict[str, Any]) -> str:
-    tested = result["last"]["plain"]
-    groups = " / ".join(_over([tested[column]]) for column in COLUMNS)
-    return (
-        f"{config.label()}, seed {config.seed}: {groups} (Many / Medium / Few / All), training "
-        f"{result['train_accuracy']:.1f}, {result['seconds']:.0f} s"
-    )
-
-
-def results_table(results: dict[str, list[dict[str, Any]]]) -> Table:
-    """Test accuracy after the last epoch: mean and standard deviation over the runs of a label."""
-    table = Table(title="Test accuracy in % after the last epoch", box=SIMPLE_HEAD)
-    table.add_column("")
-    for title in ("Many", "Medium", "Few", "All", "All, flip", "training"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for label, runs in results.items():
-        cells = [_over([run["last"]["plain"][column] for run in runs]) for column in COLUMNS]
-        cells.append(_over([run["last"]["flip"]["all"] for run in runs]))
-        cells.append(_over([run["train_accuracy"] for run in runs]))
-        table.add_row(label, *cells)
-    return table
-
-
-def _over(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return accuracy_cell(mean_and_std(known) if known else None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..plots import COLOURS
 from .settings import DETECTOR_NAMES, Fit, Settings, method_order, parsed_method
 from .summary import Value, areas, at_every_ratio, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+COLOURS = {"sgd": "#9aa5b1", "sam": "#3d7ea6", "imbsam": "#c8553d"}
 PANELS = {"aucpr_anomaly": "AUCPR of anomalies (%)", "aucpr_normal": "AUCPR of normal rows (%)"}
 
 
