@@ -124,21 +124,30 @@ def cell(value: Value | None, sign: str = "") -> str:
     if value is None:
         return NO_VALUE
     mean, std = value
+    mean = round(mean, 1) + 0.0  # no "-0.0"
     return f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
 
 
 def accuracy(report: RecipeReport) -> Lines:
     """Test accuracy after the last epoch, and how far training came."""
+    groups = report.section.groups
+    views = [
+        view
+        for view in VIEWS
+        if view == "plain"
+        or any(g.accuracy("last", view) != g.accuracy("last", "plain") for g in groups)
+    ]
     rows = []
-    for group in report.section.groups:
-        tested = [group.accuracy("last", view) or {} for view in VIEWS]
+    for group in groups:
+        tested = [group.accuracy("last", view) or {} for view in views]
         trained = [run.log[-1]["train_accuracy"] for run in group.finished]
         rows.append(
             (group.label, str(len(group.finished)), *(cell(t[c]) for t in tested for c in COLUMNS),
              cell(mean_and_std(trained)))
         )  # fmt: skip
     names = [column.capitalize() for column in COLUMNS]
-    header = ("%", "seeds", *names, *(f"{name}, flip" for name in names), "training")
+    headings = [name + ("" if view == "plain" else f", {view}") for view in views for name in names]
+    header = ("%", "seeds", *headings, "training")
     return markdown(header, rows)
 
 
@@ -219,8 +228,11 @@ def provenance(report: RecipeReport) -> str:
     )
 
 
+DIGITS = ("recipes/digits",)
 SMALL = ("recipes/cifar10_lt_small",)
 TABLES = {
+    "digits": Table(DIGITS, accuracy),
+    "digits-paired": Table(DIGITS, paired),
     "cifar10-lt-small": Table(SMALL, accuracy),
     "cifar10-lt-small-paired": Table(SMALL, paired),
     "cifar10-lt-small-sharpness": Table(SMALL, sharpness),
