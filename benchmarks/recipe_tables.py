@@ -197,7 +197,7 @@ def _compared_with(group: Group, section: Section) -> Iterator[Group]:
 def _class_weights(group: Group, section: Section) -> torch.Tensor:
     """(K,), plain plus sharp: the weights of the loss without any perturbation."""
     config = RunConfig.from_dict({**group.config, **dict.fromkeys(NOT_RECORDED, 0), "seed": 0})
-    split = sharpness_split(config.step_method, config, section.counts or [])
+    split = sharpness_split(config, section.counts or [])
     return (split.plain + split.sharp).float()
 
 
@@ -230,12 +230,14 @@ def provenance(report: RecipeReport) -> str:
 
 DIGITS = ("recipes/digits",)
 SMALL = ("recipes/cifar10_lt_small",)
+SHORT = ("recipes/cifar10_lt_small_60_epochs",)
 TABLES = {
     "digits": Table(DIGITS, accuracy),
     "digits-paired": Table(DIGITS, paired),
     "cifar10-lt-small": Table(SMALL, accuracy),
     "cifar10-lt-small-paired": Table(SMALL, paired),
     "cifar10-lt-small-sharpness": Table(SMALL, sharpness),
+    "cifar10-lt-small-60-epochs": Table(SHORT, paired),
 }
 
 if __name__ == "__main__":

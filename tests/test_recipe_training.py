@@ -383,7 +383,7 @@ def test_settings_are_the_published_ones(dataset, given, expected):
 )
 def test_class_weights_are_the_method(changes, plain, sharp):
     chosen = settings(**changes)
-    split = sharpness_split(chosen.step_method, chosen, [9, 3])
+    split = sharpness_split(chosen, [9, 3])
     assert split.plain.tolist() == pytest.approx(plain)
     assert split.sharp.tolist() == pytest.approx(sharp)
 

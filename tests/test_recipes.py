@@ -255,7 +255,7 @@ def test_the_plan_follows_from_the_norm(images, norm, passes):
     model = make_model("convnet", 10, norm, seed=0)
     seen: list[int] = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    trainer = make_trainer("imbsam", model, config, COUNTS)
+    trainer = make_trainer(model, config, COUNTS)
     ((x, targets),) = images.train.batches([rows])
     trainer.step(x, targets)
     assert seen == passes
@@ -264,7 +264,7 @@ def test_the_plan_follows_from_the_norm(images, norm, passes):
 def test_class_weights_of_the_control_are_those_of_imbsam(images):
     config = settings("sgd-weighted", tail_weight=3.0)
     model = make_model("convnet", 10, "batch", seed=0)
-    trainer = make_trainer("sgd_weighted", model, config, COUNTS)
+    trainer = make_trainer(model, config, COUNTS)
     ((x, targets),) = images.train.batches([images.train.targets.argsort()[-40:]])
     losses = F.cross_entropy(model(x), targets, reduction="none")
     tail = ClassSplit.from_counts(COUNTS, eta=20).tail_mask(targets)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from .. import ClassSplit
 from .image_data import LongTailImages
-from .methods import LABELS, MethodSettings
 from .presets import PAPER, PRESETS
 
-OPTIMIZERS = ("sgd", "sgd-weighted", "sam", "imbsam", "focal-sam")
+# With their names in tables. The second is the control for a tail weight: plain SGD with the class
+# weights that ImbSAM gives its tail.
+LABELS = {
+    "sgd": "SGD",
+    "sgd-weighted": "SGD, tail weight {tail_weight:g}",
+    "sam": "SAM",
+    "imbsam": "ImbSAM",
+    "focal-sam": "Focal-SAM",
+}
+OPTIMIZERS = tuple(LABELS)
 PERTURBING = ("sam", "imbsam", "focal-sam")
 WEIGHTING = ("sgd-weighted", "sam", "imbsam")  # those that have a tail weight
 METHODS = ("ce", "wb", "lws")
@@ -90,7 +99,7 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class RunConfig(MethodSettings):
+class RunConfig:
     """Every setting of one run; a run is one optimizer and one seed.
 
     `lr`, `weight_decay`, `epochs` and `batch_size` are those of stage one; `batch_size` counts
@@ -114,6 +123,12 @@ class RunConfig(MethodSettings):
     method: str
     optimizer: str
     preset: str
+    eta: float
+    inclusive: bool
+    tail_weight: float
+    batch_norm: str
+    rho: float
+    plan: str
     gamma: float
     lam: float
     lagged: bool
@@ -122,6 +137,9 @@ class RunConfig(MethodSettings):
     epochs: int
     warmup_epochs: int
     batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
     stage1: str | None  # a run directory whose network stage two starts from
     stage2_epochs: int
     stage2_lr: float
@@ -136,11 +154,11 @@ class RunConfig(MethodSettings):
     distributed: str
     tensorboard: bool
     threads: int
+    device: str
 
-    @property
-    def step_method(self) -> str:
-        """The optimizer as a key of methods.LABELS."""
-        return self.optimizer.replace("-", "_")
+    def split(self, counts: Sequence[int]) -> ClassSplit:
+        """Head and tail classes by `eta`."""
+        return ClassSplit.from_counts(counts, self.eta, self.inclusive)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the run's label."""
@@ -171,7 +189,7 @@ class RunConfig(MethodSettings):
 
     def _name_parts(self) -> list[tuple[str, str]]:
         """What tells this run from others of its recipe: short for paths, long for people."""
-        parts = [(self.optimizer, LABELS[self.step_method].format(tail_weight=self.tail_weight))]
+        parts = [(self.optimizer, LABELS[self.optimizer].format(tail_weight=self.tail_weight))]
         if self.method != "ce":
             parts.insert(0, (self.method, self.method.upper()))
         if self.optimizer == "imbsam":

@@ -105,7 +105,6 @@ class ImageTraining:
         if config.amp == "fp16":
             self.grad_scaler = torch.amp.GradScaler(self.ranks.device.type)
         self.trainer = make_trainer(
-            config.step_method,
             self.ranks.spread(self.model),
             config,
             self.data.counts,

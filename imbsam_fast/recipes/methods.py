@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,36 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ClassSplit, ImbSAM, SplitCrossEntropy, StepResult, TrainStep
-
-# Keys of the methods in results and file names, with their names in tables. The second is the
-# control for a tail weight: plain SGD with the class weights that ImbSAM gives its tail.
-LABELS = {
-    "sgd": "SGD",
-    "sgd_weighted": "SGD, tail weight {tail_weight:g}",
-    "sam": "SAM",
-    "imbsam": "ImbSAM",
-    "focal_sam": "Focal-SAM",
-}
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """What decides a training step."""
-
-    eta: float
-    inclusive: bool
-    tail_weight: float
-    batch_norm: str
-    rho: float
-    lr: float
-    momentum: float
-    weight_decay: float
-    plan: str
-    device: str
-
-    def split(self, counts: Sequence[int]) -> ClassSplit:
-        """Head and tail classes by `eta`."""
-        return ClassSplit.from_counts(counts, self.eta, self.inclusive)
+from .config import PERTURBING, RunConfig
 
 
 class StepOptions(NamedTuple):
@@ -62,57 +32,56 @@ class Trainer(NamedTuple):
     step: Callable[[Tensor, Tensor], StepResult]
 
 
-def sharpness_split(method: str, settings: MethodSettings, counts: Sequence[int]) -> ClassSplit:
-    """The class weights of `method`, a key of LABELS, in the words of DESIGN.md section 2.
+def sharpness_split(config: RunConfig, counts: Sequence[int]) -> ClassSplit:
+    """The class weights `plain` and `sharp` of `config.optimizer`.
 
     SAM with a tail weight r is the paper's re-weighted SAM (Table 3): sharp is 1 for head and r
-    for tail classes. `settings` has `gamma` and `lam` where the method is Focal-SAM.
+    for tail classes.
     """
-    split = settings.split(counts)
-    r = settings.tail_weight
-    if method == "focal_sam":
-        return ClassSplit.focal(counts, settings.gamma, settings.lam)  # type: ignore[attr-defined]
-    if method == "imbsam":
+    split = config.split(counts)
+    r = config.tail_weight
+    if config.optimizer == "focal-sam":
+        return ClassSplit.focal(counts, config.gamma, config.lam)
+    if config.optimizer == "imbsam":
         return ClassSplit(split.plain, r * split.sharp, split.counts)
-    if method == "sam":
+    if config.optimizer == "sam":
         weights = split.plain + r * split.sharp
         return ClassSplit(torch.zeros_like(weights), weights, split.counts)
-    weights = split.plain + (r if method == "sgd_weighted" else 1.0) * split.sharp
+    weights = split.plain + (r if config.optimizer == "sgd-weighted" else 1.0) * split.sharp
     return ClassSplit(weights, torch.zeros_like(weights), split.counts)
 
 
 def make_trainer(
-    method: str,
     model: nn.Module,
-    settings: MethodSettings,
+    config: RunConfig,
     counts: Sequence[int],
     class_weight: Tensor | None = None,
     options: StepOptions = PLAIN_OPTIONS,
 ) -> Trainer:
-    """The step of `method`, a key of LABELS. SGD is a plain PyTorch loop, without this package.
+    """The step of `config.optimizer`. SGD is a plain PyTorch loop, without this package.
 
     Only trainable parameters are trained. `class_weight`, (K,), is a factor on every row's loss,
     as for a class-balanced loss.
     """
     sgd = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
-        settings.lr,
-        settings.momentum,
-        weight_decay=settings.weight_decay,
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
     )
-    split = sharpness_split(method, settings, counts)
-    if method in ("sgd", "sgd_weighted"):
+    split = sharpness_split(config, counts)
+    if config.optimizer not in PERTURBING:
         weights = split.plain if class_weight is None else split.plain * class_weight.cpu()
-        weight = None if (weights == 1).all() else weights.float().to(settings.device)
+        weight = None if (weights == 1).all() else weights.float().to(config.device)
         return Trainer(sgd, _plain_step(model, sgd, weight, options))
     criterion = SplitCrossEntropy(split, class_weight)
-    optimizer = ImbSAM(sgd, settings.rho)
+    optimizer = ImbSAM(sgd, config.rho)
     step = TrainStep(
         model,
         criterion,
         optimizer,
-        settings.plan,
-        settings.batch_norm,
+        config.plan,
+        config.batch_norm,
         autocast=options.autocast,
         grad_scaler=options.grad_scaler,
         lagged=options.lagged,
