@@ -128,6 +128,18 @@ def test_complete_runs_are_kept_and_compared(trained, tmp_path, capsys):
     assert all(label in text for label in LABELS) and "<svg" in text
 
 
+def test_a_run_in_use_is_refused_and_a_log_without_checkpoint_begins_again(tmp_path, capsys):
+    argv = ["--optimizer", "sgd", "--epochs", "2", "--save", str(tmp_path / "runs")]
+    assert train(*argv) == 0
+    (run,) = find_runs([tmp_path / "runs"])
+    for name in ("result.json", "last.pt"):  # as after a first checkpoint that failed
+        (run.path / name).unlink()
+    with run.in_use():
+        assert "is in use: another process" in refused([*argv, "--resume"], capsys)
+    assert train(*argv, "--resume") == 0
+    assert [row["epoch"] for row in run.log()] == [1, 2]
+
+
 @pytest.mark.parametrize("method", ["wb", "lws"])
 def test_the_other_methods(method, tmp_path, capsys):
     argv = ["--method", method, "--optimizer", "imbsam", "--epochs", "1", "--stage2-epochs", "1"]

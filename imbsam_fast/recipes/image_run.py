@@ -37,8 +37,8 @@ def run_to_the_end(
     ranks = training.ranks
     if directory.has_checkpoint():
         training.load_state_dict(directory.load_checkpoint())
-        if ranks.writes:
-            directory.keep_log(training.epoch)
+    if ranks.writes:
+        directory.keep_log(training.epoch)  # without a checkpoint too: it may have failed
 
     def after_step(training: ImageTraining) -> None:
         on_step(training)

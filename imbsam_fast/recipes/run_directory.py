@@ -40,7 +40,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,10 +108,14 @@ class RunDirectory:
     def in_use(self) -> Iterator[None]:
         """Inside the block no other process can train here; RunDirectoryError where one does.
 
-        The lock is the system's, on config.yaml, and ends with the process however that ends.
+        The lock is the system's, on config.yaml. It ends with the process and those it started;
+        where the file system or the system has none, nothing is locked.
         """
-        import fcntl  # where used: not on every system
-
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
         path = self.path / CONFIG_FILE
         try:
             file = path.open("r+b")
@@ -124,7 +128,13 @@ class RunDirectory:
                 raise RunDirectoryError(
                     f"'{self.path}' is in use: another process trains this run"
                 ) from error
-            yield
+            except OSError:  # no locks on this file system
+                yield
+                return
+            try:
+                yield
+            finally:
+                fcntl.flock(file, fcntl.LOCK_UN)  # for processes that inherited the file too
 
     # ------------------------------------------------------------ log
 
@@ -235,7 +245,8 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             raise _unwritable(path, cause) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # most often it is not there any more
+            temporary.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
