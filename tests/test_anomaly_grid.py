@@ -23,6 +23,7 @@ from imbsam_fast.recipes.anomaly.summary import (
     difference,
     over_seeds,
 )
+from tests.commands import refused
 
 SETTINGS = Settings(
     base="sgd", lr=0.01, momentum=0.9, rho=0.05, plan="auto", epochs=1, batch_size=64,
@@ -58,17 +59,6 @@ def saved_fits(directory) -> list[Fit]:
     results = json.loads((directory / run.RESULTS_FILE).read_text())
     assert results["fields"] == list(Fit._fields)
     return [Fit(*row) for row in results["fits"]]
-
-
-def refused(argv: list[str], capsys) -> str:
-    try:
-        status = cli.main(argv)
-    except SystemExit as end:
-        status = end.code
-    assert status == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return captured.err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- whole grids

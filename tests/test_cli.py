@@ -14,24 +14,13 @@ import torch
 
 from imbsam_fast import cli, dispatch, env, native
 from imbsam_fast.recipes import options
+from tests.commands import refused
 
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("IMBSAM_BACKEND", raising=False)
-
-
-def refused(argv: list[str], capsys) -> str:
-    """The last line on stderr of a command line that must end with exit status 2."""
-    try:
-        status = cli.main(argv)
-    except SystemExit as end:
-        status = end.code
-    assert status == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return captured.err.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- the command itself

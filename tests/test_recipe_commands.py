@@ -21,7 +21,7 @@ from imbsam_fast.recipes.config import resolve
 from imbsam_fast.recipes.datasets import DATASETS
 from imbsam_fast.recipes.ranks import Ranks, RanksError
 from imbsam_fast.recipes.run_directory import RunDirectory, find_runs
-from tests import recipe_data
+from tests import commands, recipe_data
 
 COUNTS = [8, 8, 8]
 LISTS = ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt")
@@ -208,12 +208,7 @@ def test_a_run_is_repeated_from_its_own_configuration(data_dir, tmp_path):
 
 
 def refused(argv: list[str], capsys) -> str:
-    try:
-        status = train(*argv)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
-    return capsys.readouterr().err
+    return commands.refused(["train", *argv], capsys)
 
 
 @pytest.mark.parametrize(

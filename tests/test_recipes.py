@@ -136,15 +136,14 @@ def test_groups_have_the_borders_of_the_paper():
     assert groups == ["many", "medium", "medium", "few", "few"]
 
 
-def test_per_class_accuracy_by_hand():
-    targets = torch.tensor([0, 0, 0, 0, 1, 1, 2])
-    predictions = torch.tensor([0, 0, 0, 2, 2, 1, 1])
-    assert metrics.per_class_accuracy(predictions, targets, 3) == [75.0, 50.0, 0.0]
+def test_shares_by_hand():
+    right, rows = torch.tensor([3, 1, 0]), torch.tensor([4, 2, 1])
+    assert metrics.shares(right, rows) == [75.0, 50.0, 0.0]
 
 
-def test_per_class_accuracy_refuses_a_class_without_rows():
+def test_shares_refuse_a_class_without_rows():
     with pytest.raises(ValueError, match=r"targets has \[2, 0, 1\] rows per class"):
-        metrics.per_class_accuracy(torch.zeros(3), torch.tensor([0, 0, 2]), 3)
+        metrics.shares(torch.tensor([1, 0, 0]), torch.tensor([2, 0, 1]))
 
 
 def test_group_accuracies_average_classes_not_rows():

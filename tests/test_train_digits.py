@@ -17,6 +17,7 @@ from imbsam_fast.recipes.image_run import load_model
 from imbsam_fast.recipes.options import configurations
 from imbsam_fast.recipes.report import results_table
 from imbsam_fast.recipes.run_directory import find_runs
+from tests import commands
 
 pytest.importorskip("sklearn")
 
@@ -229,15 +230,7 @@ def test_options_override_the_preset():
 
 
 def refused(words: list[str], capsys) -> str:
-    """The last line on stderr of a command line that must end with exit status 2."""
-    try:
-        status = train(*words)
-    except SystemExit as end:
-        status = end.code
-    assert status == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    return captured.err.splitlines()[-1]
+    return commands.refused(["train", "digits", *words], capsys)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
-import torch
 from torch import Tensor
 
 GROUPS = ("many", "medium", "few")
@@ -19,16 +18,6 @@ def group_of(count: int, borders: tuple[int, int] = BORDERS) -> str:
     """The group of a class with `count` training images: few < low <= medium <= high < many."""
     low, high = borders
     return "many" if count > high else "medium" if count >= low else "few"
-
-
-def per_class_accuracy(predictions: Tensor, targets: Tensor, num_classes: int) -> list[float]:
-    """The share of each class's rows that are predicted right, in %, (num_classes,).
-
-    `predictions` and `targets` hold integer labels (N,). Raises ValueError where a class has no
-    row, because its accuracy is not defined.
-    """
-    rows = torch.bincount(targets, minlength=num_classes)
-    return shares(torch.bincount(targets[predictions == targets], minlength=num_classes), rows)
 
 
 def shares(right: Tensor, rows: Tensor) -> list[float]:

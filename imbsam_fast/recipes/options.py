@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.set_defaults(parser=parser)
         _add_run_arguments(parser)
         _add_data_arguments(parser, dataset)
-        _add_method_arguments(parser, dataset)
+        _add_method_arguments(parser)
         _add_stage_arguments(parser)
         _add_training_arguments(parser)
         _add_machine_arguments(parser)
@@ -121,7 +121,7 @@ def _add_list_arguments(add: Any) -> None:
         help="processes that read images (default: 4)")  # fmt: skip
 
 
-def _add_method_arguments(parser: argparse.ArgumentParser, dataset: Dataset) -> None:
+def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     add(
         "--method",
@@ -131,9 +131,9 @@ def _add_method_arguments(parser: argparse.ArgumentParser, dataset: Dataset) -> 
     add("--preset", choices=tuple(PRESETS),
         help="paper (default): eta 100, inclusive, tail weight 1, BatchNorm statistics updated "
         "once a step; released (the authors' code): 20, exclusive, 2, twice")  # fmt: skip
-    own_eta = f"; here {dataset.defaults['eta']:g}, in both" if "eta" in dataset.defaults else ""
     add("--eta", type=_not_negative, metavar="N",
-        help=f"a tail class has at most N images (default: the preset's{own_eta})")  # fmt: skip
+        help="a tail class has at most N images (default: the data set's own, see "
+        "docs/recipes.md, else the preset's)")  # fmt: skip
     add("--inclusive", action=argparse.BooleanOptionalAction,
         help="whether a class of exactly N images is tail")  # fmt: skip
     add("--rho", type=_not_negative, metavar="R",
@@ -163,7 +163,8 @@ def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
-    add("--norm", choices=NORMS, help="normalisation of the residual networks (default: batch)")
+    add("--norm", choices=NORMS,
+        help="normalisation of convnet and the residual networks (default: batch)")  # fmt: skip
     add("--epochs", type=_count, metavar="N")
     add("--warmup-epochs", type=_count_or_none, metavar="N", help="linear (default: 0)")
     add("--batch-size", type=_count, metavar="N", help="images a step, of all ranks together")

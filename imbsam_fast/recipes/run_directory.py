@@ -111,30 +111,18 @@ class RunDirectory:
         The lock is the system's, on config.yaml. It ends with the process and those it started;
         where the file system or the system has none, nothing is locked.
         """
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
         path = self.path / CONFIG_FILE
         try:
             file = path.open("r+b")
         except OSError as error:
             raise _unwritable(path, error) from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunDirectoryError(
-                    f"'{self.path}' is in use: another process trains this run"
-                ) from error
-            except OSError:  # no locks on this file system
-                yield
-                return
+            if not _flock(file, take=True):
+                raise RunDirectoryError(f"'{self.path}' is in use: another process trains this run")
             try:
                 yield
             finally:
-                fcntl.flock(file, fcntl.LOCK_UN)  # for processes that inherited the file too
+                _flock(file, take=False)  # for processes that inherited the file too
 
     # ------------------------------------------------------------ log
 
@@ -247,6 +235,19 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     finally:
         with suppress(OSError):  # most often it is not there any more
             temporary.unlink()
+
+
+def _flock(file: BinaryIO, take: bool) -> bool:
+    """Take or give back the lock of `file`; False where another process has it."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # systems and file systems without locks
+        pass
+    return True
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
