@@ -1,4 +1,4 @@
-"""Builds imbsam_fast._C with CMake; everything else is in pyproject.toml."""
+"""Builds imbsam_fast.ops._C with CMake; everything else is in pyproject.toml."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -33,13 +33,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    ext_modules=[Extension("imbsam_fast._C", sources=[])],
+    ext_modules=[Extension("imbsam_fast.ops._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
-    packages=[
-        "imbsam_fast",
-        "imbsam_fast.recipes",
-        "imbsam_fast.recipes.anomaly",
-        "imbsam_fast.kernels",
-    ],
+    packages=[*find_packages(include=["imbsam_fast*"]), "imbsam_fast.kernels"],
     package_dir={"imbsam_fast.kernels": "kernels"},
 )

@@ -1,1 +1,1 @@
-"""Benchmarks, run as `python -m benchmarks.<name>`; the harness is imbsam_fast.bench."""
+"""Benchmarks, run as `python -m benchmarks.<name>`; the harness is imbsam_fast.bench.command."""

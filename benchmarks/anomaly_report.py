@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from benchmarks import documents, report
 from benchmarks.anomaly_rates import Trial, means
 from benchmarks.tables import NO_VALUE, Lines, commit, markdown, milliseconds, software
-from imbsam_fast import bench
+from imbsam_fast.bench.report import load
 from imbsam_fast.recipes.anomaly import paper
 from imbsam_fast.recipes.anomaly.plots import PANELS, aucpr_figure
 from imbsam_fast.recipes.anomaly.settings import (
@@ -169,7 +169,7 @@ def epochs(root: Path) -> Lines:
     path = root / EPOCHS
     if not path.exists():
         return NOT_RECORDED
-    measured = bench.load(path)
+    measured = load(path)
     contestants = list(dict.fromkeys(t.contestant for t in measured.timings))
     times = {(t.size, t.contestant): t for t in measured.timings}
     sizes = dict.fromkeys(t.size for t in measured.timings)

@@ -19,8 +19,11 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from imbsam_fast import ClassSplit, ImbSAM, SplitLoss, TrainStep, bench, peers, split_loss
-from imbsam_fast.bench_measure import Contestant, Group, Operation, Stopwatch
+from imbsam_fast import ClassSplit, ImbSAM, SplitLoss, TrainStep, split_loss
+from imbsam_fast.bench import peers
+from imbsam_fast.bench.command import run_script
+from imbsam_fast.bench.measure import Contestant, Group, Operation, Stopwatch
+from imbsam_fast.bench.report import Report
 from imbsam_fast.recipes.anomaly.losses import PerSampleLoss, deepsad_loss, deviation_loss
 from imbsam_fast.recipes.anomaly.networks import CODE, Encoder, Scorer
 from imbsam_fast.recipes.anomaly.training import (
@@ -132,7 +135,7 @@ def groups(quick: bool) -> Iterator[Group]:
     yield [operation("DevNet", RATIOS[0], rows)]
 
 
-def summary(report: bench.Report) -> list[str]:
+def summary(report: Report) -> list[str]:
     lines = []
     for size in dict.fromkeys(t.size for t in report.timings):
         times = {t.contestant: t.ms for t in report.timings if t.size == size}
@@ -145,4 +148,4 @@ def summary(report: bench.Report) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # before the environment is written down
-    sys.exit(bench.run_script(__file__, groups, summary))
+    sys.exit(run_script(__file__, groups, summary))

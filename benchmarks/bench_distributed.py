@@ -33,12 +33,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import bench_growth, networks
 from benchmarks.bench_step import AUTHORS, SGD, sgd
-from imbsam_fast import ImbSAM, SplitCrossEntropy, TrainStep, bench, peers
-from imbsam_fast.bench_cases import long_tail_batch
-from imbsam_fast.bench_measure import Group, Operation, Stopwatch, Timing, measure, warm_up
-from imbsam_fast.bench_process import OtherLoad
-from imbsam_fast.data_parallel import average_
+from imbsam_fast import ImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.bench import peers
+from imbsam_fast.bench.cases import long_tail_batch
+from imbsam_fast.bench.measure import Group, Operation, Stopwatch, Timing, measure, warm_up
+from imbsam_fast.bench.process import OtherLoad
+from imbsam_fast.bench.report import Report, save
 from imbsam_fast.env import environment
+from imbsam_fast.training.data_parallel import average_
 
 RANKS = (1, 2, 4)
 CLASSES = 100
@@ -240,7 +242,7 @@ def size_of(network: str, ranks: int) -> str:
     return f"{network}, {label(ranks)}"
 
 
-def costs(report: bench.Report, ranks: int) -> dict[str, bench_growth.Line]:
+def costs(report: Report, ranks: int) -> dict[str, bench_growth.Line]:
     """By kind of collective: the latency, and the time of a byte."""
     found = [t for t in report.timings if (t.operation, t.size) == (COLLECTIVE, label(ranks))]
     return {
@@ -252,7 +254,7 @@ def costs(report: bench.Report, ranks: int) -> dict[str, bench_growth.Line]:
     }
 
 
-def predicted_ms(report: bench.Report, network: str, who: str, ranks: int) -> float:
+def predicted_ms(report: Report, network: str, who: str, ranks: int) -> float:
     """The time on one process, that cores are shared for, and all collectives one by one."""
     cores = report.settings["environment"]["machine"]["cores"]
     alone = report.ms(STEP, who, size_of(network, 1))
@@ -265,7 +267,7 @@ def predicted_ms(report: bench.Report, network: str, who: str, ranks: int) -> fl
     return alone * max(1.0, ranks / cores) + talking
 
 
-def sizes(report: bench.Report) -> Iterator[tuple[str, int]]:
+def sizes(report: Report) -> Iterator[tuple[str, int]]:
     """(network, ranks) of every comparison, in the order of networks."""
     found = dict.fromkeys(t.size for t in report.timings if t.operation == STEP)
     pairs = [size.rpartition(", ")[::2] for size in found]
@@ -278,7 +280,7 @@ def sizes(report: bench.Report) -> Iterator[tuple[str, int]]:
 # ---------------------------------------------------------------- the command
 
 
-def summary(report: bench.Report) -> list[str]:
+def summary(report: Report) -> list[str]:
     return [
         f"{size_of(network, ranks)}: "
         + ", ".join(
@@ -291,7 +293,7 @@ def summary(report: bench.Report) -> list[str]:
     ]
 
 
-def run(quick: bool, rounds: int) -> bench.Report:
+def run(quick: bool, rounds: int) -> Report:
     settings: dict[str, Any] = {
         "rounds": rounds,
         "quick": quick,
@@ -301,7 +303,7 @@ def run(quick: bool, rounds: int) -> bench.Report:
         "exchanged": {},
     }
     settings["environment"]["machine"]["torch_threads"] = 1
-    report = bench.Report("bench_distributed", [], settings=settings)
+    report = Report("bench_distributed", [], settings=settings)
     others = OtherLoad()
     with tempfile.TemporaryDirectory() as directory, others:
         for ranks in RANKS:
@@ -331,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = run(args.quick, 2 if args.quick else args.rounds)
     print("\n".join([*report.summary, f"took {time.perf_counter() - start:.0f} s"]))
     if args.json is not None:
-        bench.save(report, args.json)
+        save(report, args.json)
     return 0
 
 

@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_timing import WARM_UP, Call, Contest, Phase, run_script
-from imbsam_fast import SplitCrossEntropy, bench_cases, bench_shapes, dispatch, ops, peers
+from imbsam_fast import SplitCrossEntropy, ops
+from imbsam_fast.bench import cases as bench_cases
+from imbsam_fast.bench import peers
+from imbsam_fast.bench import shapes as bench_shapes
+from imbsam_fast.ops import dispatch
 
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 5e-4, 0.05
 TRITON = "imbsam-fast, triton"

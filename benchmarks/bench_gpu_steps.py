@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_timing import Contest, Phase, run_script
 from benchmarks.networks import LayerNormViT, batch_norm_resnet
-from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, peers
-from imbsam_fast.bench_cases import TAIL_FRACTION, long_tail_batch
+from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.bench import peers
+from imbsam_fast.bench.cases import TAIL_FRACTION, long_tail_batch
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 ROOMY = 100e9  # bytes of device memory from which ResNet-50 trains on 512 images
@@ -45,7 +46,7 @@ def networks(device: str) -> Iterator[Network]:
         return
     import torchvision
 
-    from imbsam_fast.recipes.cifar_models import CifarResNet
+    from imbsam_fast.recipes.models.cifar_resnet import CifarResNet
 
     rows = 512 if torch.cuda.get_device_properties(0).total_memory > ROOMY else 256
     imagenet = torchvision.models

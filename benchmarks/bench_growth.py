@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import peers
-from imbsam_fast import bench
-from imbsam_fast.bench_cases import limit_operations
-from imbsam_fast.bench_measure import Group, Operation, Timing
-from imbsam_fast.bench_optimizers import IMBSAM, ROTATED_BYTES, StepData, rotated_sets
-from imbsam_fast.bench_shapes import Shape
+from imbsam_fast.bench.cases import limit_operations
+from imbsam_fast.bench.command import run_script
+from imbsam_fast.bench.measure import Group, Operation, Timing
+from imbsam_fast.bench.optimizers import IMBSAM, ROTATED_BYTES, StepData, rotated_sets
+from imbsam_fast.bench.report import Report
+from imbsam_fast.bench.shapes import Shape
 
 ELEMENTS = "elements"
 TENSORS = "tensors"
@@ -105,7 +106,7 @@ def curves(timings: Sequence[Timing], axis: str) -> dict[tuple[str, str], dict[i
     return found
 
 
-def summary(report: bench.Report) -> list[str]:
+def summary(report: Report) -> list[str]:
     lines = []
     for axis in SIZES:
         for (operation, who), points in curves(report.timings, axis).items():
@@ -119,4 +120,4 @@ def summary(report: bench.Report) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, groups, summary))
+    sys.exit(run_script(__file__, groups, summary))

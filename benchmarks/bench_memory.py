@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import networks
 from benchmarks.bench_step import AUTHORS, JOINT, SGD, SPLIT, sgd
-from imbsam_fast import ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep, bench, peers
-from imbsam_fast.bench_cases import long_tail_batch
-from imbsam_fast.bench_measure import Memory
+from imbsam_fast import ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.bench import peers
+from imbsam_fast.bench.cases import long_tail_batch
+from imbsam_fast.bench.measure import Memory
+from imbsam_fast.bench.report import Report, save
 from imbsam_fast.env import environment
 
 CLASSES = 100
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for label, (network, rows) in (QUICK_NETWORKS if args.quick else NETWORKS).items()
         for m in measure(network, rows, f"{label}, {rows} rows")
     ]
-    report = bench.Report(
+    report = Report(
         "bench_memory",
         [],
         summary(memory),
@@ -143,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print("\n".join(report.summary))
     if args.json is not None:
-        bench.save(report, args.json)
+        save(report, args.json)
     return 0
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import peers
-from imbsam_fast import bench
-from imbsam_fast.bench_cases import limit_operations
-from imbsam_fast.bench_measure import Group, Operation
-from imbsam_fast.bench_optimizers import (
+from imbsam_fast.bench.cases import limit_operations
+from imbsam_fast.bench.command import run_script
+from imbsam_fast.bench.measure import Group, Operation
+from imbsam_fast.bench.optimizers import (
     IMBSAM,
     ROTATED_BYTES,
     StepData,
@@ -23,14 +23,14 @@ from imbsam_fast.bench_optimizers import (
     rotated_sets,
     step_summary,
 )
-from imbsam_fast.bench_shapes import (
+from imbsam_fast.bench.shapes import (
     Shape,
     describe,
     resnet32_shapes,
     resnet50_shapes,
     vit_b16_shapes,
 )
-from imbsam_fast.dispatch import backend_name
+from imbsam_fast.ops.dispatch import backend_name
 
 SHAPES: dict[str, list[Shape]] = {
     "CIFAR ResNet-32": resnet32_shapes(),
@@ -69,4 +69,4 @@ def step_operations(shapes: list[Shape], size: str, sets: int) -> list[Operation
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, groups, step_summary))
+    sys.exit(run_script(__file__, groups, step_summary))

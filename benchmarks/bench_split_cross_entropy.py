@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.peers import COMPILED_ROW_WEIGHTS, compiled_row_weights
-from imbsam_fast import bench
-from imbsam_fast.bench_cases import limit_operations, loss_operations, loss_summary
-from imbsam_fast.bench_measure import Group
-from imbsam_fast.bench_optimizers import ROTATED_BYTES
+from imbsam_fast.bench.cases import limit_operations, loss_operations, loss_summary
+from imbsam_fast.bench.command import run_script
+from imbsam_fast.bench.measure import Group
+from imbsam_fast.bench.optimizers import ROTATED_BYTES
 
 SIZES = ((64, 100), (128, 1000), (512, 8142))  # rows, classes
 
@@ -29,4 +29,4 @@ def groups(quick: bool) -> Iterator[Group]:
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, groups, loss_summary))
+    sys.exit(run_script(__file__, groups, loss_summary))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_step [--rounds N] [--json FILE] [--quick]
 
-With f the share of tail rows, DESIGN.md section 6 expects 2 for SAM, 2.67 for the authors' loop
-and the joint plan, and 1 + f for the split plan, which is left out under BatchNorm. The same
+With f the share of tail rows, docs/design.md section 6 expects 2 for SAM, 2.67 for the authors'
+loop and the joint plan, and 1 + f for the split plan, which is left out under BatchNorm. The same
 passes "by hand", without TrainStep, show what TrainStep adds. The optimizer's calls are a lap of
 their own.
 """
@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, bench, peers
-from imbsam_fast.bench_cases import long_tail_batch
-from imbsam_fast.bench_measure import Group, Operation, Stopwatch
+from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
+from imbsam_fast.bench import peers
+from imbsam_fast.bench.cases import long_tail_batch
+from imbsam_fast.bench.command import run_script
+from imbsam_fast.bench.measure import Group, Operation, Stopwatch
+from imbsam_fast.bench.report import Report
 
 TAIL_FRACTIONS = (0.1, 0.25, 0.44)
 CLASSES = 100
@@ -167,7 +170,7 @@ def groups(quick: bool) -> Iterator[Group]:
 # ---------------------------------------------------------------- what the numbers say
 
 
-def summary(report: bench.Report) -> list[str]:
+def summary(report: Report) -> list[str]:
     sizes = dict.fromkeys(t.size for t in report.timings)
     return [
         f"{size}: in SGD steps, "
@@ -181,4 +184,4 @@ def summary(report: bench.Report) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(bench.run_script(__file__, groups, summary))
+    sys.exit(run_script(__file__, groups, summary))

@@ -10,7 +10,7 @@ import statistics
 
 from benchmarks import bench_distributed as bench_
 from benchmarks.tables import NO_VALUE, Lines, Table, markdown, milliseconds
-from imbsam_fast.bench import Report
+from imbsam_fast.bench.report import Report
 
 KINDS = (bench_.ALL_REDUCE, bench_.ALL_GATHER, bench_.REDUCE_SCATTER)
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from imbsam_fast import dispatch
 from imbsam_fast.env import environment
+from imbsam_fast.ops import dispatch
 
 WARM_UP = 3
 Call = Callable[[], object]

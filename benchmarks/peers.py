@@ -1,6 +1,6 @@
 """What else a user could pick for the steps of ImbSAM, of SAM and of SGD, and for the loss.
 
-The authors' code and the losses that `imbsam-fast bench` shows too are in imbsam_fast/peers.py.
+The authors' code and the losses that `imbsam-fast bench` shows too: imbsam_fast/bench/peers.py.
 n is the bytes of all weights; "moved" counts reads and writes.
 """
 
@@ -15,7 +15,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from imbsam_fast import ClassSplit
-from imbsam_fast.bench_optimizers import (
+from imbsam_fast.bench.optimizers import (
     AUTHORS,
     AUTHORS_FUSED,
     IMBSAM,
@@ -27,8 +27,8 @@ from imbsam_fast.bench_optimizers import (
     imbsam,
     ours,
 )
-from imbsam_fast.dispatch import backend_name
-from imbsam_fast.peers import RowWeights
+from imbsam_fast.bench.peers import RowWeights
+from imbsam_fast.ops.dispatch import backend_name
 
 AUTHORS_FOREACH = "authors' sequence, SGD(foreach=True)"
 EAGER = "eager foreach, fused SGD"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks import bench_growth, bench_step
 from benchmarks.tables import by_size, contestants
-from imbsam_fast.bench import Report
-from imbsam_fast.bench_optimizers import IMBSAM
+from imbsam_fast.bench.optimizers import IMBSAM
+from imbsam_fast.bench.report import Report
 
 
 def draw(results: dict[str, Report], directory: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.tables import NO_VALUE, Lines, Table, commit, markdown, software
-from imbsam_fast.recipes.compare import (
+from imbsam_fast.recipes.metrics import COLUMNS, mean_and_std
+from imbsam_fast.recipes.report.comparison import (
     PLACE_KEYS,
     VIEWS,
     ComparedRun,
@@ -30,9 +31,8 @@ from imbsam_fast.recipes.compare import (
     differences,
     sections,
 )
-from imbsam_fast.recipes.config import RunConfig
-from imbsam_fast.recipes.methods import sharpness_split
-from imbsam_fast.recipes.metrics import COLUMNS, mean_and_std
+from imbsam_fast.recipes.settings.config import RunConfig
+from imbsam_fast.recipes.train.methods import sharpness_split
 
 FORMAT = 1
 # Where runs may differ from their control: everything that makes the method.

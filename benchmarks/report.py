@@ -25,7 +25,7 @@ from benchmarks import (
     tables,
 )
 from benchmarks.tables import Lines
-from imbsam_fast import bench
+from imbsam_fast.bench.report import Report, load
 
 TABLES = {
     **tables.TABLES,
@@ -61,7 +61,7 @@ def provenance(reports: Sequence[Any]) -> Lines:
 
 
 def _provenance(
-    report: bench.Report | gpu_timing.GpuReport | recipe_tables.RecipeReport,
+    report: Report | gpu_timing.GpuReport | recipe_tables.RecipeReport,
 ) -> str:
     if isinstance(report, recipe_tables.RecipeReport):
         return recipe_tables.provenance(report)
@@ -89,7 +89,7 @@ def documents_of(root: Path) -> list[Path]:
 
 
 def load_results(directory: Path) -> Results:
-    found: Results = {path.stem: bench.load(path) for path in sorted(directory.glob("*.json"))}
+    found: Results = {path.stem: load(path) for path in sorted(directory.glob("*.json"))}
     for path in sorted(directory.glob("gpu/bench_gpu*.json")):
         found[f"gpu/{path.stem}"] = gpu_timing.load(path)
     for path in sorted(directory.glob("recipes/*.json")):

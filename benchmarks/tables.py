@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import bench_growth, bench_step, peers
-from imbsam_fast.bench import Report
-from imbsam_fast.bench_cases import MASKS
-from imbsam_fast.bench_measure import LIMIT, Timing
-from imbsam_fast.bench_optimizers import AUTHORS, AUTHORS_FUSED, IMBSAM
+from imbsam_fast.bench.cases import MASKS
+from imbsam_fast.bench.measure import LIMIT, Timing
+from imbsam_fast.bench.optimizers import AUTHORS, AUTHORS_FUSED, IMBSAM
+from imbsam_fast.bench.report import Report
 
 Lines = list[str]
 Rows = dict[str, dict[str, Timing]]  # size -> contestant -> timing, in the order of the run

@@ -1,4 +1,4 @@
-// The whole native interface: the operations of imbsam_fast/reference.py on raw pointers.
+// The whole native interface: the operations of imbsam_fast/ops/reference.py on raw pointers.
 //
 // A list argument `void* const* x` holds the data pointers of one tensor per parameter; a
 // null list is absent (a zero gradient, unperturbed weights, no momentum). Tensor i of every

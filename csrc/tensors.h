@@ -2,7 +2,7 @@
 //
 // Only exact torch.Tensor and torch.nn.Parameter objects are read. Whatever else arrives (a
 // subclass, a traced tensor, another type) and every torch older than 2.10 takes the slower way
-// through Python, in imbsam_fast/ops.py and native.py.
+// through Python, in imbsam_fast/ops/operators.py and native.py.
 #pragma once
 
 #include <Python.h>

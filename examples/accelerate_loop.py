@@ -19,8 +19,8 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
-from imbsam_fast.recipes import digits
-from imbsam_fast.recipes.models import ConvNet
+from imbsam_fast.recipes.data import digits
+from imbsam_fast.recipes.models.convnet import ConvNet
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from imbsam_fast import (
     SplitLoss,
     frozen_batch_norm_statistics,
 )
-from imbsam_fast.recipes import digits
-from imbsam_fast.recipes.models import ConvNet
+from imbsam_fast.recipes.data import digits
+from imbsam_fast.recipes.models.convnet import ConvNet
 
 PENALTY = 1e-3  # on large logits
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
-from imbsam_fast.recipes import digits
-from imbsam_fast.recipes.models import ConvNet
+from imbsam_fast.recipes.data import digits
+from imbsam_fast.recipes.models.convnet import ConvNet
 
 
 class LongTailed(lightning.LightningModule):

@@ -17,8 +17,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
-from imbsam_fast.recipes import digits
-from imbsam_fast.recipes.models import ConvNet
+from imbsam_fast.recipes.data import digits
+from imbsam_fast.recipes.models.convnet import ConvNet
 
 
 def save(path: Path, epoch: int, **parts: Any) -> None:

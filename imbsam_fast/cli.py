@@ -18,15 +18,17 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train a recipe with SGD, SAM and ImbSAM", "imbsam_fast.recipes.options"),
+    "train": Command(
+        "train a recipe with SGD, SAM and ImbSAM", "imbsam_fast.recipes.train.options"
+    ),
     "anomaly": Command(
         "train anomaly detectors with SGD, SAM and ImbSAM", "imbsam_fast.recipes.anomaly.options"
     ),
-    "report": Command("compare training runs", "imbsam_fast.recipes.report_options"),
+    "report": Command("compare training runs", "imbsam_fast.recipes.report.options"),
     "analyze": Command(
-        "sharpness and loss landscape of a trained run", "imbsam_fast.recipes.analyze_options"
+        "sharpness and loss landscape of a trained run", "imbsam_fast.recipes.analysis.options"
     ),
-    "bench": Command("measure the operations and whole steps", "imbsam_fast.bench"),
+    "bench": Command("measure the operations and whole steps", "imbsam_fast.bench.options"),
     "info": Command("show versions, devices and which backend runs", "imbsam_fast.info"),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, native
+from .ops import dispatch, native
 
 # The operations of reference.py, which every backend carries out.
 OPERATIONS = (

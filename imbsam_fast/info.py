@@ -9,15 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .dispatch import BACKENDS
-from .env import environment
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def main(args: argparse.Namespace) -> int:
+    from .env import environment  # with torch: not for --help
+
     found = environment()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -68,10 +67,10 @@ def _backend_table(kind: str, report: dict[str, Any]) -> Table:
     forced = f", {report['forced']} forced" if report["forced"] else ""
     table = Table(title=f"Backends on {kind}{forced}", title_justify="left")
     table.add_column("operation")
-    for backend in BACKENDS:
+    for backend in report["available"]:
         table.add_column(backend, justify="center")
     for operation, used in report["operations"].items():
-        table.add_row(operation, *(_cell(backend, used, report) for backend in BACKENDS))
+        table.add_row(operation, *(_cell(backend, used, report) for backend in report["available"]))
     return table
 
 

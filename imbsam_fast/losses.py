@@ -1,7 +1,7 @@
 """Criteria that return the head and the tail part of a batch's loss.
 
 A criterion is anything with `split: ClassSplit` and
-`__call__(outputs, targets, batch_size=None) -> SplitLoss`. `batch_size` is b of DESIGN.md
+`__call__(outputs, targets, batch_size=None) -> SplitLoss`. `batch_size` is b of docs/design.md
 section 2, for when only some rows of the batch are passed; without it b is the number of
 rows that count.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .reference import arithmetic_dtype
+from .kernels.arithmetic import arithmetic_dtype
 from .split import ClassSplit
 from .validation import check_batch_size, check_number, check_weights, check_whole_number
 

@@ -1,4 +1,4 @@
-"""ClassSplit: from class counts to the two weights that every class has (DESIGN.md section 2)."""
+"""ClassSplit: from class counts to the two weights of every class (docs/design.md section 2)."""
 
 from __future__ import annotations
 

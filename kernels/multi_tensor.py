@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import CHUNK, arithmetic_dtype
+from .arithmetic import CHUNK, arithmetic_dtype
 from .launch import DTYPES, launch_options, on, table
 
 

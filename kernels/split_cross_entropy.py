@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import arithmetic_dtype
+from .arithmetic import arithmetic_dtype
 from .launch import DTYPES, launch_options, on
 
 

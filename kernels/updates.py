@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import advance_, arithmetic_dtype, steps_on
+from .arithmetic import advance_, arithmetic_dtype, steps_on
 from .launch import DTYPES, launch_options, on, table
 from .multi_tensor import CONFIGURATIONS, all_read, at, read, span_of, write
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from interpreter import interpreter_error, use_the_interpreter
 
-from imbsam_fast import dispatch, native
+from imbsam_fast.ops import dispatch, native
 
 # For benchmarks/, which is not installed; last, so that the installed imbsam_fast is tested.
 sys.path.append(str(Path(__file__).parent.parent))

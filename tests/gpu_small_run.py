@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from imbsam_fast import dispatch
+from imbsam_fast.ops import dispatch
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from imbsam_fast import ops
-from imbsam_fast.dispatch import use_backend
+from imbsam_fast.ops.dispatch import use_backend
 
 
 def use_the_interpreter() -> None:

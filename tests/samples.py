@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from imbsam_fast import ops
-from imbsam_fast.reference import CHUNK, arithmetic_dtype
+from imbsam_fast.ops.reference import CHUNK, arithmetic_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -12,8 +12,9 @@ import types
 import pytest
 import torch
 
-from imbsam_fast import cli, dispatch, env, native
-from imbsam_fast.recipes import options
+from imbsam_fast import cli, env
+from imbsam_fast.ops import dispatch, native
+from imbsam_fast.recipes.train import options
 from tests.commands import refused
 
 
@@ -56,12 +57,12 @@ def test_a_recipe_must_be_named(capsys):
 
 
 def test_bench_is_imported_only_for_its_subcommand(monkeypatch, capsys):
-    bench = types.ModuleType("imbsam_fast.bench")
+    bench = types.ModuleType("imbsam_fast.bench.command")
     bench.add_arguments = lambda parser: parser.add_argument("--size", type=int)
     bench.main = lambda args: args.size
-    monkeypatch.setitem(sys.modules, "imbsam_fast.bench", bench)
+    monkeypatch.setitem(sys.modules, "imbsam_fast.bench.command", bench)
     assert cli.main(["bench", "--size", "7"]) == 7
-    monkeypatch.setitem(sys.modules, "imbsam_fast.bench", None)  # importing it now fails
+    monkeypatch.setitem(sys.modules, "imbsam_fast.bench.command", None)  # importing it now fails
     assert cli.main(["info"]) == 0
     with pytest.raises(ImportError):
         cli.main(["bench"])
@@ -145,7 +146,7 @@ def test_info_explains_a_backend_that_cannot_be_used(monkeypatch, capsys):
     monkeypatch.setenv("IMBSAM_BACKEND", "native")
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
-    assert "native: the compiled module imbsam_fast._C did not load: no such file" in shown
+    assert "native: the compiled module imbsam_fast.ops._C did not load: no such file" in shown
     assert "error: backend 'native' was asked for but cannot be used" in shown
     assert "used │" not in shown
     assert env.environment()["native"]["loaded"] is False

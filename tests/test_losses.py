@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from imbsam_fast import ClassSplit, SplitCrossEntropy, SplitLoss, ops, split_loss
-from imbsam_fast.reference import arithmetic_dtype
+from imbsam_fast.ops.reference import arithmetic_dtype
 
 # Classes 0, 3, 6 and 9 of ten are head.
 SPLIT = ClassSplit.from_counts([500, 3, 7] * 3 + [500], eta=100)

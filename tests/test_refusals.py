@@ -13,7 +13,8 @@ from conftest import Backend
 from samples import ADAM, DTYPES, RHO, SGD, steps
 from torch import Tensor
 
-from imbsam_fast import native, ops
+from imbsam_fast import ops
+from imbsam_fast.ops import native
 
 Arguments = dict[str, Any]
 

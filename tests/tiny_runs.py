@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from imbsam_fast.recipes import datasets
-from imbsam_fast.recipes.config import Dataset, RunConfig, resolve
-from imbsam_fast.recipes.image_data import CIFAR10_STATISTICS, LongTailImages, MemoryImages
-from imbsam_fast.recipes.image_run import run_to_the_end
-from imbsam_fast.recipes.image_training import ImageTraining
+from imbsam_fast.recipes.data import datasets
+from imbsam_fast.recipes.data.images import CIFAR10_STATISTICS, LongTailImages, MemoryImages
 from imbsam_fast.recipes.metrics import group_accuracies
 from imbsam_fast.recipes.run_directory import RunDirectory
+from imbsam_fast.recipes.settings.config import Dataset, RunConfig, resolve
+from imbsam_fast.recipes.train.run import run_to_the_end
+from imbsam_fast.recipes.train.training import ImageTraining
 
 COUNTS = [8, 120, 5, 40]  # few, many, few, medium: not in the order of their sizes
 TEST_PER_CLASS = 5

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from imbsam_fast.kernels import launch, multi_tensor, split_cross_entropy, updates
-from imbsam_fast.reference import arithmetic_dtype
+from imbsam_fast.ops.reference import arithmetic_dtype
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

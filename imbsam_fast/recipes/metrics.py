@@ -49,3 +49,11 @@ def group_accuracies(
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and the sample standard deviation, None for a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def accuracy_cell(value: tuple[float, float | None] | None) -> str:
+    """Mean and standard deviation for a table, "-" for a group without classes."""
+    if value is None:
+        return "-"
+    mean, std = value
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ±{std:.1f}"

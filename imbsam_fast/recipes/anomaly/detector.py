@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_array
 from torch import Tensor, nn
 
-from ...train_step import PLANS
+from ...training.choices import PLANS
 from .losses import PerSampleLoss
 from .settings import OPTIMIZERS
 from .training import BASES, Method, make_base, make_step

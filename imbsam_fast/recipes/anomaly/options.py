@@ -6,12 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from rich.console import Console
-
-from ...train_step import PLANS
-from ..arguments import UsageError, number
-from ..options import require_extras
+from ...training.choices import PLANS
+from ..settings.arguments import UsageError, number, require_extras
 from .settings import BASE_NAMES, DETECTOR_NAMES, OPTIMIZERS, PROTOCOLS, Settings, methods
 
 
@@ -97,6 +93,9 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    import torch  # not to be waited for by --help
+    from rich.console import Console
+
     from . import data
     from .detector import TrainingDivergedError
     from .run import Plan, run

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ... import ClassSplit, ImbSAM, TrainStep, split_loss
+from ...losses import split_loss
+from ...optim import ImbSAM
+from ...split import ClassSplit
+from ...training.train_step import TrainStep
 from .losses import PerSampleLoss
 
 BASES = ("sgd", "adam", "rmsprop")

@@ -1,0 +1,1 @@
+"""Fair comparisons: contestants, peers, shapes, timing, and the command `imbsam-fast bench`."""

@@ -1,0 +1,105 @@
+"""imbsam-fast bench: each operation beside its peers, in milliseconds and memory bandwidth.
+
+What is compared is in `cases.py`, `optimizers.py` and `peers.py`, how it is timed in `measure.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..env import environment
+from . import cases
+from .measure import Group, measure, warm_up
+from .options import add_arguments
+from .process import OtherLoad, keep_freed_memory, return_freed_memory
+from .report import Report, save, show
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "rounds": args.rounds,
+        "quick": args.quick,
+        "freed_memory": "kept" if args.freed_memory_kept else "returned",
+        "environment": environment(),
+    }
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(
+    args: argparse.Namespace,
+    title: str,
+    groups: Callable[[bool], Iterator[Group]],  # called with args.quick
+    summary: Callable[[Report], list[str]],
+) -> int:
+    """Measure, print the table and write the JSON: what all benchmarks share.
+
+    Groups are made one after the other, each freed before the next is made.
+    """
+    if args.rounds < 1:
+        raise SystemExit(f"--rounds is {args.rounds}, expected at least 1")
+    if args.quick:
+        args.rounds = min(args.rounds, 2)
+    args.freed_memory_kept = not args.return_memory and keep_freed_memory()
+    report = Report(title, [], settings=settings(args))
+    others = OtherLoad()
+    numbers = itertools.count()
+    for group in groups(args.quick):  # not enumerate, which would hold on to the last one
+        warm_up(group)
+        with others:
+            timings = measure(group, args.rounds)
+        del group
+        gc.collect()
+        return_freed_memory()
+        number = next(numbers)
+        for t in timings:
+            t.group = number
+        report.timings += timings
+    report.settings["cores_used_by_others"] = others.cores
+    report.summary = summary(report) + _warnings(others)
+    show(report)
+    if args.json is not None:
+        save(report, args.json)
+    return 0
+
+
+def _warnings(others: OtherLoad) -> list[str]:
+    if others.cores is None or others.cores < 0.1:
+        return []
+    return [
+        f"Not a quiet machine: other processes kept {others.cores:.1f} cores busy, which slows "
+        "the contestants with many small operations most. Do not quote these ratios."
+    ]
+
+
+def run_script(
+    script: str,
+    groups: Callable[[bool], Iterator[Group]],
+    summary: Callable[[Report], list[str]],
+) -> int:
+    """`run` for one of benchmarks/: full-size results go to results/<script>.json beside it."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_arguments(parser)
+    args = parser.parse_args()
+    path = Path(script)
+    if args.json is None and not args.quick:
+        args.json = path.parent / "results" / f"{path.stem}.json"
+    return run(args, path.stem, groups, summary)
+
+
+def default_run(args: argparse.Namespace) -> int:
+    """`imbsam-fast bench`: the sizes of ResNet-50 with the 8,142 classes of iNaturalist 2018."""
+    return run(
+        args,
+        f"imbsam-fast bench, {torch.get_num_threads()} threads",
+        cases.default_groups,
+        cases.default_summary,
+    )

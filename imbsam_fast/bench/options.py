@@ -1,0 +1,23 @@
+"""The command line of `imbsam-fast bench`, and of the scripts in benchmarks/."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=15, help="rounds to take the median over")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument(
+        "--return-memory",
+        action="store_true",
+        help="let the C library return freed memory to the system, and count what that costs",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    from .command import default_run
+
+    return default_run(args)

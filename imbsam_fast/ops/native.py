@@ -1,0 +1,257 @@
+"""The compiled backend: the operations of `reference.py`, handed to csrc/ as raw pointers.
+
+Here for tensors on the CPU, and what native_cuda.py shares.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch  # first, so that _C shares torch's OpenMP runtime
+from torch import Tensor
+
+from ..kernels.arithmetic import CHUNK, arithmetic_dtype
+
+try:
+    from . import _C
+except ImportError as error:
+    _C = None  # type: ignore[assignment]
+    _load_error = str(error)
+    warnings.warn(
+        f"imbsam_fast runs in pure torch, much slower: its compiled module did not load ({error})",
+        stacklevel=2,
+    )
+
+if _C is not None:  # from torch 2.10 on, _C reads tensors without a detour through Python
+    _C.connect(torch.Tensor, torch.nn.Parameter)
+
+# imbsam::DType
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def reason_unavailable(device_type: str) -> str | None:
+    """None where the compiled operations run on `device_type`, else why they do not."""
+    if _C is None:
+        return f"the compiled module imbsam_fast._C did not load: {_load_error}"
+    if device_type == "cuda":
+        return _reason_no_cuda()
+    if device_type != "cpu":
+        return f"this build has no kernels for {device_type} devices"
+    return None
+
+
+def _reason_no_cuda() -> str | None:
+    if not _C.has_cuda:
+        return "imbsam_fast._C was built without CUDA (no nvcc there, or IMBSAM_CUDA=OFF)"
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    return _C.cuda_reason_unavailable()
+
+
+def isas() -> list[str]:
+    """The CPU instruction sets of this build that run on this machine, best last."""
+    return _C.isas()
+
+
+def isa_in_use() -> str:
+    """The instruction set that the CPU kernels use."""
+    return _C.isa_in_use()
+
+
+@contextmanager
+def use_isa(name: str):
+    """For tests: run the CPU kernels of one instruction set inside the block."""
+    previous = _C.isa_in_use()
+    _C.use_isa(name)
+    try:
+        yield
+    finally:
+        _C.use_isa(previous)
+
+
+def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether check_lists accepts these lists; False also where that takes a closer look."""
+    return _C is not None and _C.lists_match(lists)
+
+
+def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
+    """Whether the tensors of each pair are alike, pairs with None apart; False if unsure."""
+    return _C is not None and _C.pairs_match(a, b)
+
+
+def one_kind(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors share their dtype and device; False if unsure."""
+    return _C is not None and _C.one_kind(tensors)
+
+
+def _value(scalar: Tensor | None, default: float = 0.0) -> float:
+    return default if scalar is None else scalar.item()
+
+
+def _table(tensors: Sequence[Tensor]) -> tuple[int, list[int]]:
+    return _DTYPE_CODES[tensors[0].dtype], [t.numel() for t in tensors]
+
+
+def _chunks(numel: list[int]) -> int:
+    """The partial sums over tensors of these sizes."""
+    return sum((n + CHUNK - 1) // CHUNK for n in numel)
+
+
+def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    dtype, numel = _table(g_t)
+    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
+    _C.squared_norm(
+        dtype, numel, g_t, theta, partials.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return partials
+
+
+def perturb_(
+    theta: Sequence[Tensor],
+    g_t: Sequence[Tensor],
+    partials: Tensor,
+    rho: float,
+    adaptive: bool = False,
+    master: Sequence[Tensor] = (),
+) -> None:
+    partials = partials.contiguous()
+    _C.perturb_(
+        *_table(theta), theta, g_t, master, partials.data_ptr(), len(partials), rho, adaptive,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    _C.sgd_update_(
+        *_table(theta), theta, saved, g_h, g_p,
+        m, master, lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
+        _value(grad_scale, default=1.0), _value(found_inf) != 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    _C.adam_update_(
+        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master,
+        step, _DTYPE_CODES[step[0].dtype], lr.item(), beta1, beta2, eps, weight_decay, decoupled,
+        maximize, _value(grad_scale, default=1.0), _value(found_inf) != 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def merge_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+) -> None:
+    _C.merge_(
+        *_table(theta), theta, saved, g_h, g_p,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype, numel = _table(g_p)
+    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
+    finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
+    return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
+
+
+def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """Logits with unit stride along the classes, and how the kernels are told of them."""
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        logits = logits.contiguous()
+    return logits, (_DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0))
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def split_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    batch_size: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, rows = _rows(logits)
+    dtype = arithmetic_dtype(logits.dtype)
+    head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
+    lse = torch.empty(len(logits), 2, dtype=dtype, device="cpu")
+    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    _C.split_cross_entropy(
+        *rows, _pointer(logits), _pointer(targets), _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), label_smoothing, ignore_index, batch_size,
+        _pointer(head), _pointer(tail), _pointer(b), _pointer(lse), torch.get_num_threads(),
+    )  # fmt: skip
+    return head, tail, b, lse
+
+
+def split_cross_entropy_backward(
+    grad_head: Tensor | None,
+    grad_tail: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    b: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    logits, rows = _rows(logits)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
+    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    lse = lse.contiguous()
+    _C.split_cross_entropy_backward(
+        *rows, _value(grad_head), _value(grad_tail), _pointer(logits), _pointer(targets),
+        _pointer(lse), b.item(), _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), label_smoothing, ignore_index, _pointer(grad_logits),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_logits

@@ -1,0 +1,204 @@
+"""The compiled backend on NVIDIA GPUs: the operations of `reference.py`, handed to csrc/cuda/.
+
+Everything is put on the current stream of the tensors' device and nothing waits for it, so that
+operations can be captured in a CUDA graph, after one run that loads the kernels. What is allocated
+here is used on that stream alone: the caching allocator needs no `record_stream`. A number that
+lies in a CPU tensor (a learning rate) is read when the operation is called, and so becomes a
+constant of a captured graph; one on the device is read when the kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.arithmetic import advance_, arithmetic_dtype, steps_on
+from .native import _C, _chunks, _pointer, _rows, _table, _value
+
+
+def _on(device: torch.device) -> tuple[int, int]:
+    """The device and its current stream, as the compiled operations take them."""
+    stream = torch.cuda.current_stream(device)
+    return stream.device_index, stream.cuda_stream
+
+
+def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    dtype, numel = _table(g_t)
+    device = g_t[0].device
+    partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
+    _C.cuda_squared_norm(dtype, numel, g_t, theta, _pointer(partials), *_on(device))
+    return partials
+
+
+def perturb_(
+    theta: Sequence[Tensor],
+    g_t: Sequence[Tensor],
+    partials: Tensor,
+    rho: float,
+    adaptive: bool = False,
+    master: Sequence[Tensor] = (),
+) -> None:
+    partials = partials.contiguous()
+    _C.cuda_perturb_(
+        *_table(theta), theta, g_t, master, _pointer(partials), len(partials), rho, adaptive,
+        *_on(theta[0].device),
+    )  # fmt: skip
+
+
+def _scalar(
+    scalar: Tensor | None, like: Tensor, default: float = 0.0
+) -> tuple[float, Tensor | None]:
+    """The value of a scalar on the CPU, or the scalar in the arithmetic dtype on the device."""
+    if scalar is None or scalar.device.type == "cpu":
+        return _value(scalar, default), None
+    return default, scalar.to(like.device, arithmetic_dtype(like.dtype))
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    lr_value, lr_there = _scalar(lr, theta[0])
+    scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
+    inf_value, inf_there = _scalar(found_inf, theta[0])
+    _C.cuda_sgd_update_(
+        *_table(theta), theta, saved, g_h, g_p,
+        m, master, lr_value, momentum, dampening, weight_decay, nesterov, maximize,
+        scale_value, inf_value != 0,
+        _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(theta[0].device),
+    )  # fmt: skip
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    device = theta[0].device
+    lr_value, lr_there = _scalar(lr, theta[0])
+    scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
+    inf_value, inf_there = _scalar(found_inf, theta[0])
+    counts = _counts(step, device)
+    _C.cuda_adam_update_(
+        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master, counts,
+        lr_value, beta1, beta2, eps, weight_decay, decoupled, maximize,
+        scale_value, inf_value != 0,
+        _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(device),
+    )  # fmt: skip
+    advance_(step, found_inf)
+
+
+def _counts(step: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """The steps taken, one float32 each on the device; copies of those that lie elsewhere."""
+    if all((s.device, s.dtype) == (device, torch.float32) for s in step):
+        return step
+    return steps_on(device, step).unbind()
+
+
+def merge_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+) -> None:
+    _C.cuda_merge_(*_table(theta), theta, saved, g_h, g_p, *_on(theta[0].device))
+
+
+def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype, numel = _table(g_p)
+    device = g_p[0].device
+    partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
+    found_inf = torch.zeros(1, device=device)
+    _C.cuda_grad_check(
+        dtype, numel, g_h, g_p, _pointer(partials), _pointer(found_inf), *_on(device)
+    )
+    return partials, found_inf
+
+
+def split_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+    batch_size: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, rows = _rows(logits)
+    dtype, device = arithmetic_dtype(logits.dtype), logits.device
+    head, tail, b = (torch.empty((), dtype=dtype, device=device) for _ in range(3))
+    lse = torch.empty(len(logits), 2, dtype=dtype, device=device)
+    losses = torch.empty(len(logits), dtype=torch.float64, device=device)
+    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    _C.cuda_split_cross_entropy(
+        *rows, _pointer(logits), _pointer(targets), _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), label_smoothing, ignore_index, batch_size, _pointer(losses),
+        _pointer(head), _pointer(tail), _pointer(b), _pointer(lse), *_on(device),
+    )  # fmt: skip
+    return head, tail, b, lse
+
+
+def split_cross_entropy_backward(
+    grad_head: Tensor | None,
+    grad_tail: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    b: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    logits, rows = _rows(logits)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
+    lse = lse.contiguous()
+    weight_sum = None
+    if class_weight is not None:
+        class_weight = class_weight.contiguous()
+        if label_smoothing:
+            weight_sum = class_weight.sum(dtype=torch.float64)
+    grad_head, grad_tail = (
+        g if g is None else g.to(logits.device, arithmetic_dtype(logits.dtype))
+        for g in (grad_head, grad_tail)
+    )
+    _C.cuda_split_cross_entropy_backward(
+        *rows, _pointer(grad_head), _pointer(grad_tail), _pointer(logits), _pointer(targets),
+        _pointer(lse), _pointer(b), _pointer(plain), _pointer(sharp), _pointer(class_weight),
+        _pointer(weight_sum), label_smoothing, ignore_index, _pointer(grad_logits),
+        *_on(logits.device),
+    )  # fmt: skip
+    return grad_logits

@@ -1,0 +1,437 @@
+"""ImbSAM: what happens to gradients and weights between the passes of one step.
+
+It knows no model, no loss and no plan; the equations are those of docs/design.md section 2.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..losses import SplitLoss, check_split_loss
+from ..ops.arguments import DTYPES, check_dense, in_layout_of
+from ..validation import (
+    check_bool,
+    check_grad_scaler,
+    check_group,
+    check_max_norm,
+    check_memory,
+    check_own_settings,
+    check_rho,
+    check_state_dict,
+)
+from . import shards, updates
+from .buckets import Bucket, Slots, buckets, local_params_of, params_of
+from .interrupts import uninterrupted
+from .loading import OWN_SETTINGS, Loading
+from .master_weights import MasterWeights
+from .scaling import joined, scaling
+from .two_backwards import backward, compiled_for_two_backwards
+
+
+class ImbSAM(torch.optim.Optimizer):
+    """Class-aware sharpness-aware minimisation around a base optimizer (paper, Algorithm 1).
+
+    One step is three calls, each after a backward pass that left gradients in `p.grad`:
+
+        loss.head.backward(retain_graph=True); optimizer.first_step()    # hold g_h
+        loss.tail.backward();                  optimizer.second_step()   # theta + epsilon
+        perturbed_loss.tail.backward();        optimizer.third_step()    # restore, update
+
+    A pass may be left out with its call: without `first_step` this is SAM, without
+    `second_step` a step of the base. `TrainStep` and `step(closure)` make the calls for you.
+
+    `param_groups` and `state` are the base's own, so schedulers and checkpoints work on
+    either; each group carries `rho` and `adaptive` besides the base's settings. A
+    `torch.optim.SGD`, `Adam` or `AdamW` base is updated by one fused kernel that writes the
+    base's own state; any other base, a subclass too, runs its own `step()` on the merged gradient.
+    The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
+    accepted and make no difference, except that Adam's `fused` and `capturable` keep `step` on
+    the device, without which a gradient scaler on a GPU and a CUDA graph want the host.
+
+    Step hooks registered here run once a step, around the update in `third_step` with its
+    arguments, which they may replace: the weights are still perturbed, `p.grad` is g_p and g_h is
+    held. A base with step hooks runs its own `step()`: they find the unperturbed weights and the
+    merged gradient in `p.grad`.
+
+    Args:
+        base: the optimizer that updates the weights.
+        rho: radius of the perturbation, >= 0.
+        adaptive: ASAM: the perturbation scales with |theta|.
+        master_weights: keep float32 weights of bfloat16 and float16 parameters, and the base's
+            state of these in float32: `state[p]["master_weight"]` is perturbed and updated, and
+            the parameter is its rounding. For SGD, Adam and AdamW.
+
+    Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
+    order; whatever fails, weights and state are what they were before the step. A base that
+    fails inside its own step() leaves what it leaves without ImbSAM.
+    """
+
+    base: torch.optim.Optimizer
+    master_weights: bool
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        master_weights: bool = False,
+    ) -> None:
+        _check_base(base)
+        check_rho(rho)
+        check_bool("adaptive", adaptive)
+        if check_bool("master_weights", master_weights):
+            updates.check_fused(base)
+        for i, group in enumerate(base.param_groups):
+            check_group(f"param_groups[{i}]", group, base)
+        # Optimizer.__init__ would make groups and state anew; these are shared with the base.
+        defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
+        self.__setstate__({"base": base, "defaults": defaults, "master_weights": master_weights})
+        params = self._params()
+        self._check_params(params)
+        self._warn_of_rounding(params)
+
+    # ------------------------------------------------------------ one step
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Hold the gradients in `p.grad` as g_h, without copying them."""
+        if self._pending.held is not None or self._pending.saved is not None:
+            raise RuntimeError("first_step was called twice in one step; third_step must follow")
+        self._pending.held = self._take_gradients()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
+        if self._pending.saved is not None:
+            raise RuntimeError("second_step was called twice in one step; third_step must follow")
+        with self._abandoned_on_failure(), uninterrupted():
+            g_t = self._take_gradients()
+            if all(g is None for g in g_t):
+                raise RuntimeError("second_step found no gradient; the tail's backward comes first")
+            self._fill_groups()  # the base may have new ones
+            for i, group in enumerate(self.param_groups):
+                check_own_settings(f"param_groups[{i}]", group)
+            saved: Slots = [None] * len(g_t)
+            self._pending.saved = saved
+            masters = self._masters.of(g_t)
+            buckets = self._buckets(masters, g_t)
+            partials = [
+                ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
+                for b in buckets
+            ]
+            if shards.is_sharded(self._params()):  # one norm, over the parts of all ranks
+                sums = joined(partials, buckets[0].params[0].device).sum()
+                partials = [shards.summed(sums, self._params()).reshape(1)]
+            self._pending.partials = partials
+            for bucket in buckets:
+                sums = joined(partials, bucket.params[0].device)
+                # Sharpness is the worst loss nearby, which lies downhill for who climbs.
+                rho = float(bucket.group["rho"])
+                ops.perturb_(
+                    bucket.params, bucket.pick(g_t), sums,
+                    -rho if bucket.group.get("maximize") else rho,
+                    bucket.group["adaptive"], bucket.pick(masters),
+                )  # fmt: skip
+                for i in bucket.indices:  # without master weights, buffers hold the unperturbed
+                    saved[i] = g_t[i] if masters[i] is None else masters[i]
+
+    def third_step(
+        self,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        max_norm: float | None = None,
+    ) -> None:
+        """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`.
+
+        Args:
+            grad_scaler: the one whose `scale` every loss of the step went through. The update
+                undoes the scale; where any gradient is infinite or not a number it only
+                restores. Call `grad_scaler.update()` afterwards, and neither its `step` nor
+                its `unscale_`.
+            max_norm: clip g_h + g_p to this norm over all parameters, as
+                torch.nn.utils.clip_grad_norm_ does.
+        """
+        check_max_norm(max_norm)
+        check_grad_scaler(grad_scaler)
+        with self._abandoned_on_failure():
+            self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
+
+    @torch.optim.Optimizer.profile_hook_step
+    @torch.no_grad()
+    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
+        """third_step, between the step hooks."""
+        check_max_norm(max_norm)  # again: a hook may have replaced it
+        check_grad_scaler(grad_scaler)
+        with uninterrupted():
+            g_p = self._take_gradients()
+            g_h = self._pending.held or [None] * len(g_p)
+            saved = self._pending.saved or [None] * len(g_p)
+            if all(g is None for g in (*g_h, *g_p)):
+                raise RuntimeError("third_step found no gradient; a backward comes first")
+            # A gradient missing in one pass is zero; one missing in both leaves the weight be.
+            g_h, g_p = (
+                [h if g is not None else None for h, g in zip(g_h, g_p)],
+                [g if g is not None else h for h, g in zip(g_h, g_p)],
+            )
+            for p, start, g in zip(self._params(), saved, g_p):
+                if start is not None and g is None:  # perturbed, and then without any gradient
+                    shards.local(p).copy_(start)
+                    if not torch.compiler.is_compiling():
+                        torch.clear_autocast_cache()
+            scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
+            reason = updates.reason_not_fused(self.base)
+            if reason is None:
+                masters = self._masters.of(g_p, saved)
+                updates.fused_update(self.base, saved, g_h, g_p, masters, *scale_and_flag)
+                self._masters.written(masters)
+                self._pending.saved = None  # updated: a failure from here on must not undo it
+            elif self.master_weights:
+                raise RuntimeError(f"{reason}, expected with master_weights=True a fused update")
+            else:
+                updates.merge(self.base, saved, g_h, g_p)
+                self._pending.saved = None  # restored: what the base does from here is its own
+                updates.base_step(self.base, g_p, *scale_and_flag)
+            self._pending.clear()
+            # What LR schedulers look at to warn about a step that never happened.
+            self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+
+    def step(self, closure: Callable[[], SplitLoss] | None = None) -> SplitLoss:  # type: ignore[override]
+        """One whole step by the joint plan.
+
+        Args:
+            closure: runs the forward pass and returns its `SplitLoss`, without a backward;
+                called at theta and again at theta + epsilon. BatchNorm statistics are updated
+                by both calls, unless the closure keeps that from happening.
+
+        Returns the loss at theta. Without a closure only torch.distributed.checkpoint steps, at
+        learning rate 0, to make the state that it then loads: it gets None.
+        """
+        if closure is None and not self.state and all(g["lr"] == 0 for g in self.param_groups):
+            self.third_step()
+            return None  # type: ignore[return-value]
+        if not callable(closure):
+            raise TypeError(
+                f"closure is {closure!r}; step needs a closure that returns a SplitLoss; "
+                "or call first_step, second_step and third_step after your own backwards"
+            )
+        self.require_idle("a step")
+        self.zero_grad()
+        with self._abandoned_on_failure(), torch.enable_grad():
+            with compiled_for_two_backwards():
+                loss = closure()
+            check_split_loss("closure", loss)
+            backward(loss.head, retain_graph=True)
+            self.first_step()
+            backward(loss.tail)
+            self.second_step()
+            perturbed = closure()
+            check_split_loss("closure", perturbed)
+            perturbed.tail.backward()
+            self.third_step()
+        return SplitLoss(loss.head.detach(), loss.tail.detach())
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch's hooks run around _end_step instead
+
+    @property
+    def is_perturbed(self) -> bool:
+        """Whether the weights are at theta + epsilon, between second_step and third_step."""
+        return self._pending.saved is not None
+
+    @torch.no_grad()
+    def perturbation_is_finite(self) -> Tensor:
+        """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
+        device = self._params()[0].device
+        return joined(self._pending.partials, device).isfinite().all()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Abandon the step: the unperturbed weights bit for bit, nothing held, no gradient."""
+        with uninterrupted():
+            for p, saved in zip(self._params(), self._pending.saved or ()):
+                if saved is not None:
+                    shards.local(p).copy_(saved)
+            torch.clear_autocast_cache()  # which knows nothing of writes in place
+            self._masters.abandon()
+            self._pending.clear()
+            self.zero_grad()
+
+    # ------------------------------------------------------------ gradients of several ranks
+
+    @torch.no_grad()
+    def gradients(self) -> list[Tensor]:
+        """`p.grad` of every trainable parameter, zeros made where there was none."""
+        trainable = [p for p in self._params() if p.requires_grad]
+        for p in trainable:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return [p.grad for p in trainable]  # type: ignore[misc]
+
+    @torch.no_grad()
+    def merge_held(self) -> None:
+        """p.grad <- g_h + g_p, holding nothing any more: ranks exchange one gradient."""
+        for p, g_h in zip(self._params(), self._pending.held or ()):
+            if g_h is not None:
+                p.grad = g_h if p.grad is None else p.grad.add_(g_h)
+        self._pending.held = None
+
+    # ------------------------------------------------------------ the base's groups and state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = param_groups
+        self._fill_groups()
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.require_idle("add_param_group")
+        if not isinstance(param_group, dict) or "params" not in param_group:
+            raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
+        check_group("param_group", param_group, self.base)
+        self.base.add_param_group(param_group)
+        try:
+            self._check_params(self.param_groups[-1]["params"])
+        except BaseException:
+            del self.param_groups[-1]
+            raise
+        self._fill_groups()
+        self._warn_of_rounding(self.param_groups[-1]["params"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+            return
+        for p in self._params():  # torch's own opens a profiler record, longer than a small step's
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        self.require_idle("state_dict")
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.require_idle("load_state_dict")
+        if not isinstance(state_dict, dict):
+            check_state_dict(state_dict, self.base)
+        handles = [  # around the user's own, whose changes count
+            self.register_load_state_dict_pre_hook(self._loading.before),
+            self.register_load_state_dict_post_hook(self._loading.after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.require_idle("pickling or copying the optimizer")
+        return {
+            "base": self.base, "defaults": self.defaults, "master_weights": self.master_weights
+        }  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "base" not in state:  # from load_state_dict; the base knows what its state needs
+            self.base.__setstate__(state)
+            return
+        super().__setstate__(state)
+        self._pending = _Pending()
+        self._masters = MasterWeights(self.base, self.master_weights)
+        self._loading = Loading(self.base, self._masters)
+        self._fill_groups()
+
+    def _fill_groups(self) -> None:
+        for group in self.param_groups:
+            for name in OWN_SETTINGS:
+                group.setdefault(name, self.defaults[name])
+
+    # ------------------------------------------------------------ internals
+
+    def _params(self) -> list[Tensor]:
+        return params_of(self.param_groups)
+
+    def _check_params(self, params: Sequence[Tensor]) -> None:
+        shards.check_placements(self._params())
+        for i, p in enumerate(shards.locals_of([*params])):
+            if p.dtype not in DTYPES or p.layout != torch.strided:
+                raise TypeError(
+                    f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
+                    f"of {', '.join(map(str, DTYPES))}"
+                )
+            check_dense(f"parameter {i}", p)
+        check_memory(local_params_of(self.param_groups))
+
+    def _warn_of_rounding(self, params: Sequence[Tensor]) -> None:
+        if not self.master_weights and any(p.dtype == torch.bfloat16 for p in params):
+            warnings.warn(
+                "bfloat16 parameters round away most of a perturbation of rho = 0.05: use "
+                "master_weights=True, or keep the weights in float32 and run the model under "
+                "torch.autocast",
+                stacklevel=3,
+            )
+
+    def require_idle(self, action: str) -> None:
+        if self._pending.held is not None or self._pending.saved is not None:
+            where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
+            raise RuntimeError(
+                f"{action} in the middle of a step, where {where}; "
+                "finish it with third_step() or abandon it with restore()"
+            )
+
+    @contextmanager
+    def _abandoned_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    def _take_gradients(self) -> Slots:
+        """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
+        params = self._params()
+        parts = shards.locals_of(params)
+        found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
+        gradients = in_layout_of(parts, found, "the gradient")
+        for p in params:
+            p.grad = None
+        return gradients
+
+    def _buckets(self, *lists: Slots) -> list[Bucket]:
+        return buckets(self.param_groups, *lists)
+
+
+class _Pending:
+    """What lives between the calls of one step, never in a checkpoint.
+
+    An object of its own because torch.compile does not see assignments to an optimizer's
+    attributes.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.held: Slots | None = None  # g_h
+        self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
+        self.partials: list[Tensor] = []  # the squared norm of g_t
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, ImbSAM):
+        raise TypeError(f"base is {type(base).__name__}, expected a plain torch optimizer")
+    if isinstance(base, torch.optim.LBFGS):
+        raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")

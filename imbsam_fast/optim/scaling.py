@@ -1,0 +1,115 @@
+"""What a gradient scaler and clipping make of the combined gradient, over all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+
+from .. import ops
+from . import shards
+from .buckets import Slots, buckets, params_of
+
+
+class Perturbing(Protocol):
+    """What is asked of the optimizer, an ImbSAM: where its step stands."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    @property
+    def is_perturbed(self) -> bool: ...
+
+    def perturbation_is_finite(self) -> Tensor: ...
+
+
+def scaling(
+    optimizer: Perturbing,
+    g_h: Slots,
+    g_p: Slots,
+    grad_scaler: GradScaler | None,
+    max_norm: float | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """How many times too large g_h + g_p is, clipping included, and found_inf.
+
+    Ranks that hold shards of the gradients get the same.
+    """
+    grad_scaler = in_use(grad_scaler)
+    loss_scale = None if grad_scaler is None else scale_of(grad_scaler, optimizer)
+    if grad_scaler is None and max_norm is None:
+        return None, None
+    found = buckets(optimizer.param_groups, g_h, g_p)
+    if not found:
+        return None, None
+    params = params_of(optimizer.param_groups)
+    sharded = shards.is_sharded(params)
+    checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in found]
+    device = found[0].params[0].device
+    scale, found_inf = torch.ones((), device=device), None
+    if grad_scaler is not None:
+        scale = loss_scale.to(device)  # type: ignore[union-attr]
+        found_inf = joined([flag for _, flag in checks], device).amax()
+        if sharded:
+            found_inf = shards.largest(found_inf, params)
+        if optimizer.is_perturbed:
+            overflowed = ~optimizer.perturbation_is_finite()
+            found_inf = torch.maximum(found_inf, overflowed.float().to(device))
+        leave_found_inf(grad_scaler, optimizer, found_inf)
+    if max_norm is not None:
+        squares = joined([partials for partials, _ in checks], device).sum()
+        if sharded:
+            squares = shards.summed(squares, params)
+        norm = squares.sqrt() / scale
+        scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
+    return scale.float(), found_inf
+
+
+def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+    on_device = [p.to(device) for p in partials]
+    return on_device[0] if len(on_device) == 1 else torch.cat(on_device)
+
+
+# ---------------------------------------------------------------- GradScaler: private names
+
+
+def in_use(grad_scaler: GradScaler | None) -> GradScaler | None:
+    """`grad_scaler`; None where it is disabled and scales nothing."""
+    return grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+
+
+def scale_of(grad_scaler: GradScaler, optimizer: object) -> Tensor:
+    """The factor on every loss of the step, ().
+
+    Raises RuntimeError for a scaler that has scaled nothing, or has unscaled already what
+    third_step is to unscale.
+    """
+    scale = grad_scaler._get_scale_async()
+    if scale is None:
+        raise RuntimeError(
+            "grad_scaler has scaled no loss yet, expected every loss of the step to go through "
+            "grad_scaler.scale"
+        )
+    stage = grad_scaler._per_optimizer_states[id(optimizer)]["stage"]
+    if stage.name != "READY":
+        raise RuntimeError(
+            f"grad_scaler is {stage.name} for this optimizer, expected neither its unscale_ nor "
+            "its step to be called: third_step undoes the scale"
+        )
+    return scale
+
+
+def leave_found_inf(grad_scaler: GradScaler, optimizer: object, found_inf: Tensor) -> None:
+    """For `grad_scaler.update`: what `grad_scaler.step` would have left."""
+    state = grad_scaler._per_optimizer_states[id(optimizer)]
+    state["found_inf_per_device"] = {found_inf.device: found_inf}
+
+
+def found_inf_of(grad_scaler: GradScaler | None, optimizer: object) -> Tensor | None:
+    """What `leave_found_inf` left in this step; None without a scaler in use."""
+    if in_use(grad_scaler) is None:
+        return None
+    state = grad_scaler._per_optimizer_states[id(optimizer)]  # type: ignore[union-attr]
+    return next(iter(state["found_inf_per_device"].values()), None)

@@ -1,0 +1,1 @@
+"""`imbsam-fast analyze`: the sharpness and the loss landscape of a trained network."""

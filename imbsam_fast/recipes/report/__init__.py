@@ -1,0 +1,1 @@
+"""`imbsam-fast report`: runs compared, in tables and on a page."""

@@ -1,0 +1,259 @@
+"""The settings of one training run, with the defaults of every data set, method and preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from .presets import PAPER, PRESETS
+
+if TYPE_CHECKING:
+    from ...split import ClassSplit
+
+# With their names in tables. The second is the control for a tail weight: plain SGD with the class
+# weights that ImbSAM gives its tail.
+LABELS = {
+    "sgd": "SGD",
+    "sgd-weighted": "SGD, tail weight {tail_weight:g}",
+    "sam": "SAM",
+    "imbsam": "ImbSAM",
+    "focal-sam": "Focal-SAM",
+}
+OPTIMIZERS = tuple(LABELS)
+PERTURBING = ("sam", "imbsam", "focal-sam")
+WEIGHTING = ("sgd-weighted", "sam", "imbsam")  # those that have a tail weight
+METHODS = ("ce", "wb", "lws")
+DISTRIBUTED = ("off", "ddp", "fsdp")
+SMALL, FULL = "small", "full"
+
+COMMON_DEFAULTS: dict[str, Any] = {
+    "method": "ce",
+    "images": FULL,
+    "largest_class": 500,
+    "imbalance_factor": 100.0,
+    "train_list": None,
+    "test_list": None,
+    "validation_list": None,
+    "image_root": None,
+    "image_size": 224,
+    "color_jitter": 0.0,
+    "skip_corrupt": False,
+    "workers": 4,
+    "validation": 0,
+    # Ours, in the range that the authors of Focal-SAM search.
+    "gamma": 1.0,
+    "lam": 0.8,
+    "plan": "auto",
+    "lagged": False,
+    "norm": "batch",
+    "epochs": 200,
+    "warmup_epochs": 0,
+    "momentum": 0.9,
+    "group_borders": (20, 100),
+    "stage1": None,
+    "beta": 0.9999,
+    "amp": "off",
+    "channels_last": True,
+    "compile": False,
+    "distributed": "off",
+    "tensorboard": False,
+    "threads": 1,
+    "device": "cpu",
+}
+
+# What the methods add to the data set's settings; "weight_decay" is that of stage one.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ce": {
+        "stage2_epochs": 0,
+        "stage2_lr": 0.0,
+        "stage2_weight_decay": 0.0,
+        "stage2_batch_size": 0,
+    },
+    "wb": {
+        "weight_decay": 5e-3,
+        "stage2_epochs": 10,
+        "stage2_lr": 0.01,
+        "stage2_weight_decay": 0.1,
+        "stage2_batch_size": 64,
+    },
+    "lws": {
+        "stage2_epochs": 5,
+        "stage2_lr": 0.2,
+        "stage2_weight_decay": 5e-4,
+        "stage2_batch_size": 512,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a recipe trains on, but for how it is read (data/datasets.py)."""
+
+    help: str
+    defaults: dict[str, Any]
+    files: bool = True  # whether --data-dir has to say where it is
+    lists: bool = False  # whether it is read from lists of image files
+    package: str = "torchvision"  # the module that reads it
+    # Settings that follow from the value of `images`; empty where there is no such option.
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every setting of one run; a run is one optimizer and one seed.
+
+    `lr`, `weight_decay`, `epochs` and `batch_size` are those of stage one; `batch_size` counts
+    the images of all ranks. None stands for a path that was not given.
+    """
+
+    dataset: str
+    data_dir: str
+    images: str  # small or full
+    largest_class: int  # training images
+    imbalance_factor: float
+    train_list: str | None
+    test_list: str | None
+    validation_list: str | None
+    image_root: str | None
+    image_size: int  # pixels
+    color_jitter: float
+    skip_corrupt: bool
+    workers: int  # processes that read image files
+    validation: int  # images of each class
+    method: str
+    optimizer: str
+    preset: str
+    eta: float
+    inclusive: bool
+    tail_weight: float
+    batch_norm: str
+    rho: float
+    plan: str
+    gamma: float
+    lam: float
+    lagged: bool
+    model: str
+    norm: str
+    epochs: int
+    warmup_epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    stage1: str | None  # a run directory whose network stage two starts from
+    stage2_epochs: int
+    stage2_lr: float
+    stage2_weight_decay: float
+    stage2_batch_size: int
+    beta: float
+    group_borders: tuple[int, int]
+    seed: int
+    amp: str
+    channels_last: bool
+    compile: bool
+    distributed: str
+    tensorboard: bool
+    threads: int
+    device: str
+
+    def split(self, counts: Sequence[int]) -> ClassSplit:
+        """Head and tail classes by `eta`."""
+        from ...split import ClassSplit  # with torch: not for a command line
+
+        return ClassSplit.from_counts(counts, self.eta, self.inclusive)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with the run's label."""
+        values = asdict(self)
+        values["group_borders"] = list(self.group_borders)
+        return {"label": self.label(), **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """What `to_dict` returned; a setting that was added since has its default.
+
+        Raises KeyError for a setting that is missing and has none.
+        """
+        defaults = {**COMMON_DEFAULTS, **METHOD_DEFAULTS[values["method"]]}
+        known = {**defaults, **values}
+        settings = {setting.name: known[setting.name] for setting in fields(cls)}
+        settings["group_borders"] = tuple(settings["group_borders"])
+        return cls(**settings)
+
+    # ------------------------------------------------------------ names
+
+    def label(self) -> str:
+        """The run's name in tables; runs that differ in the seed alone share it."""
+        return ", ".join(long for _, long in self._name_parts() if long)
+
+    def directory_name(self) -> str:
+        return "-".join([*(short for short, _ in self._name_parts()), f"seed{self.seed}"])
+
+    def _name_parts(self) -> list[tuple[str, str]]:
+        """What tells this run from others of its recipe: short for paths, long for people."""
+        parts = [(self.optimizer, LABELS[self.optimizer].format(tail_weight=self.tail_weight))]
+        if self.method != "ce":
+            parts.insert(0, (self.method, self.method.upper()))
+        if self.optimizer == "imbsam":
+            parts.append((self.preset, self.preset))
+        if self.optimizer in ("imbsam", "sgd-weighted"):
+            parts.append((f"eta{self.eta:g}", f"eta {self.eta:g}"))
+        if self.optimizer in WEIGHTING and self.tail_weight != default_tail_weight(
+            self.optimizer, self.preset
+        ):
+            # The control's long name has its weight already.
+            long = "" if self.optimizer == "sgd-weighted" else f"tail weight {self.tail_weight:g}"
+            parts.append((f"tail{self.tail_weight:g}", long))
+        if self.optimizer in PERTURBING:
+            if self.rho != PAPER.rho:
+                parts.append((f"rho{self.rho:g}", f"rho {self.rho:g}"))
+            if self.plan != "auto":
+                parts.append((self.plan, f"{self.plan} plan"))
+            if self.lagged:
+                parts.append(("lagged", "lagged"))
+        return parts
+
+
+def default_tail_weight(optimizer: str, preset: str) -> float:
+    """The preset's for ImbSAM; the control has the released code's, so that it is one."""
+    if optimizer == "imbsam":
+        return PRESETS[preset].tail_weight
+    return PRESETS["released"].tail_weight if optimizer == "sgd-weighted" else 1.0
+
+
+def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
+    """A full configuration: what is given, then the data set's settings, then the preset's.
+
+    Raises ValueError for settings that contradict one another.
+    """
+    values: dict[str, Any] = {**COMMON_DEFAULTS}
+    preset = PRESETS[given.get("preset", PAPER.name)]
+    values.update(preset=preset.name, eta=preset.eta, inclusive=preset.inclusive)
+    values.update(batch_norm=preset.batch_norm, rho=preset.rho)
+    values["tail_weight"] = default_tail_weight(given["optimizer"], preset.name)
+    values.update(dataset.defaults)
+    values.update(dataset.variants.get(given.get("images", values["images"]), {}))
+    values.update(METHOD_DEFAULTS[given.get("method", values["method"])])
+    config = RunConfig.from_dict({**values, **given})
+    _check(config)
+    return config
+
+
+def _check(config: RunConfig) -> None:
+    low, high = config.group_borders
+    if low > high:
+        raise ValueError(f"group_borders is {low} {high}, expected LOW <= HIGH")
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(
+            f"warmup_epochs is {config.warmup_epochs}, expected at most the {config.epochs} epochs"
+        )
+    if config.method == "ce":
+        if config.stage1:
+            raise ValueError(f"stage1 is '{config.stage1}', expected none: ce has no second stage")
+        return
+    for name in ("stage2_epochs", "stage2_lr", "stage2_batch_size"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected > 0 for {config.method}")
+    if config.method == "wb" and config.beta >= 1:
+        raise ValueError(f"beta is {config.beta:g}, expected below 1")

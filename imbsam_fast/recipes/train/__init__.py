@@ -1,0 +1,1 @@
+"""`imbsam-fast train`: runs of every method, from their first epoch to their test."""

@@ -1,0 +1,121 @@
+"""The optimizers that recipes compare, as one training step each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...losses import SplitCrossEntropy
+from ...optim import ImbSAM
+from ...split import ClassSplit
+from ...training.plans import StepResult
+from ...training.train_step import TrainStep
+from ..settings.config import PERTURBING, RunConfig
+
+
+class StepOptions(NamedTuple):
+    """What a training step runs in."""
+
+    autocast: AbstractContextManager | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+    lagged: bool = False
+
+
+PLAIN_OPTIONS = StepOptions()
+
+
+class Trainer(NamedTuple):
+    """A model's optimizer and one step of it, `step(images, targets)`."""
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Tensor, Tensor], StepResult]
+
+
+def sharpness_split(config: RunConfig, counts: Sequence[int]) -> ClassSplit:
+    """The class weights `plain` and `sharp` of `config.optimizer`.
+
+    SAM with a tail weight r is the paper's re-weighted SAM (Table 3): sharp is 1 for head and r
+    for tail classes.
+    """
+    split = config.split(counts)
+    r = config.tail_weight
+    if config.optimizer == "focal-sam":
+        return ClassSplit.focal(counts, config.gamma, config.lam)
+    if config.optimizer == "imbsam":
+        return ClassSplit(split.plain, r * split.sharp, split.counts)
+    if config.optimizer == "sam":
+        weights = split.plain + r * split.sharp
+        return ClassSplit(torch.zeros_like(weights), weights, split.counts)
+    weights = split.plain + (r if config.optimizer == "sgd-weighted" else 1.0) * split.sharp
+    return ClassSplit(weights, torch.zeros_like(weights), split.counts)
+
+
+def make_trainer(
+    model: nn.Module,
+    config: RunConfig,
+    counts: Sequence[int],
+    class_weight: Tensor | None = None,
+    options: StepOptions = PLAIN_OPTIONS,
+) -> Trainer:
+    """The step of `config.optimizer`. SGD is a plain PyTorch loop, without this package.
+
+    Only trainable parameters are trained. `class_weight`, (K,), is a factor on every row's loss,
+    as for a class-balanced loss.
+    """
+    sgd = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad],
+        config.lr,
+        config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    split = sharpness_split(config, counts)
+    if config.optimizer not in PERTURBING:
+        weights = split.plain if class_weight is None else split.plain * class_weight.cpu()
+        weight = None if (weights == 1).all() else weights.float().to(config.device)
+        return Trainer(sgd, _plain_step(model, sgd, weight, options))
+    criterion = SplitCrossEntropy(split, class_weight)
+    optimizer = ImbSAM(sgd, config.rho)
+    step = TrainStep(
+        model,
+        criterion,
+        optimizer,
+        config.plan,
+        config.batch_norm,
+        autocast=options.autocast,
+        grad_scaler=options.grad_scaler,
+        lagged=options.lagged,
+    )
+    return Trainer(optimizer, step)
+
+
+def _plain_step(
+    model: nn.Module,
+    sgd: torch.optim.SGD,
+    class_weight: Tensor | None,
+    options: StepOptions,
+) -> Callable[[Tensor, Tensor], StepResult]:
+    autocast = options.autocast or nullcontext()
+    scaler = options.grad_scaler or torch.amp.GradScaler(enabled=False)
+
+    def step(images: Tensor, targets: Tensor) -> StepResult:
+        targets = targets.to(images.device)
+        with autocast:
+            logits = model(images)
+            if class_weight is None:
+                loss = F.cross_entropy(logits, targets)
+            else:  # over the batch size, not over the sum of weights, as ImbSAM divides
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                loss = (class_weight[targets] * losses).mean()
+        sgd.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(sgd)
+        scaler.update()
+        loss = loss.detach()
+        return StepResult(loss, head=loss, tail=torch.zeros_like(loss), logits=logits.detach())
+
+    return step

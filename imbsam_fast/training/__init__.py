@@ -1,0 +1,1 @@
+"""Whole training steps: which passes run, on which rows, on how many ranks."""

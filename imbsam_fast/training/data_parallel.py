@@ -1,0 +1,151 @@
+"""Several ranks, one step: DistributedDataParallel, and models that `fully_shard` spread.
+
+DDP's own reducer allows one backward per forward and would reduce all three gradients. Its hooks
+stay off here: g_t is averaged for the perturbation and g_h + g_p for the update, two all-reduces
+of the gradients. FSDP2 averages each gradient in its backward, and gathers weights in each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..optim import shards
+from ..split import ClassSplit
+
+# Elements in one all-reduce: large enough for bandwidth, small beside the gradients.
+BUCKET_ELEMENTS = 16 * 1024 * 1024
+
+
+class Ranks:
+    """The processes that take the steps of `model` together: only this one of an ordinary model.
+
+    Attributes:
+        group: those that a DistributedDataParallel model is replicated on, else None.
+        sharded: whether the weights are spread over ranks by `fully_shard`.
+        same_passes: whether ranks talk to each other in a pass, so that all must run it.
+    """
+
+    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
+        self.model = model
+        self.group = process_group(model)
+        self.sharded = shards.is_sharded(params)
+        self.same_passes = self.sharded or (self.group is not None and _has_sync_batch_norm(model))
+        self.modules = shards.sharded_modules(model)
+        self.failed = False
+        self.gather_anew()
+
+    @contextmanager
+    def one_step(self) -> Iterator[None]:
+        """The passes inside the block leave gradients to us; a failure leaves a usable model."""
+        if self.failed:
+            raise RuntimeError(
+                "a step of this fully_shard model failed, and this torch has no reset_iter_state "
+                "to make it usable again; build the model and load a checkpoint"
+            )
+        shards.check_synchronised(self.modules)
+        try:
+            with nullcontext() if self.group is None else self.model.no_sync():  # type: ignore[operator]
+                yield
+        except BaseException:
+            if self.modules:
+                self.failed = not shards.reset(self.model)
+            raise
+
+    def gather_anew(self) -> None:
+        """Let the next pass see the weights that the optimizer wrote."""
+        shards.forget_unsharded(self.modules)
+
+    def check(
+        self,
+        plan: str,
+        micro_batch_size: int | None,
+        perturbation: str,
+        cuda_graph: bool,
+        lagged: bool,
+    ) -> None:
+        """Refuse settings of TrainStep that these ranks cannot have."""
+        if self.same_passes and plan == "split" and micro_batch_size is not None:
+            # A rank with more rows of a part would run more pieces than the others.
+            raise ValueError(
+                f"micro_batch_size is {micro_batch_size}, expected None with plan='split' where "
+                "ranks talk to each other in every pass (fully_shard, SyncBatchNorm)"
+            )
+        for name, value, expected in (
+            ("perturbation", perturbation, "global"),  # there is one copy of the weights
+            ("cuda_graph", cuda_graph, False),
+            ("lagged", lagged, False),
+        ):
+            if self.sharded and value != expected:
+                raise ValueError(
+                    f"{name} is {value!r}, expected {expected!r} with a fully_shard model"
+                )
+
+
+def keep_in_step(head: Tensor, tail: Tensor, split: ClassSplit) -> None:
+    """Mark rows so that every rank runs the same passes; bool (N,) both, written in place.
+
+    Without a row of a part its pass runs on the first row, to which the class gives weight zero.
+    A part that no class belongs to has no pass on any rank.
+    """
+    has_head, has_tail = _parts(split)
+    if not has_head:
+        head.fill_(False)
+        tail.fill_(True)
+        return
+    for part, exists in ((head, True), (tail, has_tail)):
+        if exists and not part.any():
+            part[0] = True
+
+
+def parts_overlap(split: ClassSplit) -> bool:
+    """Whether a class belongs to both parts."""
+    labels = torch.arange(len(split.plain))
+    return bool((split.plain_mask(labels) & split.tail_mask(labels)).any())
+
+
+def _parts(split: ClassSplit) -> tuple[bool, bool]:
+    """Whether there are head classes, and tail classes."""
+    labels = torch.arange(len(split.plain))
+    has_tail = bool(split.tail_mask(labels).any())
+    return bool(split.plain_mask(labels).any()) or not has_tail, has_tail
+
+
+def _has_sync_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+
+
+def process_group(model: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks that `model` is replicated on, None without DistributedDataParallel."""
+    if dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.process_group
+    return None
+
+
+def average_(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Replace each gradient by its mean over the ranks; they come in one order on all ranks."""
+    for bucket in _buckets(gradients):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        flat.div_(dist.get_world_size(group))
+        dist.all_reduce(flat, group=group)
+        pieces = flat.split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [piece.view(g.shape) for piece, g in zip(pieces, bucket)])
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive gradients of one dtype and device, in pieces of about BUCKET_ELEMENTS."""
+    bucket: list[Tensor] = []
+    size = 0
+    for g in gradients:
+        size += g.numel()
+        kind = (g.dtype, g.device)
+        if bucket and (kind != (bucket[0].dtype, bucket[0].device) or size > BUCKET_ELEMENTS):
+            yield bucket
+            bucket, size = [], g.numel()
+        bucket.append(g)
+    if bucket:
+        yield bucket

@@ -1,0 +1,267 @@
+"""The passes of one training step, in the plans of docs/design.md section 6.
+
+A plan knows the order of passes; what a pass is, and the optimizer's calls, are TrainStep's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..losses import SplitLoss
+from ..optim import ImbSAM
+from ..optim.two_backwards import compiled_for_two_backwards
+
+
+class StepResult(NamedTuple):
+    """What one step saw at the unperturbed weights, without gradients."""
+
+    loss: Tensor  # () head + tail
+    head: Tensor  # ()
+    tail: Tensor  # () in a lagged step perhaps at the perturbed weights: see TrainStep
+    logits: Any  # the model's outputs, one row per row of the batch, in its order
+
+
+class Rows(NamedTuple):
+    """Which rows of a batch a plan needs in which pass, and how many count (b)."""
+
+    head: Tensor  # bool (N,): rows of the head pass; the ones with no weight at all included
+    tail: Tensor  # bool (N,): rows with sharp > 0
+    head_rows: int
+    tail_rows: int
+    counted: int | None  # None: the criterion counts them itself
+
+
+class Passes(Protocol):
+    """What plans are made of: a TrainStep."""
+
+    optimizer: ImbSAM
+
+    def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]: ...
+
+    def forward(
+        self, inputs: Any, targets: Tensor, counted: int | None
+    ) -> tuple[Any, SplitLoss]: ...
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None: ...
+
+    def perturb(self, has_tail: bool) -> None: ...
+
+    def perturb_lagged(self) -> None: ...
+
+    def perturbed_backward(
+        self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
+    ) -> None: ...
+
+    def update(self) -> None: ...
+
+
+# Runs the passes of one step and the optimizer's calls between them.
+Plan = Callable[[Passes, Any, Tensor, Rows], StepResult]
+
+
+# ---------------------------------------------------------------- the plans
+
+
+def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
+    head, tail = Gradients(step.optimizer), Gradients(step.optimizer)
+    seen = Seen()
+    pieces = list(step.micro_batches(inputs, targets))
+    for left, (x, y) in zip(reversed(range(len(pieces))), pieces):
+        with compiled_for_two_backwards():
+            outputs, loss = step.forward(x, y, rows.counted)
+        seen.add(outputs, loss.head, loss.tail)
+        if rows.head_rows:
+            with head.added_up():
+                step.backward(loss.head, retain_graph=rows.tail_rows > 0)
+            if left == 0:  # before the tail's backward: the optimizer may need g_h no more
+                head.hand_over()
+                step.optimizer.first_step()
+        if rows.tail_rows:
+            with tail.added_up():
+                step.backward(loss.tail)
+    tail.hand_over()
+    step.perturb(rows.tail_rows > 0)
+    if rows.tail_rows:
+        step.perturbed_backward(inputs, targets, rows.counted)
+    result = _result(seen.head, seen.tail, seen.outputs())
+    step.update()
+    return result
+
+
+def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
+    head, tail = _head_rows(step, inputs, targets, rows), Seen()
+    if rows.tail_rows:
+        tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
+        for x, y in step.micro_batches(tail_inputs, tail_targets):
+            outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.tail)
+            tail.add(outputs, tail=loss.tail)
+    step.perturb(rows.tail_rows > 0)
+    if rows.tail_rows:
+        step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
+    result = _result(head.head, tail.tail, _assemble(rows, head, tail))
+    step.update()
+    return result
+
+
+def _head_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
+    """The head pass of the split plan: g_h is held."""
+    seen = Seen()
+    if rows.head_rows:
+        for x, y in step.micro_batches(*_take(rows.head, inputs, targets)):
+            outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.head)
+            seen.add(outputs, head=loss.head)
+        step.optimizer.first_step()
+    return seen
+
+
+# ---------------------------------------------------------------- lagged: without the pass for g_t
+
+
+def lagged_joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """All rows for the head, all rows at the perturbed weights for the tail: 2F + 2B.
+
+    F + B where the batch has no tail rows, or no head rows.
+    """
+    seen = Seen()
+    if rows.head_rows:
+        for x, y in step.micro_batches(inputs, targets):
+            with compiled_for_two_backwards():  # as in the joint plan, which shares the graph
+                outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.head)
+            seen.add(outputs, loss.head, loss.tail)
+        step.optimizer.first_step()
+    if rows.tail_rows:
+        step.perturb_lagged()
+        only = None if rows.head_rows else seen
+        step.perturbed_backward(inputs, targets, rows.counted, only)
+    result = _result(seen.head, seen.tail, seen.outputs())
+    step.update()
+    return result
+
+
+def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    """The head rows alone, the tail rows alone at the perturbed weights: F + B."""
+    head, tail = _head_rows(step, inputs, targets, rows), Seen()
+    if rows.tail_rows:
+        step.perturb_lagged()
+        step.perturbed_backward(*_take(rows.tail, inputs, targets), rows.counted, tail)
+    result = _result(head.head, tail.tail, _assemble(rows, head, tail))
+    step.update()
+    return result
+
+
+# ---------------------------------------------------------------- what passes leave behind
+
+
+class Gradients:
+    """The gradients of one part, added up over micro-batches.
+
+    With one micro-batch they go from autograd to the optimizer as they are.
+    """
+
+    def __init__(self, optimizer: ImbSAM) -> None:
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sums: list[Tensor | None] | None = None
+
+    @contextmanager
+    def added_up(self) -> Iterator[None]:
+        """The backward inside the block adds to the sums."""
+        if self.sums is not None:
+            self.hand_over()
+        yield
+        self.sums = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+
+    def hand_over(self) -> None:
+        """Put the sums into `p.grad`, and keep no reference."""
+        for p, total in zip(self.params, self.sums or ()):
+            p.grad = total
+        self.sums = None
+
+
+class Seen:
+    """What the unperturbed passes gave: outputs and losses, piece by piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[Any] = []
+        self.head: Tensor | None = None
+        self.tail: Tensor | None = None
+
+    def add(self, outputs: Any, head: Tensor | None = None, tail: Tensor | None = None) -> None:
+        self.pieces.append(_detached(outputs))
+        if head is not None:
+            self.head = head.detach() if self.head is None else self.head + head.detach()
+        if tail is not None:
+            self.tail = tail.detach() if self.tail is None else self.tail + tail.detach()
+
+    def outputs(self) -> Any:
+        """The outputs of all pieces as one."""
+        if len(self.pieces) == 1:
+            return self.pieces[0]
+        return pytree.tree_map(
+            lambda *x: torch.cat(x) if isinstance(x[0], Tensor) else x[0], *self.pieces
+        )
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+    """The rows of a batch where `mask` is set, in its order and memory format."""
+    if mask.all():
+        return inputs, targets
+    rows = mask.nonzero().squeeze(1)
+
+    def take(x: Tensor) -> Tensor:
+        index = rows.to(x.device, non_blocking=True)
+        if x.requires_grad:
+            raise ValueError("inputs requires a gradient, expected none; detach it")
+        if x.layout != torch.strided:
+            return x.index_select(0, index)
+        # Like x, so that channels_last images stay channels_last.
+        return torch.index_select(x, 0, index, out=torch.empty_like(x[: rows.shape[0]]))
+
+    return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
+
+
+def _assemble(rows: Rows, head: Seen, tail: Seen) -> Any:
+    """The outputs of the parts as one batch in its original order."""
+    if not (head.pieces and tail.pieces):
+        return (head if head.pieces else tail).outputs()
+    indices = rows.head.nonzero().squeeze(1), rows.tail.nonzero().squeeze(1)
+
+    def merge(h: Any, t: Any) -> Any:
+        if not isinstance(h, Tensor):
+            return h
+        if h.dim() == 0 or (h.shape[0], t.shape[0]) != (indices[0].shape[0], indices[1].shape[0]):
+            raise ValueError(
+                f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
+                f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
+            )
+        out = h.new_empty(rows.head.shape[0], *h.shape[1:])
+        for index, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
+            out.index_copy_(0, index.to(h.device, non_blocking=True), part)
+        return out
+
+    return pytree.tree_map(merge, head.outputs(), tail.outputs())
+
+
+def _detached(outputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def _result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
+    known = next(part for part in (head, tail) if part is not None)
+    head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
+    return StepResult(head + tail, head, tail, outputs)

@@ -1,0 +1,392 @@
+"""TrainStep: one training step, whose passes are those of a plan (plans.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..losses import SplitLoss, check_split_loss
+from ..optim import ImbSAM
+from ..optim.buckets import params_of
+from ..optim.interrupts import uninterrupted
+from ..optim.lean import LeanImbSAM, check_whole_gradient
+from ..optim.scaling import found_inf_of, in_use
+from ..optim.two_backwards import backward
+from ..split import ClassSplit
+from ..validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
+from .batch_norm import (
+    check_batch_norm_is_visible,
+    frozen_batch_norm_statistics,
+    has_batch_statistics,
+    statistics_where,
+)
+from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
+from .cuda_graph import GraphedSteps
+from .data_parallel import Ranks, average_, keep_in_step, parts_overlap
+from .lagged import TailGradient
+from .plans import (
+    Plan,
+    Rows,
+    Seen,
+    StepResult,
+    joint_plan,
+    lagged_joint_plan,
+    lagged_split_plan,
+    split_plan,
+)
+
+
+class TrainStep:
+    """One ImbSAM training step: `result = step(inputs, targets)`.
+
+    The model runs as `model(inputs)`; inputs are a tensor or a pytree of tensors whose first
+    dimension is the batch, on the model's device. Targets are int64 labels (N,): on the CPU
+    they cost no device synchronisation.
+
+    Args:
+        model: any module, compiled or not.
+        criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
+        optimizer: an `ImbSAM`, also as Accelerate or Lightning wrapped it, or a `LeanImbSAM` for
+            the least memory, which excludes grad_scaler, max_norm, cuda_graph, lagged and
+            DistributedDataParallel; under the joint plan micro-batches cost it n more, since both
+            gradients are summed at once.
+        plan: "joint" runs all rows forward once and both parts backward, then all rows at the
+            perturbed weights: exact for every model, 2.67 SGD steps. "split" runs each part's
+            rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
+            pass), and the same result where rows do not influence each other; under
+            training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
+            of them for the batch, but joint where a BatchNorm layer uses batch statistics.
+        batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
+            in the perturbed pass too (the authors' released code).
+        autocast: the context in which the model and the criterion run, for example
+            `torch.autocast("cuda", torch.bfloat16)`.
+        grad_scaler: scales every loss, for float16; it is updated here. A step with a
+            gradient that is not finite only restores the weights.
+        max_norm: clip the combined gradient to this global norm.
+        perturbation: under DistributedDataParallel, "global" perturbs every rank along the
+            mean of the ranks' tail gradients, as one process with all rows would, "local" each
+            along its own, which saves one of the two all-reduces. "global" for sharded weights.
+        micro_batch_size: run every pass in pieces of at most so many rows and add up their
+            gradients. The perturbation is that of the whole batch, so that the step equals
+            the one without pieces wherever rows do not influence each other.
+        cuda_graph: capture the whole step as a CUDA graph, one for each shape of the batch after
+            three ordinary steps, and replay it. For the joint plan on one GPU; a learning rate
+            must be a tensor on the device (`torch.optim.SGD(params, torch.tensor(0.1,
+            device="cuda"))`), which schedulers then change in place. A batch without tail rows
+            costs as much as any other.
+        lagged: EXPERIMENTAL, NOT IN THE PAPER. Perturb along the perturbed tail gradient of the
+            last step that had tail rows, without a pass for the present one: one SGD step under
+            the split plan and 2F + 2B, two, under the joint plan. The first step with tail rows
+            is an ordinary one. The gradient, as large as the weights, is kept in
+            `optimizer.state[p]["tail_gradient"]`, and so in checkpoints; a failed or skipped
+            step leaves it as it was. Tail rows that had no unperturbed pass (split plan; no head
+            row in the batch) are seen at the perturbed weights only: their part of `.tail`,
+            `.loss` and `.logits`, and the BatchNorm statistics, are from there.
+
+    A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
+    rows each has; every trainable parameter must get a gradient on some rank, and ranks count
+    alike, as with DDP itself. So does a model that `fully_shard` (FSDP2) spread over ranks
+    before the optimizer was made: there, and with SyncBatchNorm, all ranks run all passes, on one
+    row of weight zero where a rank has none. It excludes LeanImbSAM, lagged and cuda_graph.
+
+    A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
+    are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
+    failed step of SGD. Trainable parameters of the model that `optimizer` does not hold gather
+    the gradients of all passes, and it does not clear them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., SplitLoss],
+        optimizer: ImbSAM,
+        plan: str = "auto",
+        batch_norm: str = "once",
+        autocast: AbstractContextManager | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        max_norm: float | None = None,
+        perturbation: str = "global",
+        micro_batch_size: int | None = None,
+        cuda_graph: bool = False,
+        lagged: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
+        optimizer = _unwrapped(optimizer)
+        if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
+            raise TypeError(
+                f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
+                "as .split, such as SplitCrossEntropy or what split_loss returns"
+            )
+        if plan not in PLANS:
+            raise ValueError(f"plan is {plan!r}, expected one of {', '.join(PLANS)}")
+        if batch_norm not in BATCH_NORM_UPDATES:
+            raise ValueError(
+                f"batch_norm is {batch_norm!r}, expected one of {', '.join(BATCH_NORM_UPDATES)}"
+            )
+        if perturbation not in PERTURBATIONS:
+            raise ValueError(
+                f"perturbation is {perturbation!r}, expected one of {', '.join(PERTURBATIONS)}"
+            )
+        if micro_batch_size is not None:
+            check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
+        _check_autocast(autocast)
+        check_bool("cuda_graph", cuda_graph)
+        check_bool("lagged", lagged)
+        check_grad_scaler(grad_scaler)
+        check_max_norm(max_norm)
+        self.ranks = Ranks(model, params_of(optimizer.param_groups))
+        _check_holds_some(optimizer, model)
+        check_batch_norm_is_visible(model)
+        self.model = model
+        self.criterion = criterion
+        self.optimizer = optimizer
+        self.plan = plan
+        self.batch_norm = batch_norm
+        self.autocast = autocast or nullcontext()
+        self.grad_scaler = grad_scaler
+        self.max_norm = max_norm
+        self.perturbation = perturbation
+        self.micro_batch_size = micro_batch_size
+        self.group = self.ranks.group
+        self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
+        self.lagged = lagged
+        self.tail_gradient = self._tail_gradient() if lagged else None
+        if isinstance(optimizer, LeanImbSAM):
+            self._check_lean(cuda_graph)
+        self.graphs = self._graphs() if cuda_graph else None
+
+    def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
+        _check_batch(inputs, targets)
+        self.optimizer.require_idle("a training step")
+        if self.graphs is not None:
+            return self.graphs(inputs, targets)
+        rows = self._rows(targets)
+        return self._run(self._planned(rows), inputs, targets, rows)
+
+    def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+        self.optimizer.zero_grad()
+        try:
+            with self.ranks.one_step():
+                return plan(self, inputs, targets, rows)
+        except BaseException:
+            self.optimizer.restore()
+            raise
+
+    def _rows(self, targets: Tensor) -> Rows:
+        """From the labels alone, on their device."""
+        ignore_index = getattr(self.criterion, "ignore_index", None)
+        if ignore_index is None:
+            counted = torch.ones_like(targets, dtype=torch.bool)
+        else:
+            counted = targets != ignore_index
+        split = self.criterion.split  # type: ignore[attr-defined]
+        tail = split.tail_mask(targets) & counted
+        head = (split.plain_mask(targets) & counted) | ~tail
+        if self.ranks.same_passes:
+            keep_in_step(head, tail, split)
+        return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
+
+    def _check_lean(self, cuda_graph: bool) -> None:
+        check_whole_gradient(self.grad_scaler, self.max_norm)
+        if self.group is not None:
+            raise ValueError(
+                "model is DistributedDataParallel, expected a model of one process with a "
+                "LeanImbSAM: ranks exchange whole gradients"
+            )
+        for name, used in (("cuda_graph", cuda_graph), ("lagged", self.lagged)):
+            if used:
+                raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
+
+    def _graphs(self) -> GraphedSteps:
+        needs = {
+            "plan": self.plan == "joint"
+            or (self.plan == "auto" and has_batch_statistics(self.model)),
+            "micro_batch_size": self.micro_batch_size is None,
+            "grad_scaler": self.grad_scaler is None,
+            "model": self.group is None,
+            "lagged": not self.lagged,
+        }
+        for name, fits in needs.items():
+            if not fits:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
+                    "plan, no micro-batches, no gradient scaler, no DistributedDataParallel, "
+                    "lagged=False"
+                )
+        groups = self.optimizer.param_groups
+        device = groups[0]["params"][0].device
+        for i, group in enumerate(groups):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) or lr.device != device or device.type != "cuda":
+                raise ValueError(
+                    f"param_groups[{i}]['lr'] is {lr!r} and the parameters are on {device}, "
+                    "expected with cuda_graph=True both on one GPU: a number would never change"
+                )
+        return GraphedSteps(self.unconditional, device)
+
+    def unconditional(self, inputs: Any, targets: Tensor) -> StepResult:
+        """The joint plan with all its passes, whatever the labels say: they are not looked at.
+
+        Without tail rows the tail's gradient is zero, and so is the perturbation.
+        """
+        all_rows = torch.ones(len(targets), dtype=torch.bool)
+        rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
+        return self._run(joint_plan, inputs, targets, rows)
+
+    def _tail_gradient(self) -> TailGradient:
+        common = self.perturbation == "global"
+        shared = self.group is not None
+        return TailGradient(self.optimizer, self.group if common else None, shared)
+
+    def _planned(self, rows: Rows) -> Plan:
+        lags = self.tail_gradient is not None and self.tail_gradient.is_known()
+        if self.plan == "auto" and self.ranks.same_passes:  # ranks decide alike: not by rows
+            split = (
+                self.micro_batch_size is None
+                and not parts_overlap(self.criterion.split)  # type: ignore[attr-defined]
+                and not has_batch_statistics(self.model)
+            )
+        elif self.plan == "auto":
+            # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
+            cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * rows.head.shape[0]
+            split = cheaper and not has_batch_statistics(self.model)
+        else:
+            split = self.plan == "split"
+        if lags:
+            return lagged_split_plan if split else lagged_joint_plan
+        return split_plan if split else joint_plan
+
+    # ------------------------------------------------------------ what plans are made of
+
+    def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """The rows of a pass in pieces of at most micro_batch_size."""
+        size = self.micro_batch_size
+        if size is None or size >= targets.shape[0]:
+            yield inputs, targets
+            return
+        for start in range(0, len(targets), size):
+            rows = slice(start, start + size)
+            piece = pytree.tree_map_only(Tensor, operator.itemgetter(rows), inputs)
+            yield piece, targets[rows]
+
+    def forward(self, inputs: Any, targets: Tensor, counted: int | None) -> tuple[Any, SplitLoss]:
+        """The model's outputs and their loss, as a part of a batch with `counted` rows."""
+        with self.autocast:
+            outputs = self.model(inputs)
+            loss = self.criterion(outputs, targets, batch_size=counted or None)
+            check_split_loss("criterion", loss)
+            return outputs, loss
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        if self.grad_scaler is not None:
+            loss = self.grad_scaler.scale(loss)
+        backward(loss, retain_graph)
+
+    def perturbed_backward(
+        self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
+    ) -> None:
+        """The tail loss at theta + epsilon, and its gradient.
+
+        `only` is what the step saw of these rows, where they have no other pass: this one adds to
+        it and updates BatchNorm statistics.
+        """
+        # The backward is inside: under activation checkpointing it runs the model again.
+        frozen = self.batch_norm == "once" and only is None
+        with self._perturbed_statistics(frozen):
+            for x, y in self.micro_batches(inputs, targets):
+                outputs, loss = self.forward(x, y, counted)
+                self.backward(loss.tail)
+                if only is not None:
+                    only.add(outputs, tail=loss.tail)
+
+    def _perturbed_statistics(self, frozen: bool) -> AbstractContextManager:
+        if frozen:
+            return frozen_batch_norm_statistics(self.model)
+        # A gradient that overflowed skips the step, and must not reach the statistics either.
+        may_overflow = self.grad_scaler is not None and self.optimizer.is_perturbed
+        if not may_overflow:
+            return nullcontext()
+        return statistics_where(self.optimizer.perturbation_is_finite(), self.model)
+
+    def perturb(self, has_tail: bool) -> None:
+        """Ranks without tail rows follow the others where the perturbation is a common one."""
+        if self.group is not None and self.perturbation == "global":
+            average_(self.optimizer.gradients(), self.group)
+        elif not has_tail:
+            return
+        self.optimizer.second_step()
+        self.ranks.gather_anew()
+
+    def perturb_lagged(self) -> None:
+        """Along the tail gradient of an earlier step."""
+        self.tail_gradient.hand_over()  # type: ignore[union-attr]  # asked by _planned
+        self.optimizer.second_step()
+
+    def update(self) -> None:
+        seen = None
+        if self.tail_gradient is not None:
+            seen = self.tail_gradient.seen(in_use(self.grad_scaler) is not None)
+        if self.group is not None:
+            self.optimizer.merge_held()
+            average_(self.optimizer.gradients(), self.group)
+        with uninterrupted():  # an updated weight and what the next step needs belong together
+            self.optimizer.third_step(self.grad_scaler, self.max_norm)
+            if self.tail_gradient is not None and seen is not None:
+                self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
+            if self.grad_scaler is not None:
+                self.grad_scaler.update()
+        self.ranks.gather_anew()
+
+
+def _unwrapped(optimizer: object) -> ImbSAM:
+    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, ImbSAM):
+        raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
+    return inner
+
+
+def _check_autocast(autocast: object) -> None:
+    if autocast is not None and not isinstance(autocast, AbstractContextManager):
+        raise TypeError(f"autocast is {autocast!r}, expected a context manager")
+    if isinstance(autocast, contextlib._GeneratorContextManager):
+        raise TypeError(
+            f"autocast is {autocast!r}, expected one that can be entered for every pass, such "
+            "as torch.autocast"
+        )
+
+
+def _check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError("optimizer holds no parameter of model, expected those that are trained")
+
+
+def _check_batch(inputs: Any, targets: Tensor) -> None:
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets is {type(targets).__name__}, expected int64 labels (N,)")
+    if targets.dim() != 1 or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets is {targets.dtype} {tuple(targets.shape)}, expected int64 labels (N,)"
+        )
+    if targets.shape[0] == 0:
+        raise ValueError("targets is empty, expected at least one row")
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    if not tensors:
+        raise ValueError(
+            f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them"
+        )
+    for x in tensors:
+        if x.dim() == 0 or x.shape[0] != targets.shape[0]:
+            raise ValueError(
+                f"inputs holds a tensor of shape {tuple(x.shape)}, expected {len(targets)} rows "
+                "as in targets"
+            )

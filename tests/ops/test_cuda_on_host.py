@@ -1,0 +1,336 @@
+"""The CUDA kernels, compiled for the CPU as they are: what they compute, without a GPU.
+
+tests/cuda_on_host/ stands in for the runtime. It shows wrong arithmetic, indices, tiles and
+barriers; it cannot show what only a GPU has, such as the hardware's rounding of exp.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import platform
+import random
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
+from samples import (
+    ADAM,
+    DTYPES,
+    KEEPING,
+    NAMES,
+    SGD,
+    SHAPES,
+    SUMS,
+    UPDATES,
+    class_weights,
+    lists,
+    logits_and_targets,
+    scalar,
+    steps,
+    with_master,
+)
+from test_split_cross_entropy import LAYOUTS, OPTIONS, PARTS, check
+from torch import Tensor
+
+from imbsam_fast import ops
+from imbsam_fast.ops import dispatch, native, native_cuda, reference
+from imbsam_fast.ops.reference import arithmetic_dtype
+
+CSRC = Path(__file__).parents[2] / "csrc"
+STAND_IN = Path(__file__).parents[1] / "cuda_on_host"
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_case = pytest.mark.parametrize("case", SHAPES)
+
+
+def includes() -> list[Path]:
+    """Where the headers are; skips the test where some are missing."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or shutil.which("g++") is None:
+        pytest.skip("needs nvcc, for its headers, and g++")
+    pybind11 = pytest.importorskip("pybind11")
+    # nvcc may be a link or a script: it says itself where it lives.
+    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    (top,) = [line.split("=", 1)[1] for line in dry_run.splitlines() if line.startswith("#$ TOP=")]
+    python = Path(sysconfig.get_paths()["include"])
+    return [STAND_IN, Path(top.strip()) / "include", python, Path(pybind11.get_include())]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The module _C with the CUDA kernels on the CPU; the CPU kernels for the baseline alone."""
+    build = tmp_path_factory.mktemp("cuda_on_host")
+    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
+    # A misaligned access or an overflow stops the process.
+    undefined = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
+    flags += [*(f"-I{path}" for path in includes())]
+    sources = {path: ["-O1", *undefined] for path in (CSRC / "cuda").glob("*.cu")}
+    sources |= {STAND_IN / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}
+    intrinsics = ["-include", "immintrin.h"] if platform.machine() == "x86_64" else []
+    sources |= {CSRC / f"cpu/{name}.cpp": ["-O0", *intrinsics] for name in ("drivers", "kernels")}
+
+    def compile_(path: Path) -> Path:
+        out = build / f"{path.stem}{path.suffix}.o"
+        command = ["g++", *flags, *sources[path], "-x", "c++", "-c", str(path), "-o", str(out)]
+        subprocess.run(command, check=True)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_, sources))
+    library = build / "_C.so"
+    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    spec = importlib.util.spec_from_file_location("_C", library, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def on_host(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes CPU tensors take the way of CUDA tensors."""
+
+    def select(device: torch.device) -> ModuleType:
+        return native_cuda if dispatch.backend_name("cpu") == "native" else reference
+
+    monkeypatch.setattr(native_cuda, "_C", compiled)
+    monkeypatch.setattr(native_cuda, "_on", lambda device: (0, 0))
+    monkeypatch.setattr(dispatch, "select", select)
+    with dispatch.use_backend("native"):
+        yield
+
+
+def on_reference(run: Any, x: SimpleNamespace) -> list[Tensor]:
+    with dispatch.use_backend("reference"):
+        return run(x)
+
+
+def on_cpu_kernels(run: Any, x: SimpleNamespace) -> list[Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "select", lambda device: native)
+        return run(x)
+
+
+# ---------------------------------------------------------------- the optimizer phases
+
+
+@each_dtype
+@each_case
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_equal_the_cpu_kernels(name: str, case: str, dtype: torch.dtype) -> None:
+    expected = on_cpu_kernels(UPDATES[name], lists(case, dtype))
+    assert_same_bits(UPDATES[name](lists(case, dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_case
+@pytest.mark.parametrize("name", KEEPING)
+def test_updates_with_master_weights_equal_the_cpu_kernels(
+    name: str, case: str, dtype: torch.dtype
+) -> None:
+    expected = on_cpu_kernels(UPDATES[name], with_master(lists(case, dtype)))
+    assert_same_bits(UPDATES[name](with_master(lists(case, dtype))), expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("case", [case for case in SHAPES if case != "many"])  # slow here
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_equal_the_reference_but_for_their_order(
+    name: str, case: str, dtype: torch.dtype
+) -> None:
+    x = lists(case, dtype)
+    for actual, expected in zip(SUMS[name](x), on_reference(SUMS[name], x)):
+        assert_sums(actual.double(), expected.double(), SUM_TOLERANCE)
+
+
+def test_sums_do_not_depend_on_the_alignment() -> None:
+    g_t = torch.randn(40_001, generator=torch.Generator().manual_seed(0))
+    shifted = torch.empty(len(g_t) + 1)[1:].copy_(g_t)
+    assert_same_bits([ops.squared_norm([shifted])], [ops.squared_norm([g_t])])
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_more_tensors_than_one_launch_takes(name: str) -> None:
+    def many() -> SimpleNamespace:
+        sizes = random.Random(0).choices([0, 1, 3, 8, 33], k=1500)
+        blocks = (tensor.split(sizes) for tensor in torch.rand(len(NAMES), sum(sizes)))
+        return SimpleNamespace(**dict(zip(NAMES, blocks)))
+
+    torch.manual_seed(0)
+    expected = on_cpu_kernels(UPDATES[name], many())
+    torch.manual_seed(0)
+    assert_same_bits(UPDATES[name](many()), expected)
+
+
+def test_partial_sums_of_more_tensors_than_one_launch_takes() -> None:
+    numbers = torch.arange(1.0, 1200.0)
+    assert_same_bits([ops.squared_norm(list(numbers.split(1)))], [numbers.double().square()])
+
+
+@each_dtype
+@pytest.mark.parametrize("name", UPDATES)
+def test_nothing_around_the_tensors_is_written(name: str, dtype: torch.dtype) -> None:
+    """Whatever their alignment, and whether the last pack is whole."""
+    for start in (0, 1, 16):
+        for n in (1, 15, 16, 31):
+            memory = {list_: torch.full((64,), 7.0, dtype=dtype) for list_ in NAMES}
+            x = SimpleNamespace(**{k: [v[start : start + n]] for k, v in memory.items()})
+            for k in NAMES:
+                getattr(x, k)[0].fill_(1.0)
+            UPDATES[name](x)
+            for v in memory.values():
+                assert v[:start].eq(7).all() and v[start + n :].eq(7).all()
+
+
+@pytest.fixture
+def scalars_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes lr, grad_scale and found_inf what the kernel reads, as on a GPU."""
+
+    def scalar_on_device(
+        scalar: Tensor | None, like: Tensor, default: float = 0.0
+    ) -> tuple[float, Tensor | None]:
+        return default, None if scalar is None else scalar.to(arithmetic_dtype(like.dtype))
+
+    monkeypatch.setattr(native_cuda, "_scalar", scalar_on_device)
+
+
+@each_dtype
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", ""])
+def test_scalars_on_the_device(
+    scalars_on_device: None, dtype: torch.dtype, found_inf: float, saved: bool
+) -> None:
+    def run(x: SimpleNamespace) -> list[Tensor]:
+        x.saved = x.saved if saved else []
+        flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
+        ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, scalar(0.1), **SGD, **flags)
+        return [*x.theta, *x.m]
+
+    expected = on_reference(run, lists("odd", dtype))
+    assert_same_bits(run(lists("odd", dtype)), expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+@pytest.mark.parametrize("kept", ["saved", "", "master"])
+def test_scalars_of_adam_on_the_device(
+    scalars_on_device: None, dtype: torch.dtype, found_inf: float, kept: str
+) -> None:
+    def run(x: SimpleNamespace) -> list[Tensor]:
+        step = steps(len(x.theta))
+        flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
+        ops.adam_update_(
+            x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max, step, scalar(0.1), **ADAM, **flags,
+            master=getattr(x, "master", ()),
+        )  # fmt: skip
+        return [t for list_ in vars(x).values() for t in list_] + step
+
+    def make() -> SimpleNamespace:
+        x = lists("odd", dtype)
+        if kept == "master":
+            return with_master(x)
+        return x if kept else SimpleNamespace(**{**vars(x), "saved": []})
+
+    if kept == "master" and dtype not in (torch.bfloat16, torch.float16):
+        pytest.skip("master weights are for half dtypes")
+    assert_same_bits(run(make()), on_cpu_kernels(run, make()))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("element", [0, 32767, 32768, 40_000])
+def test_grad_check_finds(value: float, element: int) -> None:
+    g_h, g_p = torch.zeros(2, 40_001)
+    assert ops.grad_check([g_h], [g_p])[1].tolist() == [0.0]
+    g_p[element] = value
+    assert ops.grad_check([g_h], [g_p])[1].tolist() == [1.0]
+    assert ops.grad_check([], [g_p])[1].tolist() == [1.0]
+
+
+# ---------------------------------------------------------------- the loss
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000)],
+)
+def test_cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> None:
+    logits, targets = logits_and_targets(rows, classes, dtype)
+    plain, sharp, _ = class_weights(classes, dtype)
+    check(logits, targets, plain, sharp)
+
+
+@each_dtype
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "class_weight"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+def test_cross_entropy_options(
+    part: str, weighted: bool, options: dict, dtype: torch.dtype
+) -> None:
+    logits, targets = logits_and_targets(7, 301, dtype)
+    targets[::4] = 3
+    plain, sharp, class_weight = class_weights(301, dtype)
+    check(logits, targets, plain, sharp, class_weight if weighted else None, part=part, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cross_entropy_of_strided_logits(layout: Any, dtype: torch.dtype) -> None:
+    logits, targets = logits_and_targets(5, 37, dtype)
+    check(layout(logits), targets, *class_weights(37, dtype), label_smoothing=0.1)
+
+
+@each_dtype
+@pytest.mark.parametrize("ascending", [True, False])
+def test_the_maximum_of_a_row_rises_and_falls(ascending: bool, dtype: torch.dtype) -> None:
+    """The running maximum changes with every pack, or never after the first."""
+    logits = torch.linspace(-40, 40, 3 * 5000).reshape(3, 5000).to(dtype)
+    logits = logits if ascending else logits.flip(1)
+    targets = torch.tensor([0, 2500, 4999])
+    plain, sharp, class_weight = class_weights(5000, dtype)
+    check(logits, targets, plain, sharp, class_weight, label_smoothing=0.1)
+
+
+@each_dtype
+def test_masked_classes_and_not_a_number(dtype: torch.dtype) -> None:
+    logits, targets = logits_and_targets(6, 700, dtype)
+    plain = sharp = torch.ones(700, dtype=arithmetic_dtype(dtype))
+    logits[:, :600] = -float("inf")  # whole packs of some threads
+    targets = 600 + targets % 100
+    check(logits, targets, plain, sharp)
+    logits[1, 5], logits[2, 650] = float("nan"), float("inf")
+    logits[3] = -float("inf")
+    _, _, b, lse = native_cuda.split_cross_entropy(
+        logits, targets, plain, sharp, None, 0.0, -100, None
+    )
+    gradient = native_cuda.split_cross_entropy_backward(
+        torch.ones_like(b), None, logits, targets, lse, b, plain, sharp, None, 0.0, -100
+    )
+    assert gradient.isnan().any(dim=1).tolist() == [False, True, True, True, False, False]
+
+
+@each_dtype
+def test_rows_without_weight_are_not_read(dtype: torch.dtype) -> None:
+    logits, targets = logits_and_targets(8, 33, dtype)
+    plain, sharp, _ = class_weights(33, dtype)
+    targets[:4] = torch.tensor([-100, 2, 5, 8])  # ignored, or of plain weight 0
+    arguments = targets, plain, sharp, None, 0.0, -100
+    _, _, b, lse = native_cuda.split_cross_entropy(logits, *arguments, None)
+    rest = lse, b, plain, sharp, None, 0.0, -100
+    logits[:4] = float("nan")
+    gradient = native_cuda.split_cross_entropy_backward(
+        torch.ones_like(b), None, logits, targets, *rest
+    )
+    assert_same_bits([gradient[:4]], [torch.zeros(4, 33, dtype=dtype)])
+    assert gradient[4:].isfinite().all()

@@ -1,0 +1,367 @@
+"""The operations of the optimizer phases, on every backend, against the equations in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checks import (
+    SUM_TOLERANCE,
+    TOLERANCE,
+    assert_lists_as_accurate,
+    assert_same_bits,
+    assert_sums,
+)
+from conftest import Backend
+from samples import DTYPES, RHO, SGD, SHAPES, UPDATES, doubles, lists, scalar, tensors
+from torch import Tensor
+
+from imbsam_fast import ops
+from imbsam_fast.ops import reference
+
+NORM_GUARD = 1e-16
+
+each_case = pytest.mark.parametrize("case", SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def remove(x: SimpleNamespace, *names: str) -> None:
+    for name in names:
+        setattr(x, name, [])
+
+
+def chunk_sums(squares: list[Tensor]) -> Tensor:
+    """The sum over every 32768 elements in memory order; channels_last is below one chunk."""
+    sums = [part.sum() for s in squares for part in s.reshape(-1).split(32768) if part.numel()]
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- squared_norm
+
+
+@each_dtype
+@each_case
+def test_squared_norm(backend: Backend, case: str, dtype: torch.dtype) -> None:
+    g_t = tensors(case, dtype, 1, backend.device)
+    assert_sums(ops.squared_norm(g_t), chunk_sums([g.square() for g in doubles(g_t)]))
+
+
+@each_dtype
+@each_case
+def test_squared_norm_adaptive(backend: Backend, case: str, dtype: torch.dtype) -> None:
+    theta, g_t = (tensors(case, dtype, seed, backend.device) for seed in (0, 1))
+    squares = [(t * g).square() for t, g in zip(doubles(theta), doubles(g_t))]
+    assert_sums(ops.squared_norm(g_t, theta), chunk_sums(squares))
+
+
+# ---------------------------------------------------------------- perturb_
+
+
+def perturbed(theta: list[Tensor], g_t: list[Tensor], adaptive: bool) -> list[Tensor]:
+    """The weights theta + rho T^2 g / ||T g||, with T = |theta| if adaptive else 1."""
+    scales = [t.abs() if adaptive else torch.ones_like(t) for t in theta]
+    norm = sum((s * g).square().sum() for s, g in zip(scales, g_t)) ** 0.5
+    return [t + RHO * s**2 * g / (norm + NORM_GUARD) for t, s, g in zip(theta, scales, g_t)]
+
+
+@each_dtype
+@each_case
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_perturb(backend: Backend, case: str, dtype: torch.dtype, adaptive: bool) -> None:
+    actual, plain, start = (lists(case, dtype, backend.device) for _ in range(3))
+    truth = perturbed(doubles(start.theta), doubles(start.g_p), adaptive)
+    partials = ops.squared_norm(start.g_p, start.theta if adaptive else ())
+
+    ops.perturb_(actual.theta, actual.g_p, partials, RHO, adaptive)
+    reference.perturb_(plain.theta, plain.g_p, partials, RHO, adaptive)
+
+    assert_lists_as_accurate(actual.theta, plain.theta, truth)
+    assert_same_bits(actual.g_p, start.theta)  # the gradient's buffer saves the weights
+
+
+@each_dtype
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_perturb_by_a_zero_gradient(backend: Backend, dtype: torch.dtype, adaptive: bool) -> None:
+    theta, start = (tensors("odd", dtype, 0, backend.device) for _ in range(2))
+    g_t = [torch.zeros_like(t) for t in theta]
+    partials = ops.squared_norm(g_t, theta if adaptive else ())
+    ops.perturb_(theta, g_t, partials, RHO, adaptive)
+    assert_same_bits(theta, start)
+    assert_same_bits(g_t, start)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_perturb_where_squares_leave_float32(backend: Backend, size: float, adaptive: bool) -> None:
+    # theta is 0 or 1 so that the perturbation itself is what is compared.
+    g_t = [size * g for g in tensors("odd", torch.float32, 1, backend.device)]
+    theta = [torch.full_like(g, float(adaptive)) for g in g_t]
+    truth = perturbed(doubles(theta), doubles(g_t), adaptive)
+    partials = ops.squared_norm(g_t, theta if adaptive else ())
+    assert_sums(partials, chunk_sums([g.square() for g in doubles(g_t)]))
+
+    ops.perturb_(theta, g_t, partials, RHO, adaptive)
+
+    for actual, expected in zip(doubles(theta), truth):
+        torch.testing.assert_close(actual, expected, rtol=TOLERANCE[torch.float32], atol=0)
+
+
+@pytest.mark.parametrize("count", [1, 3, 1000])
+def test_perturb_sums_the_partials_it_is_given(backend: Backend, count: int) -> None:
+    theta, g_t = ([torch.tensor([x], device=backend.device)] for x in (0.0, 2.0))
+    partials = torch.full((count,), 16.0 / count, dtype=torch.float64, device=backend.device)
+    ops.perturb_(theta, g_t, partials, rho=1.0)
+    assert theta[0].item() == pytest.approx(0.5, rel=1e-7)
+
+
+# ---------------------------------------------------------------- sgd_update_
+
+
+def sgd_stepped(
+    x: SimpleNamespace,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One step in float64 from `saved`, or from theta where that is []; theta and m."""
+    g = doubles(x.g_p)
+    if x.g_h:
+        g = [h + p for h, p in zip(doubles(x.g_h), g)]
+    thetas, buffers = [], []
+    for i, start in enumerate(doubles(x.saved or x.theta)):
+        d = (-g[i] if maximize else g[i]) + weight_decay * start
+        step = d
+        if momentum:
+            m = momentum * x.m[i].double().cpu() + (1 - dampening) * d
+            buffers.append(m)
+            step = d + momentum * m if nesterov else m
+        thetas.append(start - lr * step)
+    return thetas, buffers
+
+
+SGD_SETTINGS: list[dict[str, float | bool]] = [
+    {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0},
+    {"momentum": 0.0, "dampening": 0.0},
+    {"dampening": 0.0, "weight_decay": 0.0},
+    {},
+    {"dampening": 0.0, "nesterov": True},
+    {"maximize": True},
+    {"dampening": 0.0, "nesterov": True, "maximize": True, "weight_decay": 0.1},
+]
+
+
+def settings_id(changes: dict[str, float | bool]) -> str:
+    return ",".join(f"{name}={value}" for name, value in changes.items()) or "default"
+
+
+each_setting = pytest.mark.parametrize("changes", SGD_SETTINGS, ids=settings_id)
+
+
+@each_dtype
+@each_case
+def test_sgd_update(backend: Backend, case: str, dtype: torch.dtype) -> None:
+    actual, plain, start = (lists(case, dtype, backend.device) for _ in range(3))
+    lr = scalar(0.1, backend.device)
+    for implementation, x in ((ops, actual), (reference, plain)):
+        implementation.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD)
+    truth_theta, truth_m = sgd_stepped(start, 0.1, **SGD)
+    assert_lists_as_accurate(actual.theta, plain.theta, truth_theta)
+    assert_lists_as_accurate(actual.m, plain.m, truth_m)
+    for name in ("saved", "g_h", "g_p"):
+        assert_same_bits(getattr(actual, name), getattr(start, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("absent", [(), ("saved",), ("g_h",), ("saved", "g_h")], ids=str)
+@each_setting
+def test_sgd_update_settings(
+    backend: Backend, dtype: torch.dtype, absent: tuple[str, ...], changes: dict
+) -> None:
+    settings = {**SGD, **changes}
+    actual, plain, start = (lists("odd", dtype, backend.device) for _ in range(3))
+    lr = scalar(0.1, backend.device)
+    for x in (actual, plain, start):
+        remove(x, *absent)
+        if not settings["momentum"]:
+            remove(x, "m")
+    for implementation, x in ((ops, actual), (reference, plain)):
+        implementation.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **settings)
+    truth_theta, truth_m = sgd_stepped(start, 0.1, **settings)
+    assert_lists_as_accurate(actual.theta, plain.theta, truth_theta)
+    assert_lists_as_accurate(actual.m, plain.m, truth_m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@each_setting
+def test_sgd_update_is_torch_sgd(backend: Backend, dtype: torch.dtype, changes: dict) -> None:
+    settings = {**SGD, **changes}
+    theta, expected = (tensors("odd", dtype, 0, backend.device) for _ in range(2))
+    m = [torch.zeros_like(t) for t in theta] if settings["momentum"] else []
+    sgd = torch.optim.SGD(expected, lr=0.1, **settings)
+    for step in range(5):
+        saved = [t.clone() for t in theta]
+        g_h, g_p = (tensors("odd", dtype, 10 * step + i, backend.device) for i in (1, 2))
+        for t, e, h, p in zip(theta, expected, g_h, g_p):
+            t.fill_(7.0)  # the perturbed weights play no part
+            e.grad = h + p
+        sgd.step()
+        # torch takes the first gradient undampened.
+        now = settings if step else {**settings, "dampening": 0.0}
+        ops.sgd_update_(theta, saved, g_h, g_p, m, scalar(0.1, backend.device), **now)
+    tolerance = 5 * TOLERANCE[dtype]
+    torch.testing.assert_close(theta, expected, rtol=tolerance, atol=tolerance)
+    if m:
+        buffers = [sgd.state[e]["momentum_buffer"] for e in expected]
+        torch.testing.assert_close(m, buffers, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
+def test_sgd_update_undoes_the_loss_scale(
+    backend: Backend, dtype: torch.dtype, lr_dtype: torch.dtype
+) -> None:
+    scaled, unscaled = (lists("odd", dtype, backend.device) for _ in range(2))
+    for g in (*scaled.g_h, *scaled.g_p):
+        g.mul_(1024)  # a power of two scales without rounding
+    lr = torch.tensor(0.125, dtype=lr_dtype, device=backend.device)
+    grad_scale = torch.tensor([1024.0], device=backend.device)
+    for x, scale in ((scaled, grad_scale), (unscaled, None)):
+        ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD, grad_scale=scale)
+    assert_same_bits(scaled.theta, unscaled.theta)
+    assert_same_bits(scaled.m, unscaled.m)
+
+
+@each_dtype
+@pytest.mark.parametrize("saved", [True, False])
+def test_found_inf_only_restores(backend: Backend, dtype: torch.dtype, saved: bool) -> None:
+    x, start = (lists("odd", dtype, backend.device) for _ in range(2))
+    if not saved:
+        x.saved, start.saved = [], start.theta
+    x.g_p[0].fill_(float("nan"))
+    x.g_h[-2].fill_(float("inf"))
+    found_inf = torch.ones(1, device=backend.device)
+    lr = scalar(0.1, backend.device)
+    ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD, found_inf=found_inf)
+    assert_same_bits(x.theta, start.saved)
+    assert_same_bits(x.m, start.m)
+
+
+@each_dtype
+def test_found_inf_zero_changes_nothing(backend: Backend, dtype: torch.dtype) -> None:
+    with_flag, without = (lists("odd", dtype, backend.device) for _ in range(2))
+    lr = scalar(0.1, backend.device)
+    for x, found_inf in ((with_flag, torch.zeros(1, device=backend.device)), (without, None)):
+        ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD, found_inf=found_inf)
+    assert_same_bits(with_flag.theta, without.theta)
+    assert_same_bits(with_flag.m, without.m)
+
+
+# ---------------------------------------------------------------- merge_
+
+
+@each_dtype
+@each_case
+def test_merge(backend: Backend, case: str, dtype: torch.dtype) -> None:
+    actual, plain, start = (lists(case, dtype, backend.device) for _ in range(3))
+    ops.merge_(actual.theta, actual.saved, actual.g_h, actual.g_p)
+    reference.merge_(plain.theta, plain.saved, plain.g_h, plain.g_p)
+    truth = [h + p for h, p in zip(doubles(start.g_h), doubles(start.g_p))]
+    assert_lists_as_accurate(actual.g_p, plain.g_p, truth)
+    assert_same_bits(actual.theta, start.saved)
+    assert_same_bits(actual.saved, start.saved)
+    assert_same_bits(actual.g_h, start.g_h)
+
+
+@pytest.mark.parametrize("absent", [("saved",), ("g_h",), ("saved", "g_h")], ids=str)
+def test_merge_without(backend: Backend, absent: tuple[str, ...]) -> None:
+    x, start = (lists("odd", torch.float32, backend.device) for _ in range(2))
+    remove(x, *absent)
+    ops.merge_(x.theta, x.saved, x.g_h, x.g_p)
+    assert_same_bits(x.theta, start.theta if "saved" in absent else start.saved)
+    sums = [h + p for h, p in zip(start.g_h, start.g_p)]
+    assert_same_bits(x.g_p, start.g_p if "g_h" in absent else sums)
+
+
+# ---------------------------------------------------------------- grad_check
+
+
+@each_dtype
+@each_case
+@pytest.mark.parametrize("head", [True, False])
+def test_grad_check(backend: Backend, case: str, dtype: torch.dtype, head: bool) -> None:
+    x = lists(case, dtype, backend.device)
+    partials, found_inf = ops.grad_check(x.g_h if head else [], x.g_p)
+    total = doubles(x.g_p)
+    if head:
+        total = [h + p for h, p in zip(doubles(x.g_h), total)]
+    # g_h + g_p is rounded to the arithmetic dtype before it is squared.
+    tolerance = SUM_TOLERANCE if dtype == torch.float64 else TOLERANCE[torch.float32]
+    assert_sums(partials, chunk_sums([t.square() for t in total]), tolerance)
+    assert_same_bits([found_inf.cpu()], [torch.zeros(1)])
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["g_h", "g_p"])
+@pytest.mark.parametrize(
+    ("case", "tensor", "element"),
+    [("one element", 0, 0), ("odd", 4, 0), ("odd", 4, 128), ("beyond a chunk", 0, 40000)],
+)
+def test_grad_check_finds(
+    backend: Backend, dtype: torch.dtype, value: float, name: str, case: str, tensor: int,
+    element: int,
+) -> None:  # fmt: skip
+    x = lists(case, dtype, backend.device)
+    getattr(x, name)[tensor][element] = value
+    assert ops.grad_check(x.g_h, x.g_p)[1].tolist() == [1.0]
+    if name == "g_p":
+        assert ops.grad_check([], x.g_p)[1].tolist() == [1.0]
+
+
+def test_grad_check_finds_what_the_sum_makes(backend: Backend) -> None:
+    def found(h: float, p: float) -> bool:
+        g_h, g_p = ([torch.tensor([0.0, x], device=backend.device)] for x in (h, p))
+        return ops.grad_check(g_h, g_p)[1].item() == 1.0
+
+    assert found(3e38, 3e38)
+    assert found(float("inf"), -float("inf"))
+    assert not found(3e38, -3e38)
+    assert not found(3e38, 0.0)  # whose square leaves float32
+
+
+# ---------------------------------------------------------------- what autograd is told
+
+
+@pytest.mark.parametrize(
+    ("op", "written"),
+    [
+        ("perturb_", ("theta", "g_p")),
+        ("sgd_update_", ("theta", "m")),
+        ("merge_", ("theta", "g_p")),
+    ],
+)
+def test_writes_are_counted_for_autograd(
+    backend: Backend, op: str, written: tuple[str, ...]
+) -> None:
+    x = lists("odd", torch.float32, backend.device)
+    factor = torch.ones((), device=backend.device, requires_grad=True)
+    products = {name: getattr(x, name)[0] * factor for name in vars(x)}
+    UPDATES[op](x)
+    for name, product in products.items():
+        if name in written:  # the product needs the value that is gone
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                product.sum().backward()
+        else:
+            product.sum().backward()
+
+
+def test_parameters_that_require_gradients(backend: Backend) -> None:
+    x: SimpleNamespace = lists("odd", torch.float32, backend.device)
+    x.theta = [torch.nn.Parameter(t) for t in x.theta]
+    run: Callable[[SimpleNamespace], list[Tensor]] = UPDATES["sgd_update_"]
+    assert all(t.grad_fn is None for t in run(x))

@@ -1,0 +1,89 @@
+"""Every Triton kernel compiles ahead of time to wide accesses and without spills; no GPU needed."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import imbsam_fast
+
+# Before 3.8 it allocates registers otherwise, and needs AMD's linker.
+pytest.importorskip("triton", minversion="3.8")
+
+
+@functools.cache
+def compiled(target: str, cache: Path) -> list[dict[str, Any]]:
+    """What triton_compile.py found for the target."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(imbsam_fast.__file__).parents[1])
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    script = Path(__file__).parents[1] / "triton_compile.py"
+    done = subprocess.run(
+        [sys.executable, str(script), target], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(params=["sm_80", "sm_90", "gfx942"])
+def kernels(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    return compiled(request.param, tmp_path_factory.getbasetemp() / "triton")
+
+
+# Lists that a kernel reads and writes in 16-byte accesses.
+READ_AND_WRITTEN = {
+    "squared_norm": (2, 0),
+    "perturb_": (2, 2),
+    "sgd_update_": (4, 2),
+    "adam_update_": (6, 4),
+    "merge_": (3, 2),
+    "grad_check": (2, 0),
+    "row_losses": (2, 0),  # the logits, for label smoothing once more
+    "backward": (1, 1),
+}
+# With master weights, the lists in the dtype of the data and those in float32, of twice its size.
+READ_AND_WRITTEN |= {
+    "perturb_ master": (1 + 2, 1),
+    "sgd_update_ master": (2 + 2 * 2, 1 + 2 * 2),
+    "adam_update_ master": (2 + 4 * 2, 1 + 4 * 2),
+}
+PHASES = ("squared_norm", "perturb_", "sgd_update_", "adam_update_", "merge_", "grad_check")
+
+
+def named(kernels: list[dict[str, Any]]) -> list[str]:
+    return [f"{k['op']} of {k['block']}, {k['dtype']}" for k in kernels]
+
+
+def test_every_kernel(kernels: list[dict[str, Any]]) -> None:
+    assert {k["op"] for k in kernels} == {*READ_AND_WRITTEN, "totals"}
+    assert {k["dtype"] for k in kernels} >= {"fp32", "bf16"}
+
+
+def test_no_spills(kernels: list[dict[str, Any]]) -> None:
+    assert named([k for k in kernels if k["spilled"]]) == []
+
+
+def test_128_bit_accesses(kernels: list[dict[str, Any]]) -> None:
+    """To every list, but for rows of at most 256 classes, which are mostly edge."""
+    wide = [k for k in kernels if k["op"] in READ_AND_WRITTEN and k["block"] > 256]
+    assert len(wide) >= 16
+    for kernel in wide:
+        accesses = kernel["bytes_per_thread"] // 16
+        reads, writes = READ_AND_WRITTEN[kernel["op"]]
+        assert accesses >= 1
+        assert kernel["wide_loads"] >= reads * accesses, kernel
+        assert kernel["wide_stores"] >= writes * accesses, kernel
+
+
+def test_nothing_is_fused(kernels: list[dict[str, Any]]) -> None:
+    """In the phases; exponentials and logarithms are made of multiply-adds."""
+    assert named([k for k in kernels if k["op"].split()[0] in PHASES and k["fused"]]) == []

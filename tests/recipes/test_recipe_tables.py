@@ -1,0 +1,136 @@
+"""The record of training runs, and the tables of docs/results.md that are made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import recipe_tables, report
+from imbsam_fast.recipes.data.datasets import DATASETS
+from imbsam_fast.recipes.report.comparison import ANALYSES
+from imbsam_fast.recipes.settings.config import resolve
+from tests import tiny_runs
+
+COUNTS = [500, 50, 5]
+LINE = {"loss": 1.0, "head": 1.0, "tail": 1.0, "train_accuracy": 12.0, "seconds": 9.0}
+DATE = "2031-02-0{}T04:05:06+00:00"
+
+
+def write(root: Path, optimizer: str, accuracies: list[list[float]], **changes) -> None:
+    """One run a seed with these accuracies of the three classes; [] for one that is not done."""
+    for seed, per_class in enumerate(accuracies):
+        given = {"dataset": "cifar10-lt", "data_dir": "/home/me", "images": "small", **changes}
+        config = resolve(DATASETS["cifar10-lt"], {**given, "optimizer": optimizer, "seed": seed})
+        run = tiny_runs.write_run(
+            root / config.directory_name(),
+            per_class or None,
+            COUNTS,
+            [{**LINE, "epoch": 1}, {**LINE, "epoch": 2, "train_accuracy": 90.0 + seed}],
+            **config.to_dict(),
+        )
+        result = run.result()
+        if result is not None:
+            result["environment"] = {
+                "date": DATE.format(seed + 3),
+                "git_commit": "0123456789abcdef",
+                "machine": {"cpu": "Abacus 3000", "torch_threads": 1},
+                "versions": {"imbsam-fast": "1.2.3", "torch": "9.9", "python": "3.14"},
+            }
+            run.write_result(result)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    write(root, "sgd", [[80.0, 40.0, 0.0], [82.0, 40.0, 4.0]])
+    write(root, "sgd-weighted", [[79.0, 45.0, 10.0], [79.0, 47.0, 12.0]], preset="released")
+    write(root, "imbsam", [[78.0, 48.0, 12.0], [76.0, 50.0, 18.0]], preset="released")
+    write(root, "focal-sam", [[81.0, 41.0, 1.0], []])
+    analyses = root / "sgd-seed0" / ANALYSES
+    analyses.mkdir()
+    hessian = {
+        "analysis": "hessian", "classes": "few", "class_list": [2], "rows": 5, "checkpoint": "last",
+        "lambda_max": {"value": 845.32, "error": 0.1, "steps": 20, "converged": True},
+        "trace": {"value": 2040.4, "error": 500.2, "probes": 10},
+        "density": {"values": [[1.0]], "weights": [[1.0]]}, "about": "",
+    }  # fmt: skip
+    (analyses / "hessian-few.json").write_text(json.dumps(hessian))
+    file = root / "record" / "runs.json"
+    assert recipe_tables.main([str(root), "--json", str(file)]) == 0
+    return file
+
+
+def test_the_record_has_what_is_finished_and_no_places(recorded):
+    content = json.loads(recorded.read_text())
+    assert len(content["runs"]) == 7 and len(content["environments"]) == 1
+    assert content["settings"]["model"] == "resnet32"
+    assert set(content["runs"][0]["config"]) >= {"optimizer", "seed", "tail_weight"}
+    assert "/home/me" not in recorded.read_text() and "seconds" not in recorded.read_text()
+
+
+def test_accuracies_are_those_of_the_runs(recorded):
+    lines = recipe_tables.accuracy(recipe_tables.load(recorded))
+    assert lines[0].startswith("| % | seeds | Many | Medium | Few | All | Many, flip | ")
+    assert lines[2] == (
+        "| SGD | 2 | 81.0 ± 1.4 | 40.0 ± 0.0 | 2.0 ± 2.8 | 41.0 ± 1.4 | 82.0 ± 1.4 | 41.0 ± 0.0 "
+        "| 3.0 ± 2.8 | 42.0 ± 1.4 | 90.5 ± 0.7 |"
+    )
+    assert lines[4].startswith("| Focal-SAM | 1 | 81.0 | 41.0 | 1.0 | 41.0 | 82.0 |")
+
+
+def test_runs_are_compared_seed_by_seed_with_sgd_and_with_the_control(recorded):
+    lines = recipe_tables.paired(recipe_tables.load(recorded))[2:]
+    control = "SGD, tail weight 2, eta 20"
+    assert lines == [
+        f"| {control} minus SGD | 2 | -2.0 ± 1.4 | +6.0 ± 1.4 | +9.0 ± 1.4 | +4.3 ± 0.5 |",
+        "| Focal-SAM minus SGD | 1 | +1.0 | +1.0 | +1.0 | +1.0 |",
+        "| ImbSAM, released, eta 20 minus SGD | 2 | -4.0 ± 2.8 | +9.0 ± 1.4 | +13.0 ± 1.4 "
+        "| +6.0 ± 0.0 |",
+        f"| ImbSAM, released, eta 20 minus {control} | 2 | -2.0 ± 1.4 | +3.0 ± 0.0 | +4.0 ± 2.8 "
+        "| +1.7 ± 0.5 |",
+    ]
+
+
+def test_runs_of_another_network_are_no_control(tmp_path):
+    write(tmp_path, "sgd", [[80.0, 40.0, 0.0]])
+    write(tmp_path, "sam", [[80.0, 40.0, 0.0]], model="resnet8")
+    assert recipe_tables.main([str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    assert len(recipe_tables.paired(recipe_tables.load(tmp_path / "r.json"))) == 2
+
+
+def test_sharpness_and_origin(recorded):
+    found = recipe_tables.load(recorded)
+    assert recipe_tables.sharpness(found)[2:] == ["| SGD, seed 0 | few | 5 | 845.3 | 2040 | 500 |"]
+    assert report.provenance([found]) == [
+        "7 runs: Abacus 3000, 1 thread; imbsam-fast 1.2.3, torch 9.9, Python 3.14; "
+        "commit 0123456789ab, 2031-02-03 to 2031-02-04."
+    ]
+
+
+def test_the_report_of_benchmarks_fills_the_tables(recorded, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    for table in recipe_tables.TABLES.values():
+        for source in table.sources:
+            (tmp_path / f"{source}.json").write_bytes(recorded.read_bytes())
+    text = "".join(
+        f"<!-- results: {name} -->\nold\n<!-- end -->\n" for name in recipe_tables.TABLES
+    )
+    filled, complaints = report.filled(text, report.load_results(tmp_path))
+    assert complaints == [] and "old" not in filled
+    assert filled.count("Abacus 3000") == len(recipe_tables.TABLES)
+
+
+def test_without_finished_runs_nothing_is_recorded(tmp_path, capsys):
+    write(tmp_path, "sgd", [[]])
+    assert recipe_tables.main([str(tmp_path), "--json", str(tmp_path / "r.json")]) == 1
+    assert "not finished" in capsys.readouterr().out
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_runs_of_several_data_sets_are_refused(tmp_path, capsys):
+    write(tmp_path, "sgd", [[80.0, 40.0, 0.0]])
+    write(tmp_path, "sam", [[80.0, 40.0, 0.0]], images="full")
+    assert recipe_tables.main([str(tmp_path), "--json", str(tmp_path / "r.json")]) == 1
+    assert "finished runs on 2 data sets, expected one" in capsys.readouterr().out
