@@ -16,10 +16,10 @@ import torch
 pytest.importorskip("torchvision")
 
 from imbsam_fast import cli
-from imbsam_fast.recipes.data.datasets import DATASETS
 from imbsam_fast.recipes.run_directory import RunDirectory, find_runs
 from imbsam_fast.recipes.settings import arguments
 from imbsam_fast.recipes.settings.config import resolve
+from imbsam_fast.recipes.settings.datasets import DATASETS
 from imbsam_fast.recipes.train import run as image_run
 from imbsam_fast.recipes.train.ranks import Ranks, RanksError
 from tests import commands, recipe_data
