@@ -92,6 +92,7 @@ class SplitCrossEntropy(nn.Module):
     def forward(
         self, logits: Tensor, targets: Tensor, batch_size: float | None = None
     ) -> SplitLoss:
+        """Logits (N, K) and int64 targets (N,) to the head and the tail loss."""
         _check_tensors(logits=logits, targets=targets)
         if logits.dim() != 2:
             raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, K)")
@@ -111,6 +112,7 @@ class SplitCrossEntropy(nn.Module):
         return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
 
     def extra_repr(self) -> str:
+        """The settings, for print(criterion)."""
         return (
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
             f"tail_weight={self.tail_weight}"

@@ -191,6 +191,7 @@ class ClassSplit(nn.Module):
         self._cache.clear()
 
     def extra_repr(self) -> str:
+        """Numbers of classes and of tail classes, for print(split)."""
         tail = int((self.sharp > 0).sum())
         classes = "any number of" if self.num_classes is None else str(self.num_classes)
         known = "" if self.counts is None else f", tail_fraction={self.tail_fraction:.3f}"
