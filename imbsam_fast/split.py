@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .ops.arguments import is_transformed
 from .validation import check_bool, check_number, check_weights, check_whole_number
 
 Counts = Sequence[int] | Tensor
@@ -167,8 +169,9 @@ class ClassSplit(nn.Module):
     ) -> Tensor:
         """A weight vector converted once per device, dtype (bool: > 0) and number of classes."""
         weights: Tensor = self._buffers[name]  # type: ignore[assignment]
-        # The weights may be changed or replaced. A compiled graph sees that by itself.
-        if torch.compiler.is_compiling():
+        # The weights may be changed or replaced. A compiled graph sees that by itself, and what a
+        # transform of torch.func or a dispatch mode makes must not outlive it.
+        if torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode():
             return _converted(weights, device, dtype, num_classes)
         key = (name, device, dtype, num_classes)
         version = 0 if weights.is_inference() else weights._version

@@ -82,8 +82,9 @@ def check_own_settings(name: str, group: dict[str, Any]) -> None:
     """Refuse values of what ImbSAM adds to a group, where there are any."""
     if "rho" in group:
         check_rho(group["rho"], f"{name}['rho']")
-    if "adaptive" in group:
-        check_bool(f"{name}['adaptive']", group["adaptive"])
+    for setting in ("adaptive", "perturb"):
+        if setting in group:
+            check_bool(f"{name}['{setting}']", group[setting])
 
 
 def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:
