@@ -63,6 +63,8 @@ def check_memory(params: Sequence[Tensor]) -> None:
         if p.numel() and not p.is_meta and type(p) in (Tensor, torch.nn.Parameter)
     )
     for (device, start, i), (other_device, other_start, j) in itertools.pairwise(spans):
+        if params[i] is params[j]:
+            raise ValueError(f"parameter {j} is parameter {i} again, expected each of them once")
         if device == other_device and other_start < start + params[i].nbytes:
             raise ValueError(
                 f"parameters {i} and {j} share memory, expected each in its own; tie weights by "

@@ -431,7 +431,10 @@ class ImbSAM(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" not in state:  # from load_state_dict; the base knows what its state needs
-            self.base.__setstate__(state)
+            if hasattr(self.base, "__setstate__"):
+                self.base.__setstate__(state)
+            else:
+                self.base.state, self.base.param_groups = state["state"], state["param_groups"]
             return
         super().__setstate__(state)
         self._pending = _Pending()
@@ -538,6 +541,10 @@ class _Pending:
         self.partials: list[Tensor] = []  # the squared norm of g_t
 
 
+def wraps_imbsam(optimizer: object) -> bool:
+    return any(isinstance(value, ImbSAM) for value in getattr(optimizer, "__dict__", {}).values())
+
+
 _TO_SAVE = "; what can be saved now is unperturbed_state_dict() and unperturbed_weights(model)"
 
 _BASE_HAS = ("param_groups", "state", "step", "zero_grad")
@@ -550,12 +557,11 @@ def _check_base(base: object) -> None:
             "ImbSAM(torch.optim.SGD(params, lr=0.1), rho=0.05), or a wrapper of one with "
             f"{', '.join(_BASE_HAS)}"
         )
-    inner = base
-    while (inner := getattr(inner, "optimizer", None)) is not None:
-        if isinstance(inner, ImbSAM):
-            raise TypeError(
-                f"base is {type(base).__name__} around an ImbSAM, expected it the other way "
-                f"round: ImbSAM({type(base).__name__}(sgd))"
-            )
+    if wraps_imbsam(base):
+        name = type(base).__name__
+        raise TypeError(
+            f"base is {name} around an ImbSAM, expected it the other way round: "
+            f"ImbSAM({name}(sgd))"
+        )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")

@@ -18,7 +18,9 @@ OWN_SETTINGS = ("rho", "adaptive", "perturb")
 def has_own_checkpoints(base: Any) -> bool:
     """Whether `base` makes its checkpoints in a way of its own, as wrappers with state do."""
     methods = ("state_dict", "load_state_dict")
-    return any(getattr(type(base), m, None) is not getattr(Optimizer, m) for m in methods)
+    return all(hasattr(base, m) for m in methods) and any(
+        getattr(type(base), m, None) is not getattr(Optimizer, m) for m in methods
+    )
 
 
 class Loading:
@@ -35,7 +37,9 @@ class Loading:
 
     def hook_base(self) -> list[RemovableHandle]:
         """Hang the hooks on a base that takes them; whoever owns this removes them."""
-        if has_own_checkpoints(self.base):
+        if has_own_checkpoints(self.base) or not hasattr(
+            self.base, "_optimizer_load_state_dict_pre_hooks"
+        ):
             return []
         # The base holds its hooks: a cycle would keep the memory of a model that was let go.
         this = weakref.ref(self)
