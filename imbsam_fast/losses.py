@@ -134,6 +134,7 @@ class _SplitPerSampleLoss(nn.Module):
     ) -> SplitLoss:
         _check_tensors(outputs=outputs, targets=targets)
         check_batch_size("batch_size", batch_size)
+        _check_labels(targets)
         targets = targets.to(outputs.device, non_blocking=True)
         losses = self.per_sample_loss(outputs, targets)
         if not isinstance(losses, Tensor):
@@ -148,6 +149,7 @@ class _SplitPerSampleLoss(nn.Module):
         counted = targets != self.ignore_index
         any_number = self.split.num_classes is None
         labels = torch.zeros_like(targets) if any_number else targets.where(counted, 0)
+        labels = labels.long()
         b = counted.sum().clamp(min=1) if batch_size is None else batch_size
 
         weights = self.split.weights(self.split.plain.shape[0], losses.device, losses.dtype)
@@ -186,6 +188,16 @@ def _check_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
+
+
+def _check_labels(targets: Tensor) -> None:
+    not_labels = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    if targets.dim() != 1 or not_labels:
+        raise ValueError(
+            f"targets is {targets.dtype} {tuple(targets.shape)}, expected integer labels (N,), "
+            "whose classes the split weighs; for other targets write a criterion with .split that "
+            "returns a SplitLoss"
+        )
 
 
 def _check_split(split: object) -> None:

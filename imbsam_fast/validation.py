@@ -64,6 +64,8 @@ def check_memory(params: Sequence[Tensor]) -> None:
         if p.numel() and not p.is_meta and type(p) in (Tensor, torch.nn.Parameter)
     )
     for (device, start, i), (other_device, other_start, j) in itertools.pairwise(spans):
+        if params[i] is params[j]:
+            raise ValueError(f"parameter {j} is parameter {i} again, expected each of them once")
         if device == other_device and other_start < start + params[i].nbytes:
             raise ValueError(
                 f"parameters {i} and {j} share memory, expected each in its own; tie weights by "
@@ -84,8 +86,9 @@ def check_own_settings(name: str, group: dict[str, Any]) -> None:
     """Refuse values of what ImbSAM adds to a group, where there are any."""
     if "rho" in group:
         check_rho(group["rho"], f"{name}['rho']")
-    if "adaptive" in group:
-        check_bool(f"{name}['adaptive']", group["adaptive"])
+    for setting in ("adaptive", "perturb"):
+        if setting in group:
+            check_bool(f"{name}['{setting}']", group[setting])
 
 
 def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:

@@ -32,7 +32,7 @@ def flat(tensor: Tensor) -> Tensor:
 def chunked_sums(values: Sequence[Tensor]) -> Tensor:
     """float64 (chunks,): the sum over every CHUNK elements of every tensor."""
     sums = [chunk.sum() for v in values if v.numel() for chunk in flat(v).double().split(CHUNK)]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:

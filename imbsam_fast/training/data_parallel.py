@@ -104,13 +104,13 @@ def keep_in_step(head: Tensor, tail: Tensor, split: ClassSplit) -> None:
 
 def parts_overlap(split: ClassSplit) -> bool:
     """Whether a class belongs to both parts."""
-    labels = torch.arange(len(split.plain))
+    labels = torch.arange(len(split.plain), device="cpu")
     return bool((split.plain_mask(labels) & split.tail_mask(labels)).any())
 
 
 def _parts(split: ClassSplit) -> tuple[bool, bool]:
     """Whether there are head classes, and tail classes."""
-    labels = torch.arange(len(split.plain))
+    labels = torch.arange(len(split.plain), device="cpu")
     has_tail = bool(split.tail_mask(labels).any())
     return bool(split.plain_mask(labels).any()) or not has_tail, has_tail
 

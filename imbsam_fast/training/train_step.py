@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..losses import SplitLoss, check_split_loss
 from ..optim import ImbSAM
 from ..optim.buckets import params_of
+from ..optim.imbsam import wraps_imbsam
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
 from ..optim.scaling import found_inf_of, in_use
@@ -237,7 +238,7 @@ class TrainStep:
 
         Without tail rows the tail's gradient is zero, and so is the perturbation.
         """
-        all_rows = torch.ones(len(targets), dtype=torch.bool)
+        all_rows = torch.ones(len(targets), dtype=torch.bool, device="cpu")
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
         return self._run(joint_plan, inputs, targets, rows)
 
@@ -346,12 +347,33 @@ class TrainStep:
         self.ranks.gather_anew()
 
 
+# Lightning's classes become subclasses of what they wrap.
+_WRAPPERS = {
+    ("accelerate", "AcceleratedOptimizer"),
+    ("lightning", "LightningOptimizer"),
+    ("lightning", "_FabricOptimizer"),
+    ("pytorch_lightning", "LightningOptimizer"),
+    ("lightning_fabric", "_FabricOptimizer"),
+}
+
+
 def _unwrapped(optimizer: object) -> ImbSAM:
-    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, ImbSAM):
-        raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
-    return inner
+    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`.
+
+    Anything else around it would expect its own `step()` to be called.
+    """
+    inner: Any = optimizer
+    while any((c.__module__.partition(".")[0], c.__name__) in _WRAPPERS for c in type(inner).mro()):
+        inner = inner.optimizer
+    if isinstance(inner, ImbSAM):
+        return inner
+    name = type(inner).__name__
+    if wraps_imbsam(inner):
+        raise TypeError(
+            f"optimizer is {name} around an ImbSAM, whose step() would never run, expected it the "
+            f"other way round: ImbSAM({name}(base))"
+        )
+    raise TypeError(f"optimizer is {name}, expected an ImbSAM")
 
 
 def _check_autocast(autocast: object) -> None:
