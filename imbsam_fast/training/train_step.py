@@ -17,6 +17,7 @@ from ..optim import ImbSAM
 from ..optim.buckets import params_of
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
+from ..optim.replicas import average_
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
@@ -29,7 +30,7 @@ from .batch_norm import (
 )
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
 from .cuda_graph import GraphedSteps
-from .data_parallel import Ranks, average_, keep_in_step, parts_overlap
+from .data_parallel import Ranks, keep_in_step, parts_overlap
 from .lagged import TailGradient
 from .plans import (
     Plan,
