@@ -33,6 +33,7 @@ from .interrupts import uninterrupted
 from .loading import OWN_SETTINGS, Loading, has_own_checkpoints, remove
 from .master_weights import MasterWeights
 from .ownership import owned
+from .replicas import Replicas, average_, group_of, no_sync
 from .scaling import joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
@@ -129,6 +130,8 @@ class ImbSAM(torch.optim.Optimizer):
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
+        with self._abandoned_on_failure():
+            self._average_g_t()
         with self._abandoned_on_failure(), uninterrupted():
             g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
@@ -225,7 +228,9 @@ class ImbSAM(torch.optim.Optimizer):
         Args:
             closure: runs the forward pass and returns its `SplitLoss`, without a backward;
                 called at theta and again at theta + epsilon. BatchNorm statistics are updated
-                by both calls, unless the closure keeps that from happening.
+                by both calls, unless the closure keeps that from happening. Of a
+                `DistributedDataParallel` model g_t and g_h + g_p are averaged here, as in
+                `TrainStep`; all ranks make the call together.
 
         Returns the loss at theta. Without a closure only torch.distributed.checkpoint steps, at
         learning rate 0 and with gradients of 0, to make the state that it then loads: it gets None.
@@ -239,18 +244,25 @@ class ImbSAM(torch.optim.Optimizer):
                 "or call first_step, second_step and third_step after your own backwards"
             )
         self.require_idle("a step")
-        self.zero_grad()
-        with self._abandoned_on_failure(), torch.enable_grad():
+        self.require_no_gradient("a step")
+        replicas = self._replicas.of(self._params())
+        group = group_of(replicas)
+        with self._abandoned_on_failure(), no_sync(replicas), torch.enable_grad():
             with compiled_for_two_backwards():
                 loss = closure()
             check_split_loss("closure", loss)
             backward(loss.head, retain_graph=True)
             self.first_step()
             backward(loss.tail)
+            if group is not None:
+                average_(self.gradients(), group)
             self.second_step()
             perturbed = closure()
             check_split_loss("closure", perturbed)
             perturbed.tail.backward()
+            if group is not None:
+                self.merge_held()
+                average_(self.gradients(), group)
             self.third_step()
         return SplitLoss(loss.head.detach(), loss.tail.detach())
 
@@ -281,7 +293,29 @@ class ImbSAM(torch.optim.Optimizer):
             self._pending.clear()
             self.zero_grad()
 
+    def require_no_gradient(self, action: str) -> None:
+        """Refuse gradients that the step would have to drop."""
+        for i, p in enumerate(self._params()):
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"parameter {i} has a gradient before {action}, expected None: the step makes "
+                    "its gradients itself; call optimizer.zero_grad() to drop it, or let the "
+                    "criterion add what it is the gradient of to the losses"
+                )
+
     # ------------------------------------------------------------ gradients of several ranks
+
+    @torch.no_grad()
+    def _average_g_t(self) -> None:
+        """Under DDP, in the three calls: its reducer takes no second backward over one forward.
+
+        Where it was told not to synchronise, the caller averages, or wants each rank's own.
+        """
+        replicas = self._replicas.of(self._params())
+        if not any(model.require_backward_grad_sync for model in replicas):
+            return
+        if any(p.grad is not None for p in self._params()):  # else second_step refuses
+            average_(self.gradients(), replicas[0].process_group)
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
@@ -438,6 +472,7 @@ class ImbSAM(torch.optim.Optimizer):
             return
         super().__setstate__(state)
         self._pending = _Pending()
+        self._replicas = Replicas()
         self._masters = MasterWeights(self.base, self.master_weights)
         self._loading = Loading(self.base, self._masters)
         weakref.finalize(self, remove, self._loading.hook_base()).atexit = False

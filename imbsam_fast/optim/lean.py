@@ -57,6 +57,7 @@ class LeanImbSAM(ImbSAM):
     @torch.no_grad()
     def first_step(self) -> None:
         """Let the momentum take up g_h, in `p.grad`, and the weight decay."""
+        self._check_alone()
         self._check_groups()
         super().first_step()
         with self._abandoned_on_failure(), uninterrupted():
@@ -67,6 +68,7 @@ class LeanImbSAM(ImbSAM):
     @torch.no_grad()
     def second_step(self) -> None:
         """Perturb as ImbSAM does; from now on gradients go from autograd to the momentum."""
+        self._check_alone()
         self._check_groups()
         super().second_step()
         with self._abandoned_on_failure():
@@ -87,6 +89,7 @@ class LeanImbSAM(ImbSAM):
         """
         with uninterrupted():
             check_whole_gradient(grad_scaler, max_norm)
+            self._check_alone()
             self._check_groups()
             self._remove_hooks()
             params = self._params()
@@ -216,6 +219,13 @@ class LeanImbSAM(ImbSAM):
                     f"param_groups[{i}]['nesterov'] is True, expected False: its update needs the "
                     "gradient apart from the momentum"
                 )
+
+    def _check_alone(self) -> None:
+        if self._replicas.of(self._params()):
+            raise ValueError(
+                "the parameters are DistributedDataParallel's, expected those of one process with "
+                "a LeanImbSAM: ranks exchange whole gradients; use ImbSAM"
+            )
 
 
 def check_whole_gradient(grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..optim.buckets import params_of
 from ..optim.imbsam import wraps_imbsam
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
+from ..optim.replicas import average_
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
@@ -30,8 +31,10 @@ from .batch_norm import (
 )
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
 from .cuda_graph import GraphedSteps
-from .data_parallel import Ranks, average_, keep_in_step, parts_overlap
+from .data_parallel import Ranks, keep_in_step, parts_overlap
+from .generators import Draws, Generators
 from .lagged import TailGradient
+from .own_writes import ChangesItselfError, OwnWrites
 from .plans import (
     Plan,
     Rows,
@@ -42,6 +45,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .wrappers import Wrapper
 
 
 class TrainStep:
@@ -117,10 +121,11 @@ class TrainStep:
         micro_batch_size: int | None = None,
         cuda_graph: bool = False,
         lagged: bool = False,
+        same_dropout: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
-        optimizer = _unwrapped(optimizer)
+        given, optimizer = optimizer, _unwrapped(optimizer)
         if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
             raise TypeError(
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
@@ -141,7 +146,9 @@ class TrainStep:
         _check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
         check_bool("lagged", lagged)
+        check_bool("same_dropout", same_dropout)
         check_grad_scaler(grad_scaler)
+        self.wrapper = Wrapper(given, optimizer)
         check_max_norm(max_norm)
         self.ranks = Ranks(model, params_of(optimizer.param_groups))
         _check_holds_some(optimizer, model)
@@ -152,13 +159,18 @@ class TrainStep:
         self.plan = plan
         self.batch_norm = batch_norm
         self.autocast = autocast or nullcontext()
-        self.grad_scaler = grad_scaler
+        self.grad_scaler = self.wrapper.grad_scaler() if grad_scaler is None else grad_scaler
         self.max_norm = max_norm
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
         self.group = self.ranks.group
         self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
         self.lagged = lagged
+        self.same_dropout = same_dropout
+        self.draws = Draws(Generators(model), same_dropout)
+        self.own_writes = OwnWrites(
+            model, criterion, self.draws.generators, same_everywhere=self.ranks.sharded
+        )
         self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):
             self._check_lean(cuda_graph)
@@ -167,16 +179,25 @@ class TrainStep:
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
-        if self.graphs is not None:
-            return self.graphs(inputs, targets)
-        rows = self._rows(targets)
-        return self._run(self._planned(rows), inputs, targets, rows)
+        self.optimizer.require_no_gradient("a training step")
+        with self.wrapper.one_step():
+            if self.graphs is not None:
+                return self.graphs(inputs, targets)
+            rows = self._rows(targets)
+            return self._run(self._planned(rows), inputs, targets, rows)
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-        self.optimizer.zero_grad()
+        parts = (split_plan, lagged_split_plan) if rows.head_rows else (split_plan,)
+        may_restart = self.plan == "auto" and plan in parts  # from an unperturbed pass
+        self.own_writes.begin_step(may_restart, reads_again=rows.tail_rows > 0)
+        self.draws.begin_step()
         try:
             with self.ranks.one_step():
-                return plan(self, inputs, targets, rows)
+                try:
+                    return plan(self, inputs, targets, rows)
+                except ChangesItselfError:
+                    self.draws.begin_step()
+                    return self._planned(rows)(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
             raise
@@ -214,13 +235,14 @@ class TrainStep:
             "grad_scaler": self.grad_scaler is None,
             "model": self.group is None,
             "lagged": not self.lagged,
+            "same_dropout": not self.same_dropout,
         }
         for name, fits in needs.items():
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
                     "plan, no micro-batches, no gradient scaler, no DistributedDataParallel, "
-                    "lagged=False"
+                    "lagged=False, same_dropout=False"
                 )
         groups = self.optimizer.param_groups
         device = groups[0]["params"][0].device
@@ -253,17 +275,21 @@ class TrainStep:
             split = (
                 self.micro_batch_size is None
                 and not parts_overlap(self.criterion.split)  # type: ignore[attr-defined]
-                and not has_batch_statistics(self.model)
+                and not self._sees_all_rows_at_once()
             )
         elif self.plan == "auto":
             # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
             cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * rows.head.shape[0]
-            split = cheaper and not has_batch_statistics(self.model)
+            split = cheaper and not self._sees_all_rows_at_once()
         else:
             split = self.plan == "split"
         if lags:
             return lagged_split_plan if split else lagged_joint_plan
         return split_plan if split else joint_plan
+
+    def _sees_all_rows_at_once(self) -> bool:
+        """Whether the model gathers something over the rows of a batch, so that parts differ."""
+        return bool(self.own_writes.changing) or has_batch_statistics(self.model)
 
     # ------------------------------------------------------------ what plans are made of
 
@@ -280,11 +306,15 @@ class TrainStep:
 
     def forward(self, inputs: Any, targets: Tensor, counted: int | None) -> tuple[Any, SplitLoss]:
         """The model's outputs and their loss, as a part of a batch with `counted` rows."""
+        if not self.optimizer.is_perturbed:
+            self.draws.note(len(targets))
+        before = self.own_writes.before(inputs, targets)
         with self.autocast:
             outputs = self.model(inputs)
             loss = self.criterion(outputs, targets, batch_size=counted or None)
-            check_split_loss("criterion", loss)
-            return outputs, loss
+        check_split_loss("criterion", loss)
+        self.own_writes.after(before)
+        return outputs, loss
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self.grad_scaler is not None:
@@ -301,21 +331,31 @@ class TrainStep:
         """
         # The backward is inside: under activation checkpointing it runs the model again.
         frozen = self.batch_norm == "once" and only is None
+        pieces = list(self.micro_batches(inputs, targets))
+        rows = [len(y) for _, y in pieces]
+        draws = self.draws.of_last(rows) if only is None else [None] * len(rows)
         with self._perturbed_statistics(frozen):
-            for x, y in self.micro_batches(inputs, targets):
-                outputs, loss = self.forward(x, y, counted)
-                self.backward(loss.tail)
+            for (x, y), states in zip(pieces, draws):
+                with self.draws.generators.replayed(states):
+                    outputs, loss = self.forward(x, y, counted)
+                    self.backward(loss.tail)
                 if only is not None:
                     only.add(outputs, tail=loss.tail)
 
-    def _perturbed_statistics(self, frozen: bool) -> AbstractContextManager:
+    @contextmanager
+    def _perturbed_statistics(self, frozen: bool) -> Iterator[None]:
         if frozen:
-            return frozen_batch_norm_statistics(self.model)
+            with frozen_batch_norm_statistics(self.model), self.own_writes.kept_out():
+                yield
+            return
         # A gradient that overflowed skips the step, and must not reach the statistics either.
         may_overflow = self.grad_scaler is not None and self.optimizer.is_perturbed
         if not may_overflow:
-            return nullcontext()
-        return statistics_where(self.optimizer.perturbation_is_finite(), self.model)
+            yield
+            return
+        finite, others = self.optimizer.perturbation_is_finite(), self.own_writes.changing_tensors()
+        with statistics_where(finite, self.model, others):
+            yield
 
     def perturb(self, has_tail: bool) -> None:
         """Ranks without tail rows follow the others where the perturbation is a common one."""
@@ -342,8 +382,10 @@ class TrainStep:
             self.optimizer.third_step(self.grad_scaler, self.max_norm)
             if self.tail_gradient is not None and seen is not None:
                 self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
+            found_inf = found_inf_of(self.grad_scaler, self.optimizer)
             if self.grad_scaler is not None:
                 self.grad_scaler.update()
+        self.wrapper.note_skipped(found_inf)
         self.ranks.gather_anew()
 
 
