@@ -57,7 +57,8 @@ function(imbsam_add_cuda target)
     csrc/cuda/merge.cu
     csrc/cuda/runtime.cu
     csrc/cuda/split_cross_entropy.cu
-    csrc/cuda/squared_norm.cu)
+    csrc/cuda/squared_norm.cu
+    csrc/cuda/updates.cu)
   # Without fused multiply-add the updates of weights have the bits of the CPU kernels.
   set_source_files_properties(${bit_exact} PROPERTIES COMPILE_OPTIONS -fmad=false)
   set(ascending ${architectures})

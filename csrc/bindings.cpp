@@ -121,34 +121,23 @@ void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& thet
                 partial_count, rho, adaptive, threads);
 }
 
-void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                 const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                 const Pointers& m, const Pointers& master, double lr, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize,
-                 double grad_scale, bool skip, int threads) {
-  Lists lists("sgd_update_", dtype, numel);
-  check_sgd_lists(lists, theta, saved, g_h, g_p, m, master);
-  cpu::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(master),
-                   {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
-                   threads);
-}
-
-// step: counts on the host, which a step that is not skipped advances.
-void adam_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                  const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                  const Pointers& m, const Pointers& v, const Pointers& v_max,
-                  const Pointers& master, const Pointers& step, int step_dtype, double lr,
-                  double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                  bool maximize, double grad_scale, bool skip, int threads) {
-  Lists lists("adam_update_", dtype, numel);
-  check_adam_lists(lists, theta, saved, g_h, g_p, m, v, v_max, master);
-  const StepCounts counts(step, step_dtype, numel.size());
-  cpu::adam_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(v),
-                    out(v_max), out(master), counts.next(),
-                    {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, skip},
-                    threads);
+// step: counts on the host, which a step that is not skipped advances; [] for none.
+void update_(const std::string& op, int dtype, const std::vector<int64_t>& numel,
+             const Pointers& theta, const Pointers& saved, const Pointers& g_h,
+             const Pointers& g_p, const std::vector<Pointers>& state, const Pointers& master,
+             const Pointers& step, int step_dtype, double lr, const std::vector<double>& settings,
+             bool maximize, double grad_scale, bool skip, int threads) {
+  const Base base = base_of(op);
+  Lists lists(entry(base).op, dtype, numel);
+  const UpdateLists found = checked(lists, base, {theta, saved, g_h, g_p, state, master});
+  const UpdateSettings of_step = checked(base, lr, settings, maximize, grad_scale, skip);
+  const StepCounts counts(base, step, step_dtype, numel.size());
+  cpu::update_(base, lists.table(), found, counts.next(), of_step, threads);
   if (!skip) counts.advance();
 }
+
+// Whether the formula of the base needs the steps taken.
+bool needs_counts(const std::string& op) { return entry(base_of(op)).counts; }
 
 void merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
             const Pointers& saved, const Pointers& g_h, const Pointers& g_p, int threads) {
@@ -299,39 +288,24 @@ void cuda_perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers&
                  on(device, stream));
 }
 
-void cuda_sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                      const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                      const Pointers& m, const Pointers& master, double lr, double momentum,
-                      double dampening, double weight_decay, bool nesterov, bool maximize,
-                      double grad_scale, bool skip, uintptr_t lr_at, uintptr_t grad_scale_at,
-                      uintptr_t found_inf_at, int device, uintptr_t stream) {
-  Lists lists("sgd_update_", dtype, numel);
-  check_sgd_lists(lists, theta, saved, g_h, g_p, m, master);
-  cuda::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(master),
-                    {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
-                    {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
-                    on(device, stream));
-}
-
-// step: one float a tensor on the device, which is only read.
-void cuda_adam_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                       const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                       const Pointers& m, const Pointers& v, const Pointers& v_max,
-                       const Pointers& master, const Pointers& step, double lr, double beta1,
-                       double beta2, double eps, double weight_decay, bool decoupled,
-                       bool maximize, double grad_scale, bool skip, uintptr_t lr_at,
-                       uintptr_t grad_scale_at, uintptr_t found_inf_at, int device,
-                       uintptr_t stream) {
-  Lists lists("adam_update_", dtype, numel);
-  check_adam_lists(lists, theta, saved, g_h, g_p, m, v, v_max, master);
-  IMBSAM_CHECK(step.size() == numel.size() && std::count(step.begin(), step.end(), 0) == 0,
-               "adam_update_: step has " << step.size() << " tensors, expected " << numel.size()
-                                         << ", none of them a null pointer");
-  cuda::adam_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(v),
-                     out(v_max), out(master), in(step),
-                     {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, skip},
-                     {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
-                     on(device, stream));
+// step: one float a tensor on the device, which is only read; [] where the base needs none.
+void cuda_update_(const std::string& op, int dtype, const std::vector<int64_t>& numel,
+                  const Pointers& theta, const Pointers& saved, const Pointers& g_h,
+                  const Pointers& g_p, const std::vector<Pointers>& state, const Pointers& master,
+                  const Pointers& step, double lr, const std::vector<double>& settings,
+                  bool maximize, double grad_scale, bool skip, uintptr_t lr_at,
+                  uintptr_t grad_scale_at, uintptr_t found_inf_at, int device, uintptr_t stream) {
+  const Base base = base_of(op);
+  Lists lists(entry(base).op, dtype, numel);
+  const UpdateLists found = checked(lists, base, {theta, saved, g_h, g_p, state, master});
+  const UpdateSettings of_step = checked(base, lr, settings, maximize, grad_scale, skip);
+  const size_t expected = entry(base).counts ? numel.size() : 0;
+  IMBSAM_CHECK(step.size() == expected && std::count(step.begin(), step.end(), 0) == 0,
+               op << ": step has " << step.size() << " tensors, expected " << expected
+                  << ", none of them a null pointer");
+  cuda::update_(base, lists.table(), found, in(step), of_step,
+                {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
+                on(device, stream));
 }
 
 void cuda_merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
@@ -400,8 +374,7 @@ void define_cuda(py::module_& module) {
   module.def("cuda_reason_unavailable", &cuda_reason_unavailable, release);
   module.def("cuda_squared_norm", &cuda_squared_norm, release);
   module.def("cuda_perturb_", &cuda_perturb_, release);
-  module.def("cuda_sgd_update_", &cuda_sgd_update_, release);
-  module.def("cuda_adam_update_", &cuda_adam_update_, release);
+  module.def("cuda_update_", &cuda_update_, release);
   module.def("cuda_merge_", &cuda_merge_, release);
   module.def("cuda_grad_check", &cuda_grad_check, release);
   module.def("cuda_split_cross_entropy", &cuda_split_cross_entropy, release);
@@ -417,8 +390,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled operations of imbsam_fast on raw pointers; see csrc/imbsam.h.";
   module.def("squared_norm", &squared_norm, release);
   module.def("perturb_", &perturb_, release);
-  module.def("sgd_update_", &sgd_update_, release);
-  module.def("adam_update_", &adam_update_, release);
+  module.def("update_", &update_, release);
+  module.def("needs_counts", &needs_counts);
   module.def("merge_", &merge_, release);
   module.def("grad_check", &grad_check, release);
   module.def("split_cross_entropy", &split_cross_entropy, release);

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <string>
 #include <vector>
 
 #include "check.h"
@@ -96,47 +97,73 @@ inline const void* const* in(const Pointers& list) {
   return list.empty() ? nullptr : reinterpret_cast<const void* const*>(list.data());
 }
 
-inline void check_sgd_lists(Lists& lists, const Pointers& theta, const Pointers& saved,
-                     const Pointers& g_h, const Pointers& g_p, const Pointers& m,
-                     const Pointers& master) {
-  lists.required("theta", theta);
-  lists.optional("saved", saved);
-  lists.optional("g_h", g_h);
-  lists.required("g_p", g_p);
-  lists.optional("m", m, lists.kept_with(master));
-  lists.disjoint();
+// The lists of one update, as Python passes them; state holds those of kBases, and [] for an absent
+// one.
+struct UpdatePointers {
+  const Pointers &theta, &saved, &g_h, &g_p;
+  const std::vector<Pointers>& state;
+  const Pointers& master;
+};
+
+inline Base base_of(const std::string& op) {
+  for (int i = 0; i < kBaseCount; ++i)
+    if (op == kBases[i].op) return (Base)i;
+  IMBSAM_CHECK(false, "op is '" << op << "', expected the update of a base");
+  return {};
 }
 
-inline void check_adam_lists(Lists& lists, const Pointers& theta, const Pointers& saved,
-                      const Pointers& g_h, const Pointers& g_p, const Pointers& m,
-                      const Pointers& v, const Pointers& v_max, const Pointers& master) {
-  lists.required("theta", theta);
-  lists.optional("saved", saved);
-  lists.optional("g_h", g_h);
-  lists.required("g_p", g_p);
-  const DType kept = lists.kept_with(master);
-  lists.required("m", m, kept);
-  lists.required("v", v, kept);
-  lists.optional("v_max", v_max, kept);
+inline UpdateLists checked(Lists& lists, Base base, const UpdatePointers& x) {
+  const BaseEntry& entry = imbsam::entry(base);
+  IMBSAM_CHECK((int)x.state.size() == entry.state_count,
+               entry.op << ": state has " << x.state.size() << " lists, expected "
+                        << entry.state_count);
+  lists.required("theta", x.theta);
+  lists.optional("saved", x.saved);
+  lists.optional("g_h", x.g_h);
+  lists.required("g_p", x.g_p);
+  const DType kept = lists.kept_with(x.master);
+  UpdateLists found = {out(x.theta), in(x.saved), in(x.g_h), in(x.g_p), {}, out(x.master)};
+  for (int k = 0; k < entry.state_count; ++k) {
+    if (entry.state[k].required)
+      lists.required(entry.state[k].name, x.state[k], kept);
+    else
+      lists.optional(entry.state[k].name, x.state[k], kept);
+    found.state[k] = out(x.state[k]);
+  }
   lists.disjoint();
+  return found;
+}
+
+inline UpdateSettings checked(Base base, double lr, const std::vector<double>& own, bool maximize,
+                              double grad_scale, bool skip) {
+  IMBSAM_CHECK((int)own.size() == entry(base).settings,
+               entry(base).op << ": settings has " << own.size() << " numbers, expected "
+                              << entry(base).settings);
+  UpdateSettings settings = {lr, {}, maximize, grad_scale, skip};
+  std::copy(own.begin(), own.end(), settings.own);
+  return settings;
 }
 
 // What was counted, one float or double a tensor.
 class StepCounts {
  public:
-  StepCounts(const Pointers& step, int dtype, size_t count) : step_(step), dtype_((DType)dtype) {
-    IMBSAM_CHECK(dtype == 0 || dtype == 1,
-                 "adam_update_: step_dtype is " << dtype << ", expected 0 or 1");
-    IMBSAM_CHECK(step.size() == count,
-                 "adam_update_: step has " << step.size() << " tensors, expected " << count);
+  // Empty step: nothing is counted, which a base with counts is not content with.
+  StepCounts(Base base, const Pointers& step, int dtype, size_t count)
+      : step_(step), dtype_((DType)dtype) {
+    const char* op = entry(base).op;
+    IMBSAM_CHECK(dtype == 0 || dtype == 1, op << ": step_dtype is " << dtype
+                                              << ", expected 0 or 1");
+    if (step.empty() && !entry(base).counts) return;
+    IMBSAM_CHECK(step.size() == count, op << ": step has " << step.size() << " tensors, expected "
+                                          << count);
     for (size_t i = 0; i < count; ++i) {
-      IMBSAM_CHECK(step[i], "adam_update_: step[" << i << "] is a null pointer");
+      IMBSAM_CHECK(step[i], op << ": step[" << i << "] is a null pointer");
       next_.push_back((int64_t)(dtype_ == DType::float64 ? *(double*)pointer(step[i])
                                                          : *(float*)pointer(step[i])) + 1);
     }
   }
 
-  const int64_t* next() const { return next_.data(); }
+  const int64_t* next() const { return next_.empty() ? nullptr : next_.data(); }
 
   void advance() const {
     for (uintptr_t step : step_) {

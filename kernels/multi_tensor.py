@@ -34,13 +34,11 @@ class Configuration(NamedTuple):
 # Chosen from the sizes alone, not tuned on a GPU: a thread reads 8 or 16 elements of a list at a
 # step, which is one or two 16-byte accesses in a half dtype, two or four in float32. Sums need one
 # program per CHUNK, and in perturb_ each program adds up the partials: long spans. The others have
-# short ones, so that small models keep a whole GPU busy.
+# short ones, so that small models keep a whole GPU busy. Those of the updates are in updates.py.
 CONFIGURATIONS = {
     "squared_norm": Configuration(span=CHUNK, block=4096, threads=256),
     "grad_check": Configuration(span=CHUNK, block=4096, threads=256),
     "perturb_": Configuration(span=CHUNK, block=2048, threads=256),
-    "sgd_update_": Configuration(span=8192, block=2048, threads=128),
-    "adam_update_": Configuration(span=8192, block=1024, threads=128),
     "merge_": Configuration(span=8192, block=2048, threads=128),
 }
 

@@ -1,4 +1,4 @@
-"""sgd_update_ and adam_update_: one launch each over any number of tensors, as in multi_tensor.py.
+"""The fused bases' updates: one launch each over any number of tensors, as in multi_tensor.py.
 
 KEPT is the dtype in which the weights and the state of the base are kept: that of the data, DTYPE,
 or with master weights the arithmetic dtype.
@@ -6,18 +6,19 @@ or with master weights the arithmetic dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import advance_, arithmetic_dtype, steps_on
+from .arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
 from .launch import DTYPES, launch_options, on, table
-from .multi_tensor import CONFIGURATIONS, all_read, at, read, span_of, write
+from .multi_tensor import Configuration, all_read, at, read, span_of, write
 
-# ---------------------------------------------------------------- what both need
+# ---------------------------------------------------------------- what all need
 
 
 @triton.jit
@@ -122,41 +123,6 @@ def sgd_update_kernel(
         sgd_update_block(
             theta, kept, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay,
             factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, KEPT, ARITHMETIC, False,
-        )  # fmt: skip
-
-
-def sgd_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    """See reference.sgd_update_."""
-    span, block, threads = CONFIGURATIONS["sgd_update_"]
-    kept = master or saved
-    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, m))
-    if not programs:
-        return
-    device, dtype = theta[0].device, theta[0].dtype
-    arithmetic = DTYPES[arithmetic_dtype(dtype)]
-    with on(device):
-        sgd_update_kernel[(programs,)](
-            spans, addresses, *lr_arguments(lr, device), momentum, 1 - dampening, weight_decay,
-            on_device(grad_scale, device), on_device(found_inf, device),
-            NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
-            SAVED=len(kept) > 0, HEAD=len(g_h) > 0, MOMENTUM=len(m) > 0, DTYPE=DTYPES[dtype],
-            KEPT=arithmetic if master else DTYPES[dtype], ARITHMETIC=arithmetic, BLOCK=block,
-            **launch_options(threads),
         )  # fmt: skip
 
 
@@ -265,40 +231,76 @@ def adam_update_kernel(
         )  # fmt: skip
 
 
-def adam_update_(
+# ---------------------------------------------------------------- the launch of any of them
+
+
+class Update(NamedTuple):
+    """What one update has of its own."""
+
+    kernel: Any
+    configuration: Configuration
+    # The kernel's scalars after lr_tensor, from the settings.
+    scalars: Callable[..., tuple[float, ...]]
+    # Its own flags, from which lists of the state are there and from the settings.
+    flags: Callable[[Sequence[bool], Sequence[float]], dict[str, bool]]
+    counts: bool = False  # whether it takes the steps taken
+
+
+def _adam_scalars(
+    beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: float
+) -> tuple[float, ...]:
+    coupled, decoupled_decay = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+    return beta1, 1 - beta1, beta2, 1 - beta2, eps, coupled, decoupled_decay
+
+
+UPDATES = {
+    "sgd_update_": Update(
+        sgd_update_kernel,
+        Configuration(span=8192, block=2048, threads=128),
+        lambda momentum, dampening, weight_decay, _: (momentum, 1 - dampening, weight_decay),
+        lambda has, settings: {"MOMENTUM": has[0], "NESTEROV": bool(settings[3]) and has[0]},
+    ),
+    "adam_update_": Update(
+        adam_update_kernel,
+        Configuration(span=8192, block=1024, threads=128),
+        _adam_scalars,
+        lambda has, settings: {"AMSGRAD": has[2]},
+        counts=True,
+    ),
+}
+
+
+def update_(
+    op: str,
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
     step: Sequence[Tensor],
     lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
 ) -> None:
-    """See reference.adam_update_."""
-    span, block, threads = CONFIGURATIONS["adam_update_"]
+    """See reference.update_."""
+    update = UPDATES[op]
+    span, block, threads = update.configuration
     kept = master or saved
-    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, m, v, v_max))
+    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, *state))
     device, dtype = theta[0].device, theta[0].dtype
+    check_not_captured(op, device, step)
     arithmetic = DTYPES[arithmetic_dtype(dtype)]
     if programs:
+        counts = [steps_on(device, step)] if update.counts else []
         with on(device):
-            adam_update_kernel[(programs,)](
-                spans, addresses, steps_on(device, step), *lr_arguments(lr, device),
-                beta1, 1 - beta1, beta2, 1 - beta2, eps,
-                0.0 if decoupled else weight_decay, weight_decay if decoupled else 0.0,
+            update.kernel[(programs,)](
+                spans, addresses, *counts, *lr_arguments(lr, device), *update.scalars(*settings),
                 on_device(grad_scale, device), on_device(found_inf, device),
-                MAXIMIZE=maximize, SAVED=len(kept) > 0, HEAD=len(g_h) > 0, AMSGRAD=len(v_max) > 0,
+                **update.flags([len(list_) > 0 for list_ in state], settings),
+                MAXIMIZE=maximize, SAVED=len(kept) > 0, HEAD=len(g_h) > 0,
                 DTYPE=DTYPES[dtype], KEPT=arithmetic if master else DTYPES[dtype],
                 ARITHMETIC=arithmetic, BLOCK=block, **launch_options(threads),
             )  # fmt: skip

@@ -124,54 +124,25 @@ def perturb_(
     )  # fmt: skip
 
 
-def sgd_update_(
+def update_(
+    op: str,
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    _C.sgd_update_(
-        *_table(theta), theta, saved, g_h, g_p,
-        m, master, lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
-        _value(grad_scale, default=1.0), _value(found_inf) != 0,
-        torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def adam_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
     step: Sequence[Tensor],
     lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
 ) -> None:
-    _C.adam_update_(
-        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master,
-        step, _DTYPE_CODES[step[0].dtype], lr.item(), beta1, beta2, eps, weight_decay, decoupled,
-        maximize, _value(grad_scale, default=1.0), _value(found_inf) != 0,
+    _C.update_(
+        op, *_table(theta), theta, saved, g_h, g_p, state, master,
+        step, _DTYPE_CODES[step[0].dtype] if step else 0, lr.item(), settings, maximize,
+        _value(grad_scale, default=1.0), _value(found_inf) != 0,
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.arithmetic import advance_, arithmetic_dtype, steps_on
+from ..kernels.arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
 from .native import _C, _chunks, _pointer, _rows, _table, _value
 
 
@@ -56,62 +56,30 @@ def _scalar(
     return default, scalar.to(like.device, arithmetic_dtype(like.dtype))
 
 
-def sgd_update_(
+def update_(
+    op: str,
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    lr_value, lr_there = _scalar(lr, theta[0])
-    scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
-    inf_value, inf_there = _scalar(found_inf, theta[0])
-    _C.cuda_sgd_update_(
-        *_table(theta), theta, saved, g_h, g_p,
-        m, master, lr_value, momentum, dampening, weight_decay, nesterov, maximize,
-        scale_value, inf_value != 0,
-        _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(theta[0].device),
-    )  # fmt: skip
-
-
-def adam_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
     step: Sequence[Tensor],
     lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
 ) -> None:
     device = theta[0].device
     lr_value, lr_there = _scalar(lr, theta[0])
     scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
     inf_value, inf_there = _scalar(found_inf, theta[0])
-    counts = _counts(step, device)
-    _C.cuda_adam_update_(
-        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master, counts,
-        lr_value, beta1, beta2, eps, weight_decay, decoupled, maximize,
-        scale_value, inf_value != 0,
+    check_not_captured(op, device, step)
+    counts = _counts(step, device) if _C.needs_counts(op) else []
+    _C.cuda_update_(
+        op, *_table(theta), theta, saved, g_h, g_p, state, master, counts,
+        lr_value, settings, maximize, scale_value, inf_value != 0,
         _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(device),
     )  # fmt: skip
     advance_(step, found_inf)

@@ -1,8 +1,8 @@
 """The specification of every operation in plain torch, readable beside docs/design.md's equations.
 
-It is a backend like the others (same names, same argument order), works on any device and
-in float64, and is what the compiled kernels are tested against. List arguments hold one
-tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
+It is a backend like the others (same names, same argument order; `update_` for every update), works
+on any device and in float64, and is what the compiled kernels are tested against. List arguments
+hold one tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
 `operators.py` checks that. An empty list stands for an absent input (a zero gradient, weights
 that were not perturbed, no momentum). Whatever allocates comes before the first write, so
 that running out of memory changes nothing.
@@ -184,6 +184,26 @@ def adam_update_(
         written += [(kept[i], new, kept[i].to(dtype)) for kept, new in moments]
     write_where_found(written, found_inf)
     advance_(step, found_inf)
+
+
+def update_(
+    op: str,  # an update of this module
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],  # its lists after g_p and before step
+    step: Sequence[Tensor],  # [] where it has none
+    lr: Tensor,
+    settings: Sequence[float],  # those between lr and maximize
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
+) -> None:
+    """Any of the updates: how a backend takes them, whatever the base is."""
+    lists = (theta, saved, g_h, g_p, *state, *([step] if step else []))
+    globals()[op](*lists, lr, *settings, maximize, grad_scale, found_inf, master)
 
 
 def merge_(

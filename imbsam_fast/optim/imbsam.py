@@ -17,20 +17,20 @@ from torch import Tensor
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
 from ..ops.arguments import DTYPES, check_dense, in_layout_of
-from ..validation import (
-    check_bool,
-    check_grad_scaler,
+from ..validation import check_bool, check_grad_scaler, check_max_norm
+from . import shards, updates
+from .bases import check_fused, reason_not_fused
+from .buckets import Bucket, Slots, buckets, local_params_of, params_of
+from .groups import (
+    OWN_SETTINGS,
     check_group,
-    check_max_norm,
     check_memory,
     check_own_settings,
     check_rho,
     check_state_dict,
 )
-from . import shards, updates
-from .buckets import Bucket, Slots, buckets, local_params_of, params_of
 from .interrupts import uninterrupted
-from .loading import OWN_SETTINGS, Loading, has_own_checkpoints, remove
+from .loading import Loading, has_own_checkpoints, remove
 from .master_weights import MasterWeights
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
@@ -52,12 +52,11 @@ class ImbSAM(torch.optim.Optimizer):
 
     `param_groups` and `state` are the base's own, so schedulers and checkpoints work on
     either; each group carries `rho`, `adaptive` and `perturb` besides the base's settings. A group
-    with `perturb` False, or with rho 0, stays at theta and does not count in ||g_t||. A
-    `torch.optim.SGD`, `Adam` or `AdamW` base is updated by one fused kernel that writes the
-    base's own state; any other base, a subclass or a wrapper too, runs its own `step()` on the
-    merged gradient.
-    The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
-    accepted and make no difference, except that Adam's `fused` and `capturable` keep `step` on
+    with `perturb` False, or with rho 0, stays at theta and does not count in ||g_t||. A base of
+    one of the classes in `optim.bases` is updated by one fused kernel that writes the base's own
+    state; any other base, a subclass or a wrapper too, runs its own `step()` on the merged
+    gradient. The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
+    accepted and make no difference, except that `capturable` and Adam's `fused` keep `step` on
     the device, without which a gradient scaler on a GPU and a CUDA graph want the host.
 
     Step hooks registered here run once a step, around the update in `third_step` with its
@@ -77,7 +76,7 @@ class ImbSAM(torch.optim.Optimizer):
         adaptive: ASAM: the perturbation scales with |theta|.
         master_weights: keep float32 weights of bfloat16 and float16 parameters, and the base's
             state of these in float32: `state[p]["master_weight"]` is perturbed and updated, and
-            the parameter is its rounding. For SGD, Adam and AdamW.
+            the parameter is its rounding. For the classes in `optim.bases`.
 
     Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
     order; whatever fails, weights and state are what they were before the step. A base that
@@ -104,7 +103,7 @@ class ImbSAM(torch.optim.Optimizer):
         check_rho(rho)
         check_bool("adaptive", adaptive)
         if check_bool("master_weights", master_weights):
-            updates.check_fused(base)
+            check_fused(base)
         for i, group in enumerate(base.param_groups):
             check_group(f"param_groups[{i}]", group, base)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
@@ -145,7 +144,9 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
-            if partials and shards.is_sharded(self._params()):  # one norm, over the parts of all ranks
+            if partials and shards.is_sharded(
+                self._params()
+            ):  # one norm, over the parts of all ranks
                 sums = joined(partials, buckets[0].params[0].device).sum()
                 partials = [shards.summed(sums, self._params()).reshape(1)]
             self._pending.partials = partials
@@ -206,7 +207,7 @@ class ImbSAM(torch.optim.Optimizer):
                     if not torch.compiler.is_compiling():
                         torch.clear_autocast_cache()
             scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
-            reason = updates.reason_not_fused(self.base)
+            reason = reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
                 updates.fused_update(self.base, saved, g_h, g_p, masters, *scale_and_flag)
@@ -595,8 +596,7 @@ def _check_base(base: object) -> None:
     if wraps_imbsam(base):
         name = type(base).__name__
         raise TypeError(
-            f"base is {name} around an ImbSAM, expected it the other way round: "
-            f"ImbSAM({name}(sgd))"
+            f"base is {name} around an ImbSAM, expected it the other way round: ImbSAM({name}(sgd))"
         )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")

@@ -23,10 +23,11 @@ from torch import Tensor
 from .. import ops
 from ..ops.arguments import in_layout_of
 from . import shards
+from .bases import reason_not_fused
 from .buckets import Slots
 from .imbsam import ImbSAM
 from .interrupts import uninterrupted
-from .updates import lr_tensor, reason_not_fused
+from .updates import lr_tensor
 
 
 class LeanImbSAM(ImbSAM):

@@ -8,11 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..validation import check_state_dict
+from .groups import OWN_SETTINGS, check_state_dict
 from .master_weights import MasterWeights
-
-# What a group carries besides the base's settings.
-OWN_SETTINGS = ("rho", "adaptive", "perturb")
 
 
 def has_own_checkpoints(base: Any) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from imbsam_fast.ops import native
+from imbsam_fast.ops.updates import UPDATES
 
 DTYPES = ("float", "double", "__nv_bfloat16", "__half")
 # Kernel -> whether it writes the elements that it reads.
@@ -25,15 +26,14 @@ OVER_ELEMENTS = {
     "squared_norm_kernel": False,
     "grad_check_kernel": False,
     "perturb_kernel": True,
-    "sgd_update_kernel": True,
-    "adam_update_kernel": True,
+    **{f"{op}kernel": True for op in UPDATES},  # update_kernel of csrc/cuda/update.cuh for each
     "merge_kernel": True,
     "row_losses_kernel": False,
     "row_gradients_kernel": True,
 }
 OTHERS = ("sum_losses_kernel",)
 # Kernels with a variant for master weights, which the half dtypes have.
-KEEPING = ("perturb_kernel", "sgd_update_kernel", "adam_update_kernel")
+KEEPING = ("perturb_kernel", *(f"{op}kernel" for op in UPDATES))
 ARCHITECTURES = ("sm_90", "sm_75")
 
 
@@ -74,11 +74,15 @@ def _run(*arguments: str) -> str:
 
 def _readable(mangled: str) -> str:
     """perturb_kernel<float> for _ZN6imbsam4cuda..14perturb_kernelIfEEv..."""
-    base = re.search(rf"\d({'|'.join((*OVER_ELEMENTS, *OTHERS))})I", mangled)
+    base = re.search(rf"\d({'|'.join(('update_kernel', *OVER_ELEMENTS, *OTHERS))})I", mangled)
     assert base, mangled
     name = base[1]
     arguments = re.search(name + r"I(f|d|6__half|13__nv_bfloat16)(?:Lb([01]))?E", mangled)
     assert arguments, mangled
+    if name == "update_kernel":  # imbsam::Base is the number of the base
+        which = re.search(r"Lb[01]ELNS_4BaseE(\d+)E", mangled)
+        assert which, mangled
+        name = f"{UPDATES[int(which[1])]}kernel"
     element = {"f": "float", "d": "double"}.get(arguments[1], arguments[1].lstrip("0123456789"))
     flag = ", master" if name in KEEPING else ", smooth"
     return f"{name}<{element}{flag if arguments[2] == '1' else ''}>"

@@ -21,21 +21,20 @@ from typing import Any
 
 import pytest
 import torch
+from bases import BASES
 from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
 from samples import (
-    ADAM,
     DTYPES,
     KEEPING,
     NAMES,
-    SGD,
     SHAPES,
     SUMS,
     UPDATES,
+    arguments_of,
+    as_state,
     class_weights,
     lists,
     logits_and_targets,
-    scalar,
-    steps,
     with_master,
 )
 from test_split_cross_entropy import LAYOUTS, OPTIONS, PARTS, check
@@ -165,7 +164,7 @@ def test_more_tensors_than_one_launch_takes(name: str) -> None:
     def many() -> SimpleNamespace:
         sizes = random.Random(0).choices([0, 1, 3, 8, 33], k=1500)
         blocks = (tensor.split(sizes) for tensor in torch.rand(len(NAMES), sum(sizes)))
-        return SimpleNamespace(**dict(zip(NAMES, blocks)))
+        return as_state(SimpleNamespace(**dict(zip(NAMES, blocks))))
 
     torch.manual_seed(0)
     expected = on_cpu_kernels(UPDATES[name], many())
@@ -188,6 +187,7 @@ def test_nothing_around_the_tensors_is_written(name: str, dtype: torch.dtype) ->
             x = SimpleNamespace(**{k: [v[start : start + n]] for k, v in memory.items()})
             for k in NAMES:
                 getattr(x, k)[0].fill_(1.0)
+            as_state(x)
             UPDATES[name](x)
             for v in memory.values():
                 assert v[:start].eq(7).all() and v[start + n :].eq(7).all()
@@ -207,34 +207,16 @@ def scalars_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-@pytest.mark.parametrize("saved", [True, False], ids=["saved", ""])
-def test_scalars_on_the_device(
-    scalars_on_device: None, dtype: torch.dtype, found_inf: float, saved: bool
-) -> None:
-    def run(x: SimpleNamespace) -> list[Tensor]:
-        x.saved = x.saved if saved else []
-        flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
-        ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, scalar(0.1), **SGD, **flags)
-        return [*x.theta, *x.m]
-
-    expected = on_reference(run, lists("odd", dtype))
-    assert_same_bits(run(lists("odd", dtype)), expected)
-
-
-@each_dtype
-@pytest.mark.parametrize("found_inf", [0.0, 1.0])
 @pytest.mark.parametrize("kept", ["saved", "", "master"])
-def test_scalars_of_adam_on_the_device(
-    scalars_on_device: None, dtype: torch.dtype, found_inf: float, kept: str
+@pytest.mark.parametrize("op", BASES)
+def test_scalars_on_the_device(
+    scalars_on_device: None, op: str, dtype: torch.dtype, found_inf: float, kept: str
 ) -> None:
     def run(x: SimpleNamespace) -> list[Tensor]:
-        step = steps(len(x.theta))
+        arguments = arguments_of(op, x)
         flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
-        ops.adam_update_(
-            x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max, step, scalar(0.1), **ADAM, **flags,
-            master=getattr(x, "master", ()),
-        )  # fmt: skip
-        return [t for list_ in vars(x).values() for t in list_] + step
+        getattr(ops, op)(**arguments, **flags)
+        return [t for list_ in vars(x).values() for t in list_] + arguments.get("step", [])
 
     def make() -> SimpleNamespace:
         x = lists("odd", dtype)

@@ -1,0 +1,165 @@
+"""The operators of the fused bases: the one launch that restores theta and takes the base's step.
+
+As in operators.py, each has the arguments of its namesake in `reference.py`. A backend has one
+`update_` for all of them, which tells them apart by their name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import dispatch
+from .arguments import check_lists, check_master, check_scalars, check_steps
+from .library import NAMESPACE, define, fake, mutated
+
+# ---------------------------------------------------------------- what all need
+
+
+def _check(op, theta, saved, g_h, g_p, master, state, required=(), **scalars) -> bool:
+    """Refuse the arguments of any base; `state` is kept like the weights."""
+    if master and saved:
+        raise ValueError(f"{op}: saved has {len(saved)} tensors, expected none beside master")
+    lists = {"theta": theta, "g_p": g_p, "saved": saved, "g_h": g_h}
+    direct = check_lists(op, **lists, **({} if master else state))
+    if not g_p:
+        raise ValueError(f"{op}: g_p is empty, expected one gradient for every parameter")
+    if master:
+        direct &= check_master(op, theta, master=master, **state)
+    for name in required:
+        if not state[name]:
+            raise ValueError(f"{op}: {name} is empty, expected one tensor a parameter")
+    check_scalars(op, **scalars)
+    return direct
+
+
+def _check_momentum(op: str, m: Sequence[Tensor], momentum: float) -> None:
+    if (momentum != 0) != (len(m) > 0):
+        raise ValueError(
+            f"{op}: m has {len(m)} tensors with momentum {momentum}, "
+            "expected momentum buffers exactly when momentum is not 0"
+        )
+
+
+def _update(op, theta, saved, g_h, g_p, state, step, *scalars_and_master) -> None:
+    backend = dispatch.select(theta[0].device)
+    backend.update_(op, theta, saved, g_h, g_p, state, step, *scalars_and_master)
+    mutated(theta, *state, step, scalars_and_master[-1])
+
+
+# ---------------------------------------------------------------- SGD
+
+
+def check_sgd_update(
+    theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
+    grad_scale=None, found_inf=None, master=(),
+) -> bool:  # fmt: skip
+    """Refuse arguments that sgd_update_ would refuse; returns what check_lists does."""
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    direct = _check("sgd_update_", theta, saved, g_h, g_p, master, {"m": m}, **scalars)
+    _check_momentum("sgd_update_", m, momentum)
+    return direct
+
+
+def sgd_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    """See reference.sgd_update_."""
+    arguments = (
+        theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
+        grad_scale, found_inf, master,
+    )  # fmt: skip
+    direct = check_sgd_update(*arguments)
+    (_sgd_update_ if direct else NAMESPACE.sgd_update_)(*arguments)
+
+
+@define(
+    "sgd_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p,"
+    " Tensor(b!)[] m, Tensor lr, float momentum, float dampening, float weight_decay,"
+    " bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf,"
+    " Tensor(c!)[] master) -> ()"
+)
+def _sgd_update_(
+    theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, *rest
+):  # fmt: skip
+    settings = momentum, dampening, weight_decay, nesterov
+    _update("sgd_update_", theta, saved, g_h, g_p, (m,), (), lr, settings, *rest)
+
+
+# ---------------------------------------------------------------- Adam and AdamW
+
+
+def check_adam_update(
+    theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
+    maximize, grad_scale=None, found_inf=None, master=(),
+) -> bool:  # fmt: skip
+    """Refuse arguments that adam_update_ would refuse; returns what check_lists does."""
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    state = {"m": m, "v": v, "v_max": v_max}
+    op = "adam_update_"
+    direct = _check(op, theta, saved, g_h, g_p, master, state, ("m", "v"), **scalars)
+    check_steps(op, step, theta)
+    return direct
+
+
+def adam_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_max: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    """See reference.adam_update_."""
+    arguments = (
+        theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
+        maximize, grad_scale, found_inf, master,
+    )  # fmt: skip
+    direct = check_adam_update(*arguments)
+    (_adam_update_ if direct else NAMESPACE.adam_update_)(*arguments)
+
+
+@define(
+    "adam_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p, Tensor(b!)[] m,"
+    " Tensor(c!)[] v, Tensor(d!)[] v_max, Tensor(e!)[] step, Tensor lr, float beta1, float beta2,"
+    " float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale,"
+    " Tensor? found_inf, Tensor(f!)[] master) -> ()"
+)
+def _adam_update_(
+    theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled, *rest
+):  # fmt: skip
+    settings = beta1, beta2, eps, weight_decay, decoupled
+    _update("adam_update_", theta, saved, g_h, g_p, (m, v, v_max), step, lr, settings, *rest)
+
+
+# The names of these operators.
+UPDATES = ("sgd_update_", "adam_update_")
+
+for _name in UPDATES:
+    fake(_name)(lambda *args: None)
