@@ -77,7 +77,9 @@ def lists(case: str, dtype: torch.dtype, device: str = "cpu") -> SimpleNamespace
 
 def as_state(x: SimpleNamespace) -> SimpleNamespace:
     """Makes what a base may have met of any lists: averages of squares are not negative."""
-    torch._foreach_abs_([*x.v, *x.v_max])
+    for squares in (getattr(x, name, []) for name in ("v", "v_max")):
+        for t in squares:
+            t.abs_()
     return x
 
 

@@ -171,31 +171,44 @@ def test_every_number_of_a_half_dtype(cpu_kernels: Backend, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_streaming_writes_what_plain_stores_write(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("op", BASES)
+def test_streaming_writes_what_plain_stores_write(op: str, dtype: torch.dtype) -> None:
     """One call on more data than the cache holds equals one call per tensor, which streams not."""
-    names = ("theta", "saved", "g_h", "g_p", "m")
+    state = BASES[op].state
     # merge_ has the fewest lists: 4.
     elements = native._C.last_level_cache_bytes() // (4 * dtype.itemsize) + 1000
     sizes = [elements // 3 + 1, elements // 3 + 6, elements // 3 + 11]
     # Every list starts at another distance from the alignment that streaming needs.
-    x = SimpleNamespace(
-        **{name: repeated(sizes, dtype, i, offset=1 + 3 * i) for i, name in enumerate(names)}
+    x = as_state(
+        SimpleNamespace(
+            **{
+                name: repeated(sizes, dtype, i, offset=1 + 3 * i)
+                for i, name in enumerate(("theta", "saved", "g_h", "g_p", *state))
+            }
+        )
     )
-    m, theta_stepped, m_stepped = ([t.clone() for t in x.m], [], [])
+    before = {name: [t.clone() for t in getattr(x, name)] for name in state}
+    stepped: list[Tensor] = []
 
     with use_backend("native"):
         for i in range(len(sizes)):
-            one = SimpleNamespace(**{name: [list_[i]] for name, list_ in vars(x).items()})
-            UPDATES["sgd_update_"](one)
-            theta_stepped += [t.clone() for t in one.theta]
-            m_stepped += [t.clone() for t in one.m]
+            # Beside two empty tensors, for the count of steps that it has among the others.
+            one = SimpleNamespace(
+                **{
+                    name: [t if j == i else t[:0] for j, t in enumerate(list_)]
+                    for name, list_ in vars(x).items()
+                }
+            )
+            UPDATES[op](one)
+            stepped += [getattr(one, name)[i].clone() for name in ("theta", *state)]
         for isa in native.isas():
             torch._foreach_zero_(x.theta)
-            torch._foreach_copy_(x.m, m)
+            for name, list_ in before.items():
+                torch._foreach_copy_(getattr(x, name), list_)
             with native.use_isa(isa):
-                UPDATES["sgd_update_"](x)
-            assert all(map(torch.equal, x.theta, theta_stepped))
-            assert all(map(torch.equal, x.m, m_stepped))
+                UPDATES[op](x)
+            found = [getattr(x, name)[i] for i in range(len(sizes)) for name in ("theta", *state)]
+            assert all(map(torch.equal, found, stepped))
             with native.use_isa(isa):
                 ops.merge_(x.theta, x.saved, [], x.g_p)  # only restores
             assert all(map(torch.equal, x.theta, x.saved))
