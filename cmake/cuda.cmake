@@ -51,7 +51,8 @@ endfunction()
 function(imbsam_add_cuda target)
   imbsam_cuda_architectures(architectures)
   message(STATUS "imbsam_fast: building for CUDA ${CMAKE_CUDA_COMPILER_VERSION}, ${architectures}")
-  set(bit_exact csrc/cuda/adam_update.cu csrc/cuda/perturb.cu csrc/cuda/sgd_update.cu)
+  set(bit_exact csrc/cuda/adam_update.cu csrc/cuda/perturb.cu csrc/cuda/rmsprop_update.cu
+    csrc/cuda/sgd_update.cu)
   add_library(imbsam_cuda OBJECT
     ${bit_exact}
     csrc/cuda/merge.cu

@@ -102,3 +102,46 @@ IMBSAM_INLINE V stepped(const Formula<Base::adam, S>& adam,
   const V step = (m * corrections.m) / (root_v * corrections.root_v + adam.eps);
   return theta - (step + theta * adam.decoupled) * adam.lr;
 }
+
+// ---------------------------------------------------------------- RMSprop
+
+template <class S>
+struct Formula<Base::rmsprop, S> {
+  S lr, grad_factor, alpha, one_minus_alpha, eps, weight_decay, momentum;
+  bool is_near;  // 1 - alpha < 1/2
+};
+
+template <class S>
+IMBSAM_INLINE void fill_own(Formula<Base::rmsprop, S>& rmsprop, const double* own) {
+  rmsprop.alpha = (S)own[0];
+  rmsprop.one_minus_alpha = (S)(1 - own[0]);
+  rmsprop.is_near = 1 - own[0] < 0.5;
+  rmsprop.eps = (S)own[1];
+  rmsprop.weight_decay = (S)own[2];
+  rmsprop.momentum = (S)own[3];
+}
+
+// d = g + weight_decay theta;  v <- alpha v + (1 - alpha) d^2;  g_avg <- alpha g_avg + (1 - alpha) d,
+// from the nearer of its ends;  u = d / (sqrt(v - g_avg^2) + eps);  m <- momentum m + u;
+// theta - lr m. Without g_avg that is 0, without m it is u.
+template <class V, class S>
+IMBSAM_INLINE V stepped(const Formula<Base::rmsprop, S>& rmsprop, const OfTensor<Base::rmsprop, S>&,
+                        V theta, V g, V (&state)[3], const bool (&has)[3]) {
+  const V d = g * rmsprop.grad_factor + theta * rmsprop.weight_decay;
+  const V v = state[0] * rmsprop.alpha + d * d * rmsprop.one_minus_alpha;
+  state[0] = v;
+  V spread = v;
+  if (has[2]) {
+    const V apart = d - state[2];
+    const V g_avg = rmsprop.is_near ? state[2] + apart * rmsprop.one_minus_alpha
+                                    : d - apart * rmsprop.alpha;
+    state[2] = g_avg;
+    spread = v - g_avg * g_avg;
+  }
+  V direction = d / (square_root(spread) + rmsprop.eps);
+  if (has[1]) {
+    direction = state[1] * rmsprop.momentum + direction;
+    state[1] = direction;
+  }
+  return theta - direction * rmsprop.lr;
+}

@@ -49,7 +49,7 @@ struct BaseEntry {
 };
 
 // csrc/bases.h has the formula of each.
-enum class Base : int { sgd, adam };
+enum class Base : int { sgd, adam, rmsprop };
 
 constexpr BaseEntry kBases[] = {
     // momentum, dampening, weight_decay, nesterov
@@ -58,6 +58,9 @@ constexpr BaseEntry kBases[] = {
     // beta1, beta2, eps, weight_decay, decoupled
     // bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
     {"adam_update_", 3, {{"m", true}, {"v", true}, {"v_max", false}}, 5, true},
+    // alpha, eps, weight_decay, momentum
+    // bytes: 4n read, 2n written (1n more of each with m and with g_avg; 1n written with master)
+    {"rmsprop_update_", 3, {{"v", true}, {"m", false}, {"g_avg", false}}, 4, false},
 };
 constexpr int kBaseCount = sizeof(kBases) / sizeof(kBases[0]);
 

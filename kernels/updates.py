@@ -231,6 +231,85 @@ def adam_update_kernel(
         )  # fmt: skip
 
 
+# ---------------------------------------------------------------- rmsprop_update_
+
+
+@triton.jit
+def rmsprop_update_block(
+    theta, kept, g_h, g_p, v, m, g_avg, offsets, n, lr, alpha, one_minus_alpha, eps, weight_decay,
+    momentum, factor, skip, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr, NEAR: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
+    ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = read(kept if SAVED else theta, offsets, n, WHOLE)
+    d = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+    if HEAD:
+        d = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + d
+    d = d * factor + weight_decay * start.to(ARITHMETIC)
+    squares_before = read(v, offsets, n, WHOLE)
+    squares = alpha * squares_before.to(ARITHMETIC) + one_minus_alpha * (d * d)
+    spread = squares
+    if CENTERED:
+        mean_before = read(g_avg, offsets, n, WHOLE)
+        mean = mean_before.to(ARITHMETIC)
+        mean = mean + one_minus_alpha * (d - mean) if NEAR else d - alpha * (d - mean)
+        spread = squares - mean * mean
+    direction = quotient_by_root(d, spread, 1.0, eps, ARITHMETIC)
+    if MOMENTUM:
+        before = read(m, offsets, n, WHOLE)
+        direction = momentum * before.to(ARITHMETIC) + direction
+    stepped = start.to(ARITHMETIC) - lr * direction
+    all_read(WHOLE)
+    write_weights(theta, kept, offsets, n, start, stepped, skip, DTYPE, KEPT, WHOLE)
+    write(v, offsets, n, tl.where(skip, squares_before, squares.to(KEPT)), WHOLE)
+    if MOMENTUM:
+        write(m, offsets, n, tl.where(skip, before, direction.to(KEPT)), WHOLE)
+    if CENTERED:
+        write(g_avg, offsets, n, tl.where(skip, mean_before, mean.to(KEPT)), WHOLE)
+
+
+# LISTS: theta, saved or master, g_h, g_p, v, m, g_avg.
+# bytes: 4n read, 2n written (1n more of each with m and with g_avg; 1n written with master)
+@triton.jit
+def rmsprop_update_kernel(
+    spans, addresses, lr: tl.float64, lr_tensor, alpha: tl.float64, one_minus_alpha: tl.float64,
+    eps: tl.float64, weight_decay: tl.float64, momentum: tl.float64, grad_scale, found_inf,
+    MAXIMIZE: tl.constexpr, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr, NEAR: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
+    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    record, first, n, whole = span_of(tl.program_id(0), spans, addresses, 7, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    kept = at(record, 1, first, KEPT)
+    g_h = at(record, 2, first, DTYPE)
+    g_p = at(record, 3, first, DTYPE)
+    v = at(record, 4, first, KEPT)
+    m = at(record, 5, first, KEPT)
+    g_avg = at(record, 6, first, KEPT)
+
+    lr, factor, skip = step_scalars(lr, lr_tensor, grad_scale, found_inf, MAXIMIZE, ARITHMETIC)
+    alpha = tl.full((), alpha, ARITHMETIC)
+    one_minus_alpha = tl.full((), one_minus_alpha, ARITHMETIC)
+    eps = tl.full((), eps, ARITHMETIC)
+    weight_decay = tl.full((), weight_decay, ARITHMETIC)
+    momentum = tl.full((), momentum, ARITHMETIC)
+
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        rmsprop_update_block(
+            theta, kept, g_h, g_p, v, m, g_avg, offsets, n, lr, alpha, one_minus_alpha, eps,
+            weight_decay, momentum, factor, skip, SAVED, HEAD, MOMENTUM, CENTERED, NEAR, DTYPE,
+            KEPT, ARITHMETIC, True,
+        )  # fmt: skip
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        rmsprop_update_block(
+            theta, kept, g_h, g_p, v, m, g_avg, offsets, n, lr, alpha, one_minus_alpha, eps,
+            weight_decay, momentum, factor, skip, SAVED, HEAD, MOMENTUM, CENTERED, NEAR, DTYPE,
+            KEPT, ARITHMETIC, False,
+        )  # fmt: skip
+
+
 # ---------------------------------------------------------------- the launch of any of them
 
 
@@ -266,6 +345,16 @@ UPDATES = {
         _adam_scalars,
         lambda has, settings: {"AMSGRAD": has[2]},
         counts=True,
+    ),
+    "rmsprop_update_": Update(
+        rmsprop_update_kernel,
+        Configuration(span=8192, block=1024, threads=128),
+        lambda alpha, eps, weight_decay, momentum: (alpha, 1 - alpha, eps, weight_decay, momentum),
+        lambda has, settings: {
+            "MOMENTUM": has[1],
+            "CENTERED": has[2],
+            "NEAR": 1 - settings[0] < 0.5,
+        },
     ),
 }
 

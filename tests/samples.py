@@ -80,6 +80,9 @@ def as_state(x: SimpleNamespace) -> SimpleNamespace:
     for squares in (getattr(x, name, []) for name in ("v", "v_max")):
         for t in squares:
             t.abs_()
+    # The square of an average is less than the average of the squares.
+    for v, g_avg in zip(getattr(x, "v", []), getattr(x, "g_avg", [])):
+        g_avg.copy_(g_avg.clamp(-1, 1) * v.sqrt() / 2)
     return x
 
 

@@ -13,16 +13,25 @@ from .operators import (
     split_cross_entropy,
     squared_norm,
 )
-from .updates import adam_update_, check_adam_update, check_sgd_update, sgd_update_
+from .updates import (
+    adam_update_,
+    check_adam_update,
+    check_rmsprop_update,
+    check_sgd_update,
+    rmsprop_update_,
+    sgd_update_,
+)
 
 __all__ = [
     "adam_update_",
     "check_adam_update",
+    "check_rmsprop_update",
     "check_sgd_update",
     "computes_in_place",
     "grad_check",
     "merge_",
     "perturb_",
+    "rmsprop_update_",
     "sgd_update_",
     "split_cross_entropy",
     "squared_norm",

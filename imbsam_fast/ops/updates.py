@@ -158,8 +158,66 @@ def _adam_update_(
     _update("adam_update_", theta, saved, g_h, g_p, (m, v, v_max), step, lr, settings, *rest)
 
 
-# The names of these operators.
-UPDATES = ("sgd_update_", "adam_update_")
+# ---------------------------------------------------------------- RMSprop
+
+
+def check_rmsprop_update(
+    theta, saved, g_h, g_p, v, m, g_avg, step, lr, alpha, eps, weight_decay, momentum, maximize,
+    grad_scale=None, found_inf=None, master=(),
+) -> bool:  # fmt: skip
+    """Refuse arguments that rmsprop_update_ would refuse; returns what check_lists does."""
+    scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
+    state = {"v": v, "m": m, "g_avg": g_avg}
+    op = "rmsprop_update_"
+    direct = _check(op, theta, saved, g_h, g_p, master, state, ("v",), **scalars)
+    _check_momentum(op, m, momentum)
+    check_steps(op, step, theta)
+    return direct
+
+
+def rmsprop_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    v: Sequence[Tensor],
+    m: Sequence[Tensor],
+    g_avg: Sequence[Tensor],
+    step: Sequence[Tensor],
+    lr: Tensor,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    master: Sequence[Tensor] = (),
+) -> None:
+    """See reference.rmsprop_update_."""
+    arguments = (
+        theta, saved, g_h, g_p, v, m, g_avg, step, lr, alpha, eps, weight_decay, momentum,
+        maximize, grad_scale, found_inf, master,
+    )  # fmt: skip
+    direct = check_rmsprop_update(*arguments)
+    (_rmsprop_update_ if direct else NAMESPACE.rmsprop_update_)(*arguments)
+
+
+@define(
+    "rmsprop_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p,"
+    " Tensor(b!)[] v, Tensor(c!)[] m, Tensor(d!)[] g_avg, Tensor(e!)[] step, Tensor lr,"
+    " float alpha, float eps, float weight_decay, float momentum, bool maximize,"
+    " Tensor? grad_scale, Tensor? found_inf, Tensor(f!)[] master) -> ()"
+)
+def _rmsprop_update_(
+    theta, saved, g_h, g_p, v, m, g_avg, step, lr, alpha, eps, weight_decay, momentum, *rest
+):  # fmt: skip
+    settings = alpha, eps, weight_decay, momentum
+    _update("rmsprop_update_", theta, saved, g_h, g_p, (v, m, g_avg), step, lr, settings, *rest)
+
+
+# The names of these operators, in the order of imbsam::Base.
+UPDATES = ("sgd_update_", "adam_update_", "rmsprop_update_")
 
 for _name in UPDATES:
     fake(_name)(lambda *args: None)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from ..validation import check_number
 from .buckets import params_of
@@ -101,6 +101,17 @@ BASES = (
     ),
     _adam(Adam, decoupled=False),
     _adam(AdamW, decoupled=True),
+    Base(
+        classes=(RMSprop,),
+        operator="rmsprop_update_",
+        state={
+            "square_avg": _always,
+            "momentum_buffer": lambda group: group["momentum"] > 0,
+            "grad_avg": lambda group: group["centered"],
+        },
+        numbers=dict.fromkeys(("alpha", "eps", "weight_decay", "momentum"), NOT_NEGATIVE),
+        settings=lambda g, _: (g["alpha"], g["eps"], g["weight_decay"], g["momentum"]),
+    ),
 )
 
 FUSED = {kind: base for base in BASES for kind in base.classes}
