@@ -15,7 +15,7 @@ from samples import DTYPES, SHAPES, arguments_of, doubles, lists, scalar, tensor
 from torch import Tensor
 
 from imbsam_fast import ops
-from imbsam_fast.ops import reference
+from imbsam_fast.ops import reference, updates
 from imbsam_fast.optim import bases
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,6 +58,11 @@ def run(
 def counted(x: SimpleNamespace, first: int = 0) -> list[Tensor]:
     """The steps taken: other ones for each parameter."""
     return [torch.tensor(float(first + 37 * i), device=t.device) for i, t in enumerate(x.theta)]
+
+
+def test_every_base_is_in_the_samples() -> None:
+    assert list(BASES) == list(updates.UPDATES)
+    assert set(BASES) == {base.operator for base in bases.BASES}
 
 
 def test_the_argument_order_is_that_of_the_samples() -> None:
