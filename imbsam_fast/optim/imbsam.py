@@ -55,7 +55,8 @@ class ImbSAM(torch.optim.Optimizer):
     with `perturb` False, or with rho 0, stays at theta and does not count in ||g_t||. A base of
     one of the classes in `optim.bases` is updated by one fused kernel that writes the base's own
     state; any other base, a subclass or a wrapper too, runs its own `step()` on the merged
-    gradient. The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
+    gradient.
+    The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
     accepted and make no difference, except that `capturable` and Adam's `fused` keep `step` on
     the device, without which a gradient scaler on a GPU and a CUDA graph want the host.
 
