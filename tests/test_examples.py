@@ -58,6 +58,7 @@ def output_of() -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_the_loss_falls_and_the_accuracy_is_told(output_of, name):
     if missing(COMMANDS[name]):
         pytest.skip(f"{', '.join(missing(COMMANDS[name]))} is not installed")
