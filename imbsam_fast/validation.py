@@ -74,7 +74,7 @@ def check_memory(params: Sequence[Tensor]) -> None:
 
 
 def check_rho(rho: object, name: str = "rho") -> None:
-    """A finite number >= 0; a model in its place is told apart, as the authors' code takes one."""
+    """A finite number >= 0. The authors' code has a model in this place: an error of its own."""
     if isinstance(rho, torch.nn.Module):
         raise ValueError(
             f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model"

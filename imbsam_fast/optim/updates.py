@@ -123,6 +123,7 @@ Update = tuple[list[_Launch], Callable[[], None]]  # the launches, and what stor
 
 
 def lr_tensor(lr: float | Tensor) -> Tensor:
+    """The learning rate of a group as a tensor of one element."""
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
