@@ -1,4 +1,4 @@
-# make demo | test | lint | wheel | bench | clean; everything happens inside $(VENV).
+# make demo | quick | test | lint | wheel | bench | clean; everything happens inside $(VENV).
 # make gpu uses the environment of $(PYTHON) as it is.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,12 +11,16 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo test lint wheel wheel-test bench gpu gpu-dry-run clean
+.PHONY: demo quick test lint wheel wheel-test bench gpu gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/imbsam-fast train digits --preset released --seeds 3 --save demo/runs --resume
 	$(BIN)/imbsam-fast report demo/runs --out demo/report.html
+
+# A few tests of every file, in less than a minute.
+quick: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m quick
 
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)

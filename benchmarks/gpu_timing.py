@@ -40,7 +40,7 @@ class Contest:
 
     name: str
     contestants: dict[str, list[Phase]]
-    bytes: int | None = None  # that have to move, whoever moves them
+    bytes: int | None = None  # that cannot be avoided
     images: int | None = None  # in one batch
 
 

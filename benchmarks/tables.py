@@ -36,7 +36,7 @@ def by_size(report: Report, operation: str) -> Rows:
 
 
 def contestants(rows: Rows) -> list[str]:
-    """Everybody who ran at any size; the first is whom the others are compared with."""
+    """Contestants that ran at any size; the others are compared with the first."""
     return list(dict.fromkeys(who for timings in rows.values() for who in timings))
 
 
@@ -92,7 +92,7 @@ def optimizer(report: Report) -> Lines:
 
 
 def traffic(report: Report) -> Lines:
-    """How near everybody is to the memory's speed with the bytes that each moves itself."""
+    """Bytes that each contestant moves itself, a second, as a share of the memory's speed."""
 
     def cell(t: Timing | None) -> str:
         if t is None or not (t.bytes and t.moved_bytes and t.percent_of_limit):

@@ -58,6 +58,7 @@ def output_of() -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_the_loss_falls_and_the_accuracy_is_told(output_of, name):
     if missing(COMMANDS[name]):
         pytest.skip(f"{', '.join(missing(COMMANDS[name]))} is not installed")
@@ -71,6 +72,7 @@ def test_the_loss_falls_and_the_accuracy_is_told(output_of, name):
     assert f"{told}accuracy" in out
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_one_that_was_not_interrupted(output_of, tmp_path):
     command = ("plain_loop.py", "--checkpoint", str(tmp_path / "run.pt"))
     first, second = (output(started(command, epochs)).splitlines() for epochs in (2, 4))

@@ -30,6 +30,7 @@ def define(schema: str):
 
 
 def fake(name: str):
+    """Register the decorated function as what the operator `name` returns without data."""
     return torch.library.register_fake(f"imbsam_fast::{name}", lib=LIBRARY)
 
 

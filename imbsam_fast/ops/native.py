@@ -100,6 +100,7 @@ def _chunks(numel: list[int]) -> int:
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    """See reference.squared_norm."""
     dtype, numel = _table(g_t)
     partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
     _C.squared_norm(
@@ -117,6 +118,7 @@ def perturb_(
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
 ) -> None:
+    """See reference.perturb_."""
     partials = partials.contiguous()
     _C.perturb_(
         *_table(theta), theta, g_t, master, partials.data_ptr(), len(partials), rho, adaptive,
@@ -139,6 +141,7 @@ def update_(
     found_inf: Tensor | None,
     master: Sequence[Tensor],
 ) -> None:
+    """See reference.update_."""
     _C.update_(
         op, *_table(theta), theta, saved, g_h, g_p, state, master,
         step, _DTYPE_CODES[step[0].dtype] if step else 0, lr.item(), settings, maximize,
@@ -153,6 +156,7 @@ def merge_(
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
 ) -> None:
+    """See reference.merge_."""
     _C.merge_(
         *_table(theta), theta, saved, g_h, g_p,
         torch.get_num_threads(),
@@ -160,6 +164,7 @@ def merge_(
 
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See reference.grad_check."""
     dtype, numel = _table(g_p)
     partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
     finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
@@ -187,6 +192,7 @@ def split_cross_entropy(
     ignore_index: int,
     batch_size: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.split_cross_entropy."""
     logits, rows = _rows(logits)
     dtype = arithmetic_dtype(logits.dtype)
     head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
@@ -214,6 +220,7 @@ def split_cross_entropy_backward(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
+    """See reference.split_cross_entropy_backward."""
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()

@@ -25,6 +25,7 @@ def _on(device: torch.device) -> tuple[int, int]:
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
+    """See reference.squared_norm."""
     dtype, numel = _table(g_t)
     device = g_t[0].device
     partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
@@ -40,6 +41,7 @@ def perturb_(
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
 ) -> None:
+    """See reference.perturb_."""
     partials = partials.contiguous()
     _C.cuda_perturb_(
         *_table(theta), theta, g_t, master, _pointer(partials), len(partials), rho, adaptive,
@@ -71,6 +73,7 @@ def update_(
     found_inf: Tensor | None,
     master: Sequence[Tensor],
 ) -> None:
+    """See reference.update_."""
     device = theta[0].device
     lr_value, lr_there = _scalar(lr, theta[0])
     scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
@@ -98,10 +101,12 @@ def merge_(
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
 ) -> None:
+    """See reference.merge_."""
     _C.cuda_merge_(*_table(theta), theta, saved, g_h, g_p, *_on(theta[0].device))
 
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See reference.grad_check."""
     dtype, numel = _table(g_p)
     device = g_p[0].device
     partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
@@ -122,6 +127,7 @@ def split_cross_entropy(
     ignore_index: int,
     batch_size: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.split_cross_entropy."""
     logits, rows = _rows(logits)
     dtype, device = arithmetic_dtype(logits.dtype), logits.device
     head, tail, b = (torch.empty((), dtype=dtype, device=device) for _ in range(3))
@@ -150,6 +156,7 @@ def split_cross_entropy_backward(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
+    """See reference.split_cross_entropy_backward."""
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()

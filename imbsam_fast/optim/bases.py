@@ -27,6 +27,7 @@ class Check(NamedTuple):
     accepts: Callable[[float], bool]
 
     def __call__(self, name: str, value: object) -> None:
+        """Raises ValueError, calling it `name`, where `value` is not accepted."""
         check_number(name, value, self.expected, self.accepts)
 
 

@@ -36,6 +36,7 @@ class Bucket:
 
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    """The parameters of all groups, in their order."""
     return [*chain.from_iterable(map(_params, groups))]
 
 

@@ -145,9 +145,7 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
-            if partials and shards.is_sharded(
-                self._params()
-            ):  # one norm, over the parts of all ranks
+            if partials and shards.is_sharded(self._params()):  # one norm, over all ranks' parts
                 sums = joined(partials, buckets[0].params[0].device).sum()
                 partials = [shards.summed(sums, self._params()).reshape(1)]
             self._pending.partials = partials
@@ -340,6 +338,7 @@ class ImbSAM(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's own list."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -349,6 +348,7 @@ class ImbSAM(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        """The base's own state."""
         return self.base.state
 
     @state.setter
@@ -356,6 +356,7 @@ class ImbSAM(torch.optim.Optimizer):
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim.Optimizer; the base gets the group too."""
         self.require_idle("add_param_group")
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
@@ -372,6 +373,7 @@ class ImbSAM(torch.optim.Optimizer):
         self._warn_of_rounding(self.param_groups[-1]["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim.Optimizer."""
         if not set_to_none:
             super().zero_grad(set_to_none)
             return
@@ -392,6 +394,7 @@ class ImbSAM(torch.optim.Optimizer):
             getattr(self.base, mode)()
 
     def state_dict(self) -> dict[str, Any]:
+        """The base's, which plain training can load. RuntimeError inside a step."""
         self.require_idle("state_dict", _TO_SAVE)
         return self.unperturbed_state_dict()
 
@@ -431,6 +434,7 @@ class ImbSAM(torch.optim.Optimizer):
         return weights
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load one of `state_dict`, or of the base. RuntimeError inside a step."""
         self.require_idle("load_state_dict")
         if has_own_checkpoints(self.base):
             self._load_into_base(state_dict)
@@ -513,6 +517,7 @@ class ImbSAM(torch.optim.Optimizer):
             )
 
     def require_idle(self, action: str, instead: str = "") -> None:
+        """RuntimeError, naming `action`, where a step has begun and not ended."""
         if self._pending.held is not None or self._pending.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
@@ -579,6 +584,7 @@ class _Pending:
 
 
 def wraps_imbsam(optimizer: object) -> bool:
+    """Whether an attribute of `optimizer` is an ImbSAM."""
     return any(isinstance(value, ImbSAM) for value in getattr(optimizer, "__dict__", {}).values())
 
 

@@ -118,6 +118,7 @@ class LeanImbSAM(ImbSAM):
         super().restore()
 
     def merge_held(self) -> None:
+        """RuntimeError: there is none."""
         raise RuntimeError("LeanImbSAM holds no gradient that ranks could exchange; use ImbSAM")
 
     # ------------------------------------------------------------ internals

@@ -95,6 +95,7 @@ def all_or_none(written: Sequence[list[Tensor]]) -> Iterator[None]:
 
 
 def lr_tensor(lr: float | Tensor) -> Tensor:
+    """The learning rate of a group as a tensor of one element."""
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 

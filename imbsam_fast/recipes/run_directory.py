@@ -30,7 +30,7 @@ GROUPS is {"per_class": [...], "many": x, "medium": x, "few": x, "all": x}, in %
 without classes; all is the mean of the per-class accuracies. "flip" averages the logits of an
 image and of its mirror image, where that shows the same (digits: "flip" is "plain").
 
-Every file is replaced as a whole (temporary file, fsync, os.replace), so that whoever reads it sees
+Every file is replaced as a whole (temporary file, fsync, os.replace), so that a reader sees
 the old one or the new one; log.jsonl alone grows line by line, and a half-written last line is
 not read.
 """

@@ -32,6 +32,7 @@ class GraphedSteps:
         self.graphs: dict[tuple, _Graph] = {}
 
     def __call__(self, inputs: Any, targets: Tensor) -> Any:
+        """One step: run as it is in the first WARM_UP_STEPS of a shape, then replayed."""
         key = _shapes(inputs, targets)
         if key in self.graphs:
             return self.graphs[key].replay(inputs, targets)

@@ -199,6 +199,7 @@ class Seen:
         self.tail: Tensor | None = None
 
     def add(self, outputs: Any, head: Tensor | None = None, tail: Tensor | None = None) -> None:
+        """The outputs and the losses of one more piece."""
         self.pieces.append(_detached(outputs))
         if head is not None:
             self.head = head.detach() if self.head is None else self.head + head.detach()

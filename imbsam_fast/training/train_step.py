@@ -177,6 +177,7 @@ class TrainStep:
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
+        """One step on a batch: inputs with N rows and int64 targets (N,)."""
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
         self.optimizer.require_no_gradient("a training step")
@@ -317,6 +318,7 @@ class TrainStep:
         return outputs, loss
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Backward of `loss`, scaled where there is a gradient scaler."""
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         backward(loss, retain_graph)
@@ -372,6 +374,7 @@ class TrainStep:
         self.optimizer.second_step()
 
     def update(self) -> None:
+        """The optimizer's update, with clipping and the gradient scaler."""
         seen = None
         if self.tail_gradient is not None:
             seen = self.tail_gradient.seen(in_use(self.grad_scaler) is not None)

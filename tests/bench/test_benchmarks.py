@@ -33,6 +33,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"

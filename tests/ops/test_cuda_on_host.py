@@ -44,6 +44,8 @@ from imbsam_fast import ops
 from imbsam_fast.ops import dispatch, native, native_cuda, reference
 from imbsam_fast.ops.reference import arithmetic_dtype
 
+pytestmark = pytest.mark.slow  # compiles the CUDA sources
+
 CSRC = Path(__file__).parents[2] / "csrc"
 STAND_IN = Path(__file__).parents[1] / "cuda_on_host"
 

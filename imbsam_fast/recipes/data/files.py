@@ -39,9 +39,11 @@ class FileImages(Images):
 
     @property
     def skipped(self) -> int:  # type: ignore[override]
+        """How many files could not be read so far."""
         return len(self._corrupt)
 
     def subset(self, rows: Tensor) -> FileImages:
+        """The images of `rows`, in their order."""
         paths, labels, names = self.images
         kept = [paths[i] for i in rows], [labels[i] for i in rows]
         return FileImages(ImageList(*kept, names), self.options)
@@ -53,6 +55,7 @@ class FileImages(Images):
         start: int = 0,
         part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Images.batches; files are decoded by worker processes."""
         # The row's position in the epoch goes with it: its random numbers depend on it.
         requests = [
             [(int(row), None if key is None else (*key, i, j)) for j, row in enumerate(rows)][part]

@@ -89,6 +89,7 @@ def decode(file: str | BinaryIO) -> Tensor:
 
 
 def class_counts(targets: Tensor, num_classes: int) -> list[int]:
+    """How many of `targets`, int64 (n,), each class has."""
     return torch.bincount(targets, minlength=num_classes).tolist()
 
 
@@ -166,6 +167,7 @@ class MemoryImages(Images):
         self._padded = padded.permute(0, 2, 3, 1).contiguous()
 
     def subset(self, rows: Tensor) -> MemoryImages:
+        """The images of `rows`, in their order."""
         return MemoryImages(
             self.pixels[rows], self.targets[rows], self.statistics, self.padding, self.mirrored
         )
@@ -177,6 +179,7 @@ class MemoryImages(Images):
         start: int = 0,
         part: slice = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Images.batches."""
         for i, rows in enumerate(batches[start:], start):
             random = None if key is None else generator(*key, i)
             yield self._normalised(self._cropped(rows, random, part)), self.targets[rows[part]]

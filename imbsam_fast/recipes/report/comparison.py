@@ -185,7 +185,7 @@ def _run_paths(path: Path) -> list[Path]:
 
 
 def read_run(path: Path, faults: list[Fault]) -> ComparedRun:
-    """The run in `path`; what is damaged beside its configuration is left out and named."""
+    """The run in `path`; damaged files other than its configuration are left out and named."""
     directory = RunDirectory.open(path)
     if not isinstance(directory.config.get("dataset"), str):
         raise RunDirectoryError(f"'{path / CONFIG_FILE}' names no dataset")

@@ -79,6 +79,7 @@ class ImageTraining:
 
     @property
     def stage(self) -> Stage:
+        """The stage that is being trained."""
         return self.stages[self.stage_index]
 
     @property
