@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
 from ..ops.arguments import in_layout_of
@@ -21,6 +22,9 @@ from .buckets import Slots, buckets, local_params_of, params_of
 from .shards import as_part_of, local, locals_of
 
 FUSED_BASES = (SGD, Adam, AdamW)
+
+# Where register_optimizer_step_pre_hook and its like of torch keep hooks, which has no public name.
+_GLOBAL_HOOKS: tuple[dict, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def reason_not_fused(base: Optimizer) -> str | None:
@@ -96,8 +100,22 @@ def base_step(
             g.div_(scale.to(g.device))
     # A base that knows nothing of found_inf needs the answer, as in GradScaler.step.
     if found_inf is None or not found_inf.item():
-        base.step()
+        with _without_global_hooks():
+            base.step()
     base.zero_grad()
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """torch's step hooks of all optimizers run around the ImbSAM's update, and not once more."""
+    kept = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS if hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @contextmanager
