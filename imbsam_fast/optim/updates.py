@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
 from ..ops.arguments import in_layout_of
 from .bases import FUSED
 from .buckets import Slots, buckets, local_params_of, params_of
 from .shards import as_part_of, locals_of
+
+# Where register_optimizer_step_pre_hook and its like of torch keep hooks, which has no public name.
+_GLOBAL_HOOKS: tuple[dict, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 class _Launch(NamedTuple):
@@ -74,8 +78,22 @@ def base_step(
             g.div_(scale.to(g.device))
     # A base that knows nothing of found_inf needs the answer, as in GradScaler.step.
     if found_inf is None or not found_inf.item():
-        base.step()
+        with _without_global_hooks():
+            base.step()
     base.zero_grad()
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """torch's step hooks of all optimizers run around the ImbSAM's update, and not once more."""
+    kept = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS if hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
 
 
 @contextmanager
