@@ -7,7 +7,6 @@ images of class k at IF = 100.
 
 from __future__ import annotations
 
-import io
 import itertools
 import zipfile
 from collections.abc import Sequence
@@ -17,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .decoding import decode
 from .images import (
     CIFAR10_STATISTICS,
     DataError,
     LongTailImages,
     MemoryImages,
     check_every_class,
-    decode,
     long_tailed,
 )
 
@@ -62,7 +61,7 @@ def read(path: Path) -> tuple[Tensor, Tensor, list[str]]:
     images: list[Tensor] = []
     for i, (start, end) in enumerate(itertools.pairwise(offsets)):
         try:
-            image = decode(io.BytesIO(jpeg[start:end].tobytes()))
+            image = decode(jpeg[start:end].tobytes())
             if images and image.shape != images[0].shape:
                 raise ValueError("it is not as large as the others")
             images.append(image)
