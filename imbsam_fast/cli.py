@@ -1,4 +1,4 @@
-"""The command `imbsam-fast`: train, anomaly, bench and info."""
+"""The command `imbsam-fast` and its subcommands."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ COMMANDS = {
     ),
     "anomaly": Command(
         "train anomaly detectors with SGD, SAM and ImbSAM", "imbsam_fast.recipes.anomaly.options"
+    ),
+    "pack": Command(
+        "pack images so that they train from memory", "imbsam_fast.recipes.data.options"
     ),
     "report": Command("compare training runs", "imbsam_fast.recipes.report.options"),
     "analyze": Command(

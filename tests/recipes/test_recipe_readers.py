@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ from PIL import Image
 
 from imbsam_fast.recipes.data import cifar
 from imbsam_fast.recipes.data import lists as image_lists
-from imbsam_fast.recipes.data import packed as packed_jpeg
 from imbsam_fast.recipes.data.decoding import decode
 from imbsam_fast.recipes.data.files import FileImages, FileOptions
 from imbsam_fast.recipes.data.images import (
@@ -29,7 +27,6 @@ from imbsam_fast.recipes.train import stages
 from tests import recipe_data
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-COUNTS = [8, 6, 5, 4, 3, 2, 2, 1, 1, 1]
 
 
 @pytest.fixture
@@ -100,78 +97,7 @@ def test_long_tailed_keeps_first_images_and_validates_on_the_next_ones():
         long_tailed(MemoryImages(pixels, targets, PLAIN), None, [4, 1], 2, None)
 
 
-# ---------------------------------------------------------------- archives and folders
-
-
-def test_packed_archive_keeps_images_labels_and_names_together(tmp_path):
-    data = packed_jpeg.load(recipe_data.packed(tmp_path, [9] * 10), COUNTS, validation=1)
-    assert data.counts == COUNTS and len(data.train) == sum(COUNTS)
-    assert (len(data.test), len(data.validation)) == (20, 10)
-    assert data.class_names[3] == "class 3"
-    for image, label in zip(data.train.pixels, data.train.targets):
-        expected = recipe_data.pixels(1, int(label), 0).float().mean(dim=(0, 2, 3))
-        assert (image.float().mean(dim=(1, 2)) - expected).abs().max() < 4  # noise and JPEG
-
-
-@pytest.mark.parametrize("name", [packed_jpeg.TRAIN_FILE, packed_jpeg.TEST_FILE])
-def test_missing_and_damaged_archives_are_named(tmp_path, name):
-    recipe_data.packed(tmp_path, [2] * 10)
-    path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match=f"{name}' is damaged .* copy it again"):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
-    path.unlink()
-    with pytest.raises(DataError, match=f"{name}' does not exist"):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
-
-
-def without(key):
-    return lambda archive: archive.pop(key)
-
-
-def replaced(key, change):
-    return lambda archive: archive.update({key: change(archive[key])})
-
-
-def smaller_first_image(archive) -> None:
-    image = recipe_data.jpeg(recipe_data.pixels(1, 0, 0, size=16)[0])
-    end = archive["offsets"][1]
-    archive["jpeg"] = np.concatenate([np.frombuffer(image, np.uint8), archive["jpeg"][end:]])
-    archive["offsets"][1:] += len(image) - end
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without("class_names"), "class_names is not a file in the archive"),
-        (replaced("labels", lambda labels: labels[:-1]), "19 labels and 21 offsets"),
-        (replaced("labels", lambda labels: labels + 1), "labels are 1 to 10, 10 class names"),
-        (replaced("labels", lambda labels: labels / 1), "labels are float64"),
-        (replaced("labels", lambda labels: labels.astype(str)), "labels are <U"),
-        (replaced("labels", lambda labels: labels.astype(object)), "allow_pickle=False"),
-        (replaced("offsets", lambda offsets: offsets[:-1]), "20 labels and 20 offsets"),
-        (replaced("jpeg", lambda jpeg: jpeg * 0), "image 0 of .* is damaged"),
-        (smaller_first_image, "image 1 of .* is damaged .it is not as large as the others"),
-    ],
-)
-def test_an_archive_whose_parts_do_not_fit_is_named(tmp_path, damage, message):
-    path = recipe_data.packed(tmp_path, [2] * 10) / packed_jpeg.TRAIN_FILE
-    with np.load(path) as archive:
-        content = dict(archive)
-    damage(content)
-    np.savez(path, **content)
-    with pytest.raises(DataError, match=message):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
-
-
-def test_a_test_archive_without_a_class_is_refused(tmp_path):
-    path = recipe_data.packed(tmp_path, [2] * 10) / packed_jpeg.TEST_FILE
-    with np.load(path) as archive:
-        content = dict(archive)
-    content["labels"][content["labels"] == 3] = 4
-    np.savez(path, **content)
-    with pytest.raises(DataError, match=r"cifar10_test.npz' has no image of class 3, expected"):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
+# ---------------------------------------------------------------- folders
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])

@@ -70,7 +70,7 @@ class Changes(NamedTuple):
         )
         return cls(flipped, factors, torch.rand(rows, 3, generator=random).argsort(dim=1))
 
-    def of(self, rows: slice | list[int]) -> Changes:
+    def of(self, rows: slice | Tensor) -> Changes:
         return Changes(*(values[rows] for values in self))
 
 
@@ -97,8 +97,7 @@ def finished(
 
 
 def _jittered(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """`images`, float32 (b, H, W, 3) from 0 to 1, each in its own order blended with black, with its mean
-    grey and with its grey.
+    """`images`, float32 (b, H, W, 3) from 0 to 1, blended with black, their mean grey, their grey.
 
     Each of the three is a blend f x + (1 - f) y, so that images in different orders go together.
     """

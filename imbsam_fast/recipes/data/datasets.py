@@ -60,14 +60,19 @@ def _digits(config: RunConfig) -> LongTailImages:
 def _cifar(config: RunConfig, num_classes: int) -> LongTailImages:
     directory = Path(config.data_dir)
     counts = _counts(config, num_classes)
-    if num_classes == 10 and not (directory / cifar.folder(10)).exists():
-        if (directory / packed.TRAIN_FILE).exists():
-            return packed.load(directory, counts, config.validation)
-        raise DataError(
-            f"--data-dir is '{directory}', expected a directory that holds {cifar.folder(10)}, or "
-            f"{packed.TRAIN_FILE} and {packed.TEST_FILE}"
-        )
-    return cifar.load(directory, num_classes, counts, config.validation)
+    folder, archives = cifar.folder(num_classes), packed.CIFAR_FILES[num_classes]
+    if (directory / folder).exists():
+        return cifar.load(directory, num_classes, counts, config.validation)
+    if (directory / archives[0]).exists():
+        return packed.load_cifar(directory, num_classes, counts, config.validation)
+    raise DataError(
+        f"--data-dir is '{directory}', expected a directory that holds {folder}, or "
+        f"{' and '.join(archives)}"
+    )
+
+
+def _packed(config: RunConfig) -> LongTailImages:
+    return packed.load_own(Path(config.data_dir))
 
 
 def _image_files(
@@ -104,6 +109,7 @@ LOADERS: dict[str, Callable[[RunConfig], LongTailImages]] = {
     "digits": _digits,
     "cifar10-lt": partial(_cifar, num_classes=10),
     "cifar100-lt": partial(_cifar, num_classes=100),
+    "packed": _packed,
     "imagenet-lt": partial(_image_files, known=IMAGENET_LT_FILES, statistics=IMAGENET_STATISTICS),
     "inaturalist2018": partial(
         _image_files, known=INATURALIST_FILES, statistics=INATURALIST_STATISTICS

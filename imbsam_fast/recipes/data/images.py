@@ -12,8 +12,10 @@ from torch import Tensor
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 
-CIFAR10_STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100_STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+CIFAR_STATISTICS: dict[int, Statistics] = {  # by the number of classes
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
 WHOLE = slice(None)

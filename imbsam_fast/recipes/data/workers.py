@@ -88,7 +88,7 @@ class Workers:
             batch_size=None,
             sampler=self._requests,  # type: ignore[arg-type]
             num_workers=processes,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             **options,
         )
 
@@ -241,21 +241,24 @@ class _Reader(Dataset):
         return Reply(kept, unreadable, time.process_time() - started, pixels)
 
 
-def read_image(path: str, out: Tensor, numbers: list[float] | None) -> None:
+def read_image(
+    path: str, out: Tensor, numbers: list[float] | None, short_side: int | None = None
+) -> None:
     """Write the image in `path` to `out`, uint8 (size, size, 3).
 
     With `numbers` a random part, as torchvision's RandomResizedCrop; otherwise the shorter side is
-    resized to 8/7 of `size` (256 for 224) and the centre cropped. Raises OSError or ValueError.
+    resized to `short_side`, 8/7 of `size` where that is None (256 for 224), and the centre cropped.
+    Raises OSError or ValueError.
     """
     size = out.shape[0]
     picture = opened(Path(path).read_bytes())
     height, width = picture.height, picture.width
     if numbers is None:
         pixels = picture.pixels()
-        short, target = min(height, width), round(size * 8 / 7)
+        short, target = min(height, width), short_side or round(size * 8 / 7)
         shape = (target * height // short, target * width // short)
-        box = Box(*(round((side - size) / 2) for side in shape), size, size)
-        out.copy_(_part(_resized(pixels, *shape), box))
+        top, left = (round((side - size) / 2) for side in shape)
+        out.copy_(_part(_resized(pixels, *shape), Box(top, left, size, size)))
         return
     box = random_box(height, width, numbers)
     pixels = picture.pixels(reduction_for(box.height, box.width, size))

@@ -64,6 +64,9 @@ DATASETS = {
         },
     ),
     "cifar100-lt": Dataset("CIFAR-100, made long-tailed", CIFAR_DEFAULTS),
+    "packed": Dataset(
+        "images of your own, packed by `imbsam-fast pack`", CIFAR_DEFAULTS, long_tailed=False
+    ),
     "imagenet-lt": Dataset(
         "ImageNet-LT",
         IMAGENET_LT_DEFAULTS,

@@ -76,6 +76,8 @@ def _add_data_arguments(parser: argparse.ArgumentParser, dataset: Dataset) -> No
     if dataset.lists:
         _add_list_arguments(add)
         return
+    if not dataset.long_tailed:
+        return
     if dataset.variants:
         add("--images", choices=tuple(dataset.variants), help="small: a tenth of the images")
     add("--largest-class", type=_count, metavar="N",
