@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 from ..settings.config import RunConfig
-from . import cifar, digits, lists, packed
+from . import cifar, digits, packed
 from .files import FileImages, FileOptions
 from .images import (
     DataError,
     LongTailImages,
     MemoryImages,
     Statistics,
-    check_every_class,
     class_counts,
     long_tailed,
 )
+from .listed_files import check_files, read_lists
 
 # Pixels from 0 to 16 become -1 to 1.
 DIGITS_STATISTICS: Statistics = ((8 / 255,) * 3, (8 / 255,) * 3)
@@ -88,10 +88,8 @@ def _image_files(
     names = [config.train_list or train_file, config.test_list or test_file]
     if config.validation_list:
         names.append(config.validation_list)
-    read = [lists.read(directory / name, root) for name in names]
-    num_classes = max(max(images.labels) for images in read) + 1
-    for name, images in zip(names, read):
-        check_every_class(images.labels, num_classes, f"'{directory / name}'")
+    read, num_classes = read_lists([directory / name for name in names], root)
+    check_files(read, root, config.check_files, config.skip_corrupt)
     options = FileOptions(
         config.image_size, statistics, config.color_jitter, config.skip_corrupt, config.workers
     )

@@ -50,9 +50,8 @@ class FileImages(Images):
         return len(self._corrupt)
 
     def subset(self, rows: Tensor) -> FileImages:
-        paths, labels, names = self.images
-        kept = [paths[i] for i in rows], [labels[i] for i in rows]
-        return FileImages(ImageList(*kept, names), self.options)
+        paths, labels = ([values[i] for i in rows.tolist()] for values in self.images[:2])
+        return FileImages(self.images._replace(paths=paths, labels=labels), self.options)
 
     def batches(
         self,
@@ -66,6 +65,8 @@ class FileImages(Images):
 
     def close(self) -> None:
         """End the processes that were kept."""
+        if self._workers is not None:
+            self._workers.close()
         self._workers = None
 
     def _read(
@@ -90,6 +91,7 @@ class FileImages(Images):
         if not kept:
             return Workers(min(workers, batches), rows, size, persistent=False)
         if self._workers is None or self._workers.rows < rows:
+            self.close()
             self._workers = Workers(workers, rows, size, persistent=True)
         return self._workers
 

@@ -29,6 +29,7 @@ from .images import (
     class_counts,
     long_tailed,
 )
+from .lists import few
 
 CIFAR_FILES = {
     10: ("cifar10_train_if100.npz", "cifar10_test.npz"),
@@ -118,14 +119,9 @@ def _check_same_classes(train: Archive, other: Archive) -> None:
         ]
         raise DataError(
             f"'{train.path}' and '{other.path}' have different classes, expected the same: "
-            f"{_few(only[0])} only in the first, {_few(only[1])} only in the second"
+            f"{few(only[0])} only in the first, {few(only[1])} only in the second"
         )
     check_every_class(other.targets.tolist(), len(train.class_names), f"'{other.path}'")
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(names[:3]) or "none") + more
 
 
 def read(path: Path) -> Archive:

@@ -8,6 +8,7 @@ processes are not forked (all systems but Linux), batches travel as torch's shar
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
 import mmap
@@ -16,8 +17,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +77,9 @@ class Workers:
 
     def __init__(self, processes: int, rows: int, size: int, persistent: bool) -> None:
         self.rows = rows
+        self.persistent = persistent
+        self._processes: list[BaseProcess] = []
+        _all.add(self)
         self.slots = shared_slots(processes, rows, size) if processes and FORKS else None
         self._requests = _Requests(1 if self.slots is None else len(self.slots))
         options: dict[str, Any] = {}
@@ -96,8 +103,10 @@ class Workers:
         """Pixels uint8 (kept, size, size, 3), to be used before the next are asked for."""
         self._requests.all = requests
         try:
+            before = active_children()
             with _held_back_signals():
                 replies = iter(self._loader)
+            self._processes += [p for p in active_children() if p not in before]
             for i, reply in enumerate(replies):
                 if reply.pixels is not None:
                     yield reply.pixels, reply
@@ -116,6 +125,27 @@ class Workers:
                 f"a process that reads images died ({str(error).splitlines()[0]}); where memory "
                 "is short, fewer --workers or a smaller --batch-size need less"
             ) from error
+        finally:
+            if not self.persistent:
+                self.close()
+
+    def close(self) -> None:
+        """End the processes, whatever they are doing; nothing can be read afterwards."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self._processes.clear()
+
+
+# multiprocessing would wait at exit for processes that it asks to end by SIGTERM.
+_all: weakref.WeakSet[Workers] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for workers in list(_all):
+        workers.close()
 
 
 def slot_bytes(processes: int, rows: int, size: int) -> int:

@@ -39,6 +39,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "color_jitter": 0.0,
     "skip_corrupt": False,
+    "check_files": False,
     "workers": 4,
     "validation": 0,
     # Ours, in the range that the authors of Focal-SAM search.
@@ -120,6 +121,7 @@ class RunConfig:
     image_size: int  # pixels
     color_jitter: float
     skip_corrupt: bool
+    check_files: bool  # look for every image before the first epoch
     workers: int  # processes that read image files
     validation: int  # images of each class
     method: str

@@ -23,7 +23,16 @@ from .tables import one_line, plan_table, results_table
 from .training import ImageTraining, TrainingDivergedError
 
 # Settings that do not change what is computed, but for rounding.
-_MACHINE = ("data_dir", "image_root", "workers", "threads", "device", "tensorboard", "compile")
+_MACHINE = (
+    "data_dir",
+    "image_root",
+    "check_files",
+    "workers",
+    "threads",
+    "device",
+    "tensorboard",
+    "compile",
+)
 
 
 def run_command(configs: Sequence[RunConfig], save: Path, resume: bool) -> int:

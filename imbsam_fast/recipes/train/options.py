@@ -110,6 +110,12 @@ def _add_list_arguments(add: Any) -> None:
         action=argparse.BooleanOptionalAction,
         help="leave images that cannot be read out, and count them, instead of stopping",
     )
+    add(
+        "--check-files",
+        action=argparse.BooleanOptionalAction,
+        help="look for every image before the first epoch, not only for those of the tests and a "
+        "thousand of the others",
+    )
     add("--workers", type=_count_or_none, metavar="N",
         help="processes that read images (default: 4)")  # fmt: skip
 
