@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, run = _parser(argv)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse would show the usage of the whole command
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if run is None:
         parser.print_help()
         return 0
@@ -71,6 +73,7 @@ def _parser(
         subparser = subparsers.add_parser(
             name, help=command.help, description=f"{command.help}.", allow_abbrev=False
         )
+        subparser.set_defaults(parser=subparser)
         if name == chosen:
             module: Any = import_module(command.module)
             module.add_arguments(subparser)

@@ -41,13 +41,18 @@ class FileImages(Images):
         self.images = images
         self.options = options
         self.targets = torch.tensor(images.labels, dtype=torch.int64)
-        self.cpu_seconds = 0.0  # of decoding, in whatever process
+        self.cpu_seconds = 0.0  # of reading so many images, in whatever process
+        self.read_images = 0
         self._corrupt: set[str] = set()
         self._workers: Workers | None = None  # those of training, which are kept
 
     @property
     def skipped(self) -> int:  # type: ignore[override]
         return len(self._corrupt)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.options.size, self.options.size
 
     def subset(self, rows: Tensor) -> FileImages:
         paths, labels = ([values[i] for i in rows.tolist()] for values in self.images[:2])
@@ -81,6 +86,7 @@ class FileImages(Images):
         for i, (pixels, reply) in zip(left, replies):
             self._refuse_or_count(reply)
             self.cpu_seconds += reply.cpu_seconds
+            self.read_images += len(reply.kept)
             kept = torch.tensor(reply.kept)
             finish = self._finish(len(batches[i]), key, i, part, kept)
             yield RawBatch(pixels, finish, self.targets[batches[i][part][kept]])

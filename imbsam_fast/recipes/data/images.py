@@ -36,6 +36,11 @@ class Images(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+
     @abstractmethod
     def batches(
         self,
@@ -161,6 +166,11 @@ class MemoryImages(Images):
         padded = torch.nn.functional.pad(pixels, (padding,) * 4)
         # Channels last, so that one gather of rows, y and x crops, flips and stays dense.
         self._padded = padded.permute(0, 2, 3, 1).contiguous()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.pixels.shape[2:]
+        return height, width
 
     def subset(self, rows: Tensor) -> MemoryImages:
         return MemoryImages(

@@ -96,6 +96,7 @@ class Dataset:
     files: bool = True  # whether --data-dir has to say where it is
     lists: bool = False  # whether it is read from lists of image files
     long_tailed: bool = True  # whether it is made so, by --largest-class and --imbalance-factor
+    mirrored: bool = True  # whether a mirror image shows the same, for the flip average
     package: str = "torchvision"  # the module that reads it
     # Settings that follow from the value of `images`; empty where there is no such option.
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -52,6 +52,7 @@ DATASETS = {
         "scikit-learn's handwritten digits, made long-tailed",
         DIGITS_DEFAULTS,
         files=False,
+        mirrored=False,
         package="sklearn",
     ),
     "cifar10-lt": Dataset(

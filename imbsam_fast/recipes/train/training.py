@@ -137,22 +137,26 @@ class ImageTraining:
             self._start_stage(self.stage_index + 1)
         self._set_mode()
         started, before = time.perf_counter(), self.sums.seconds
-        for images, targets in self.ranks.agreed(self._batches()):
-            self._seed_network()
-            result = self.trainer.step(self._placed(images), targets)
-            self.sums.add(result.loss, result.logits, targets)
-            self.scheduler.step()
-            self.position += 1
+        for images, targets in self.ranks.agreed(self.batches()):
+            self.step(images, targets)
             self.sums.seconds = before + time.perf_counter() - started
             on_step(self)
         return self._end_epoch()
+
+    def step(self, images: Tensor, targets: Tensor) -> None:
+        """One batch: images on the rank's device, labels anywhere."""
+        self._seed_network()
+        result = self.trainer.step(self._placed(images), targets)
+        self.sums.add(result.loss, result.logits, targets)
+        self.scheduler.step()
+        self.position += 1
 
     def _seed_network(self) -> None:
         """For dropout and stochastic depth, which draw from torch's own generators."""
         key = (self.config.seed, NETWORK, self.epoch, self.position, self.ranks.rank)
         torch.manual_seed(generator(*key).initial_seed())
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the batches of the epoch that are left."""
         order = self.stage.order(
             self.data.train.targets,
