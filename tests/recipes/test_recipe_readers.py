@@ -224,7 +224,7 @@ def test_a_file_that_is_listed_twice_counts_twice_with_one_class_and_is_refused_
         ((images,), _) = read_lists([file], tmp_path)
     assert images.labels == [0, 0, 1]
     file.write_text("a.jpg 0\na.jpg 1\n")
-    with pytest.raises(DataError, match="a.jpg' with the classes 0 and 1, expected one"):
+    with pytest.raises(DataError, match=r"a.jpg' with the classes 0 and 1, expected one"):
         read_lists([file], tmp_path)
 
 

@@ -99,8 +99,8 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first seed")  # fmt: skip
     add("--save", type=Path, metavar="DIR", help="a directory for each run is made in it")
     add("--dry-run", action="store_true",
-        help="read the lists, take two steps of each run with the workers and on the device asked "
-        "for, print the time, memory, descriptors and disk that all will take, and write nothing")  # fmt: skip
+        help="take two steps of each run with the workers and on the device asked for, say what "
+        "all will take of time, memory, descriptors and disk, and write nothing")  # fmt: skip
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -178,8 +178,8 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rho", type=_not_negative, metavar="R",
         help="radius of the perturbation")  # fmt: skip
     add("--tail-weight", type=_positive, metavar="W",
-        help="factor on the loss of tail classes, for imbsam, sam and sgd-weighted (default: 1, but "
-        "2 for sgd-weighted)")  # fmt: skip
+        help="factor on the loss of tail classes, for imbsam, sam and sgd-weighted (default: "
+        "1, but 2 for sgd-weighted)")  # fmt: skip
     add("--batch-norm", choices=BATCH_NORM_UPDATES,
         help="how often a step updates the running statistics")  # fmt: skip
     add("--gamma", type=_not_negative, metavar="G", help="exponent of Focal-SAM")
