@@ -53,7 +53,7 @@ wheel-test: wheel
 # Everything at full size, for a quiet machine; `imbsam-fast bench` is the short form. Recorded
 # results are replaced at the end, all from one commit.
 BENCHMARKS := bench_optimizer bench_split_cross_entropy bench_step bench_growth bench_memory \
-	bench_distributed bench_anomaly
+	bench_input bench_distributed bench_anomaly
 bench: $(VENV)/.installed
 	rm -rf build/results
 	set -e; for name in $(BENCHMARKS); do \

@@ -175,9 +175,7 @@ def static_graphs_are_refused_by_name(rank: int, ranks: int) -> None:
 
 def models_of_two_groups_are_refused(rank: int, ranks: int) -> None:
     groups = [dist.new_group(), dist.new_group()]
-    parts = [
-        DistributedDataParallel(nn.Linear(4, 4), process_group=g) for g in groups
-    ]
+    parts = [DistributedDataParallel(nn.Linear(4, 4), process_group=g) for g in groups]
     model = nn.Sequential(*parts)
     with pytest.raises(ValueError, match="models of two process groups"):
         TrainStep(model, CRITERION, imbsam(model))
@@ -209,12 +207,12 @@ def same_dropout_and_own_buffers_on_every_rank(rank: int, ranks: int) -> None:
         def forward(self, x):
             kept = nn.functional.dropout(torch.ones_like(x[:, :, 0, 0]))
             self.draws.append(kept)
-            return checkpoint(self.body, x * kept[:, :, None, None] + self.table, use_reentrant=False)
+            return checkpoint(
+                self.body, x * kept[:, :, None, None] + self.table, use_reentrant=False
+            )
 
     model = Net()
-    step = TrainStep(
-        DistributedDataParallel(model), CRITERION, imbsam(model), same_dropout=True
-    )
+    step = TrainStep(DistributedDataParallel(model), CRITERION, imbsam(model), same_dropout=True)
     torch.manual_seed(rank)
     x, y = own(next(data()), rank, ranks)
     step(x, y)

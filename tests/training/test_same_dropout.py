@@ -51,9 +51,7 @@ def test_every_row_has_one_mask_in_a_step(plan, micro_batch_size, device):
     x, y = next(batches(1))
     for same in (True, False):
         model = Drops(network("group")).to(device)
-        step = step_of(
-            model, plan=plan, micro_batch_size=micro_batch_size, same_dropout=same
-        )
+        step = step_of(model, plan=plan, micro_batch_size=micro_batch_size, same_dropout=same)
         torch.manual_seed(5)
         masks = []
         for _ in range(2):
@@ -149,9 +147,7 @@ def test_autocast_and_a_scaler_change_nothing_about_the_masks(device):
     model = Drops(network("group", torch.float32)).to(device)
     scaler = torch.amp.GradScaler(device, init_scale=8.0)
     autocast = torch.autocast(device, torch.bfloat16)
-    step = step_of(
-        model, plan="joint", autocast=autocast, grad_scaler=scaler, same_dropout=True
-    )
+    step = step_of(model, plan="joint", autocast=autocast, grad_scaler=scaler, same_dropout=True)
     x, y = next(batches(1, torch.float32))
     step(x.to(device), y)
     assert model.passes[0] == model.passes[1]
@@ -208,7 +204,9 @@ def test_a_plan_with_other_rows_in_the_perturbed_pass_is_an_error():
     x, y = next(batches(1))
     step.forward(x, y, 16)
     step.optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match=r"same_dropout is True, and the perturbed pass has \[3\]"):
+    with pytest.raises(
+        RuntimeError, match=r"same_dropout is True, and the perturbed pass has \[3\]"
+    ):
         step.perturbed_backward(x[:3], y[:3], 16)
 
 
