@@ -418,7 +418,7 @@ class StandIn:
         yield
         self.seen.append("leave side")
 
-    class Side:  # noqa: D106
+    class Side:
         def __init__(self, seen: list[str], name: str) -> None:
             self.seen, self.name = seen, name
 
