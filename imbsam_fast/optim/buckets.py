@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import chain
-from operator import itemgetter
 from types import NoneType
 from typing import Any
 
@@ -15,8 +13,6 @@ from .shards import locals_of
 
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
-
-_params = itemgetter("params")
 
 
 class Bucket:
@@ -37,7 +33,10 @@ class Bucket:
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     """The parameters of all groups, in their order."""
-    return [*chain.from_iterable(map(_params, groups))]
+    params: list[Tensor] = []
+    for group in groups:
+        params += group["params"]
+    return params
 
 
 def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
