@@ -474,7 +474,9 @@ class ImbSAM(torch.optim.Optimizer):
             if hasattr(self.base, "__setstate__"):
                 self.base.__setstate__(state)
             else:
-                self.base.state, self.base.param_groups = state["state"], state["param_groups"]
+                self.base.state.clear()
+                self.base.state.update(state["state"])
+                self.base.param_groups[:] = state["param_groups"]
             return
         super().__setstate__(state)
         self._pending = _Pending()
@@ -605,5 +607,11 @@ def _check_base(base: object) -> None:
         raise TypeError(
             f"base is {name} around an ImbSAM, expected it the other way round: ImbSAM({name}(sgd))"
         )
+    for name in OWN_SETTINGS:
+        if name in getattr(base, "defaults", ()):
+            raise ValueError(
+                f"base is {type(base).__name__}, which has a setting {name!r} of its own, expected "
+                "one without: it would be taken for ImbSAM's"
+            )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")
