@@ -1,4 +1,4 @@
-"""Where the unperturbed weights and the head gradient are kept: in memory that nobody else reaches."""
+"""Unperturbed weights and the head gradient are kept in memory that nobody else reaches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _zero(kept: object) -> None:
 
 
 def _steps(params: list[nn.Parameter], optimizer: ImbSAM, between: Callable[[], None]) -> None:
-    """Two steps; `between` runs after every gradient came, with it in p.grad, and after its call."""
+    """Two steps; `between` runs when a gradient came, after the call before."""
     for step in range(2):
         for phase, call in enumerate(
             (optimizer.first_step, optimizer.second_step, optimizer.third_step)

@@ -1,4 +1,4 @@
-"""Bases that wrap others or only look like optimizers; groups that stay out; what is left behind."""
+"""Bases that wrap others; groups that stay out; what is left behind, and saved mid-step."""
 
 from __future__ import annotations
 
