@@ -150,16 +150,21 @@ class StandIn:
     class Side:
         def __init__(self, seen: list[str], name: str) -> None:
             self.seen, self.name = seen, name
+            self.events = 0
 
         def record_event(self):
-            self.seen.append("copied")
-            return self
+            self.events += 1
+            return StandIn.Event(self.seen, self.events)
+
+        def wait_event(self, event) -> None:
+            self.seen.append(f"{self.name} waits for event {event.number}")
+
+    class Event:
+        def __init__(self, seen: list[str], number: int) -> None:
+            self.seen, self.number = seen, number
 
         def synchronize(self) -> None:
-            self.seen.append("buffer free")
-
-        def wait_stream(self, other) -> None:
-            self.seen.append(f"{self.name} waits for {other.name}")
+            self.seen.append(f"buffer free after event {self.number}")
 
 
 def test_a_batch_is_copied_beside_the_step_before_it(monkeypatch):
@@ -178,7 +183,11 @@ def test_a_batch_is_copied_beside_the_step_before_it(monkeypatch):
         cuda.seen.append(f"step {int(targets[0])}")
         found.append((images.tolist(), targets.tolist()))
     assert found == [([float(i)] * 2, [i, i]) for i in range(5)]
-    for i in range(4):  # read before the step of the batch before, which waited for its own copy
-        assert cuda.seen.index(f"read {i + 1}") < cuda.seen.index(f"step {i}")
-        assert cuda.seen[cuda.seen.index(f"step {i}") - 1] == "current waits for side"
-    assert cuda.seen.count("buffer free") == 3  # two buffers
+    # Two events a batch: its bytes are copied, and its images are finished.
+    for i in range(5):
+        step = cuda.seen.index(f"step {i}")
+        assert cuda.seen[step - 1] == f"current waits for event {2 * i + 2}"
+        if i < 4:  # the next was read before, and its event is not waited for
+            assert cuda.seen.index(f"read {i + 1}") < step
+    freed = [what for what in cuda.seen if what.startswith("buffer")]  # there are two
+    assert freed == [f"buffer free after event {2 * i + 1}" for i in range(3)]

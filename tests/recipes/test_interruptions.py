@@ -21,6 +21,7 @@ from imbsam_fast.recipes.data.files import FileImages, FileOptions
 from imbsam_fast.recipes.data.images import CPU, DataError
 from imbsam_fast.recipes.data.lists import ImageList, read
 from imbsam_fast.recipes.run_directory import RunDirectory, RunDirectoryError, find_runs
+from imbsam_fast.recipes.train.ranks import Ranks
 from tests import commands, recipe_data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked at in /proc")
@@ -209,6 +210,29 @@ def test_a_dead_worker_is_an_error_at_the_next_batch_and_not_in_between(listed):
     with pytest.raises(DataError, match=r"a process that reads images died .*--workers"):
         list(batches)
     source.close()
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_a_rank_that_cannot_read_stops_all_ranks(fails_here):
+    class OneOfTwo(Ranks):
+        """The other rank fails where this one does not."""
+
+        def any(self, flag: bool) -> bool:
+            asked.append(flag)
+            return flag or (not fails_here and len(asked) == 2)
+
+    def batches():
+        yield 0
+        if fails_here:
+            raise DataError("here")
+        yield 1
+
+    asked: list[bool] = []
+    found = []
+    with pytest.raises(DataError, match="here" if fails_here else "another of the processes"):
+        for batch in OneOfTwo("ddp", 0, 2).agreed(batches()):
+            found.append(batch)
+    assert found == [0] and len(asked) == 2
 
 
 def test_processes_are_kept_for_the_next_epoch_and_left_out_batches_do_not_matter(listed):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from imbsam_fast.recipes.data import cifar, listed_files
 from imbsam_fast.recipes.data import lists as image_lists
+from imbsam_fast.recipes.data import workers as workers_module
 from imbsam_fast.recipes.data.files import FileImages, FileOptions
 from imbsam_fast.recipes.data.images import (
     DataError,
@@ -267,8 +268,9 @@ def listed(tmp_path) -> ImageList:
     return image_lists.read(tmp_path / "train.txt", tmp_path)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_do_not_change_the_images(listed, workers):
+@pytest.mark.parametrize(("workers", "forks"), [(1, True), (3, True), (2, False)])
+def test_workers_do_not_change_the_images(listed, workers, forks, monkeypatch):
+    monkeypatch.setattr(workers_module, "FORKS", forks and workers_module.FORKS)
     batches = [torch.tensor([0, 5, 2]), torch.tensor([1, 1, 3]), torch.tensor([3, 4, 0])]
     here = list(FileImages(listed, options()).batches(batches, (7,)))
     there = list(FileImages(listed, options(workers=workers)).batches(batches, (7,), start=1))
