@@ -37,9 +37,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Contestant, Group, Operation, Stopwatch
 from imbsam_fast.bench.report import Report
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.recipes.data import decoding
 from imbsam_fast.recipes.data.augmentation import crop_numbers
 from imbsam_fast.recipes.data.files import FileImages, FileOptions

@@ -29,6 +29,6 @@ def transport(report: Report) -> Lines:
 
 
 TABLES = {
-    "input": Table(("bench_input",), images),
-    "input-transport": Table(("bench_input",), transport),
+    "input": Table(("bench_input",), images, optional=True),
+    "input-transport": Table(("bench_input",), transport, optional=True),
 }

@@ -97,7 +97,11 @@ def test_digits_have_no_flip_column_and_are_analysed_without_torchvision(
 ):
     run = finished_digits(tmp_path / "runs")
     shown = capsys.readouterr().out
-    assert "Few" in shown and "flip" not in shown
+    assert "Few" in shown and "All, flip" not in shown
+    assert cli.main(["report", str(run.path), "--out", str(tmp_path / "page.html")]) == 0
+    shown = capsys.readouterr().out + (tmp_path / "page.html").read_text()
+    assert "mean of the per-class" in shown
+    assert "flip average" not in shown and "mirror image" not in shown
     installed = arguments.find_spec
     monkeypatch.setattr(
         arguments, "find_spec", lambda m: None if m == "torchvision" else installed(m)

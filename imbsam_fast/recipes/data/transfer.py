@@ -55,21 +55,22 @@ class SideStream:
         # Two pinned buffers, each with the event after which it may be written to again.
         self._buffers: list[tuple[Tensor, Any] | None] = [None, None]
 
-    def begin(self, batch: RawBatch) -> tuple[Tensor, Tensor]:
-        """Start the copy; returns at once, with images that are there after `end`."""
+    def begin(self, batch: RawBatch) -> tuple[Tensor, Tensor, Any]:
+        """Start the copy; returns at once, with images that are there after `end`, and an event."""
         pinned = self._pinned(batch.pixels)
         pinned.copy_(batch.pixels)
         with self.cuda.stream(self.stream):
             pixels = pinned.to(self.device, non_blocking=True)
             copied = self.stream.record_event()
             images = batch.finish(pixels)
+            done = self.stream.record_event()
         self._buffers.append((pinned, copied))
-        return images, batch.targets
+        return images, batch.targets, done
 
-    def end(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, usable on the current stream."""
+    def end(self, images: Tensor, targets: Tensor, done: Any) -> tuple[Tensor, Tensor]:
+        """Images and targets of `begin`, usable on the current stream."""
         current = self.cuda.current_stream(self.device)
-        current.wait_stream(self.stream)
+        current.wait_event(done)  # and not for the stream: the next batch is on it already
         images.record_stream(current)  # so that its memory is not given away while it is used
         return images, targets
 

@@ -78,6 +78,7 @@ class Workers:
     def __init__(self, processes: int, rows: int, size: int, persistent: bool) -> None:
         self.rows = rows
         self.persistent = persistent
+        self._owner = os.getpid()
         self._processes: list[BaseProcess] = []
         _all.add(self)
         self.slots = shared_slots(processes, rows, size) if processes and FORKS else None
@@ -131,6 +132,8 @@ class Workers:
 
     def close(self) -> None:
         """End the processes, whatever they are doing; nothing can be read afterwards."""
+        if os.getpid() != self._owner:  # in a process forked from it, which owns none of them
+            return
         for process in self._processes:
             process.kill()
         for process in self._processes:

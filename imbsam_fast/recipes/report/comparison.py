@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..analysis.settings import ANALYSES
 from ..metrics import BORDERS, COLUMNS, mean_and_std
 from ..run_directory import CONFIG_FILE, RunDirectory, RunDirectoryError
+from ..settings.datasets import DATASETS
 
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
 # how it is shown, not what is computed.
@@ -122,6 +123,12 @@ class Section:
     def dataset(self) -> str:
         """The data set's name."""
         return self.data["dataset"]
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Those of VIEWS that differ: without the flip average where mirror images mean others."""
+        dataset = DATASETS.get(self.dataset)
+        return VIEWS if dataset is None or dataset.mirrored else VIEWS[:1]
 
     @property
     def imbalance_factor(self) -> float | None:
