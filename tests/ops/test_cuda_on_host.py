@@ -1,27 +1,24 @@
-"""The CUDA kernels, compiled for the CPU as they are: what they compute, without a GPU.
+"""What the CUDA kernels compute, without a GPU: their sources, and the PTX that nvcc makes of them.
 
-tests/cuda_on_host/ stands in for the runtime. It shows wrong arithmetic, indices, tiles and
-barriers; it cannot show what only a GPU has, such as the hardware's rounding of exp.
+tests/cuda_on_host/ compiles the sources for the CPU as they are, and translates the PTX of the
+oldest GPUs, of sm_90 and of the newest that nvcc knows; the same tests run over all of it. They
+show wrong arithmetic, indices, tiles and barriers, and misaligned access; they cannot show what
+only a GPU has: ptxas, the order of memory accesses, the rounding of exp2 below its documented
+bound, time.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import platform
 import random
-import shutil
-import subprocess
-import sysconfig
+import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from bases import BASES
+from cuda_on_host import build
 from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
 from samples import (
     DTYPES,
@@ -46,70 +43,45 @@ from imbsam_fast.ops.reference import arithmetic_dtype
 
 pytestmark = pytest.mark.slow  # compiles the CUDA sources
 
-CSRC = Path(__file__).parents[2] / "csrc"
-STAND_IN = Path(__file__).parents[1] / "cuda_on_host"
+if (reason := build.reason_unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+CODE = ["sources", *build.architectures()]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_case = pytest.mark.parametrize("case", SHAPES)
 
 
-def includes() -> list[Path]:
-    """Where the headers are; skips the test where some are missing."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or shutil.which("g++") is None:
-        pytest.skip("needs nvcc, for its headers, and g++")
-    pybind11 = pytest.importorskip("pybind11")
-    # nvcc may be a link or a script: it says itself where it lives.
-    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-    (top,) = [line.split("=", 1)[1] for line in dry_run.splitlines() if line.startswith("#$ TOP=")]
-    python = Path(sysconfig.get_paths()["include"])
-    return [STAND_IN, Path(top.strip()) / "include", python, Path(pybind11.get_include())]
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The module _C with the CUDA kernels on the CPU; the CPU kernels for the baseline alone."""
-    build = tmp_path_factory.mktemp("cuda_on_host")
-    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
-    # A misaligned access or an overflow stops the process.
-    undefined = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
-    flags += [*(f"-I{path}" for path in includes())]
-    sources = {path: ["-O1", *undefined] for path in (CSRC / "cuda").glob("*.cu")}
-    sources |= {STAND_IN / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}
-    intrinsics = ["-include", "immintrin.h"] if platform.machine() == "x86_64" else []
-    sources |= {CSRC / f"cpu/{name}.cpp": ["-O0", *intrinsics] for name in ("drivers", "kernels")}
+def host() -> build.Host:
+    """The module _C with the CUDA kernels on the CPU."""
+    return build.Host(build.build_sources())
 
-    def compile_(path: Path) -> Path:
-        out = build / f"{path.stem}{path.suffix}.o"
-        command = ["g++", *flags, *sources[path], "-x", "c++", "-c", str(path), "-o", str(out)]
-        subprocess.run(command, check=True)
-        return out
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_, sources))
-    library = build / "_C.so"
-    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-    spec = importlib.util.spec_from_file_location("_C", library, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", params=CODE)
+def kernels(request: pytest.FixtureRequest, host: build.Host) -> Iterator[build.Host]:
+    """The kernels as their sources say, or as the PTX of one architecture does."""
+    if request.param != "sources":
+        host.run_ptx(build.build_all_ptx(host.path, request.param))
+    yield host
+    host.run_sources()
 
 
 @pytest.fixture(autouse=True)
-def on_host(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_host(
+    kernels: build.Host, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[build.Host]:
     """Makes CPU tensors take the way of CUDA tensors."""
 
     def select(device: torch.device) -> ModuleType:
         return native_cuda if dispatch.backend_name("cpu") == "native" else reference
 
-    monkeypatch.setattr(native_cuda, "_C", compiled)
+    kernels.seed(zlib.crc32(request.node.name.encode()))
+    monkeypatch.setattr(native_cuda, "_C", kernels.module)
     monkeypatch.setattr(native_cuda, "_on", lambda device: (0, 0))
     monkeypatch.setattr(dispatch, "select", select)
     with dispatch.use_backend("native"):
-        yield
+        yield kernels
 
 
 def on_reference(run: Any, x: SimpleNamespace) -> list[Tensor]:
