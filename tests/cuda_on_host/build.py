@@ -95,7 +95,7 @@ def build_sources() -> Path:
     flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
     # A misaligned access or an overflow stops the process.
     undefined = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
+    flags += ["-DIMBSAM_CUDA", '-DIMBSAM_CUDA_ARCHITECTURES=""', "-DIMBSAM_ISA=baseline"]
     flags += [*(f"-I{path}" for path in includes())]
     sources = {path: ["-O1", *undefined] for path in sorted((CSRC / "cuda").glob("*.cu"))}
     sources |= {HERE / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}

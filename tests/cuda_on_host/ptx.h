@@ -114,12 +114,4 @@ inline double reciprocal_of_high_word(double x) {
   return double_of(bits_of(1 / x) & 0xffffffff00000000ull);
 }
 
-// Off by up to 2^-22 of the value, the bound that PTX documents, in a way that looks random.
-inline float exp2_approx(float x) {
-  const uint32_t word = bits_of(x);
-  const double error = ((int32_t)(word * 2654435761u) / 2147483648.0) * 0x1p-22;
-  const float value = (float)(exp2((double)x) * (1 + error));
-  return value < 0x1p-126f ? 0.0f : value;
-}
-
 }  // namespace

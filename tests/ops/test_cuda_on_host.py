@@ -48,6 +48,8 @@ if (reason := build.reason_unavailable()) is not None:
 
 CODE = ["sources", *build.architectures()]
 
+SUM_OF_FLOATS_TOLERANCE = 2**-41  # as csrc/cuda/squared_norm.cu proves
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_case = pytest.mark.parametrize("case", SHAPES)
 
@@ -123,8 +125,9 @@ def test_sums_equal_the_reference_but_for_their_order(
     name: str, case: str, dtype: torch.dtype
 ) -> None:
     x = lists(case, dtype)
+    tolerance = SUM_TOLERANCE if dtype == torch.float64 else SUM_OF_FLOATS_TOLERANCE
     for actual, expected in zip(SUMS[name](x), on_reference(SUMS[name], x)):
-        assert_sums(actual.double(), expected.double(), SUM_TOLERANCE)
+        assert_sums(actual.double(), expected.double(), tolerance)
 
 
 def test_sums_do_not_depend_on_the_alignment() -> None:
@@ -149,6 +152,37 @@ def test_more_tensors_than_one_launch_takes(name: str) -> None:
 def test_partial_sums_of_more_tensors_than_one_launch_takes() -> None:
     numbers = torch.arange(1.0, 1200.0)
     assert_same_bits([ops.squared_norm(list(numbers.split(1)))], [numbers.double().square()])
+
+
+@pytest.mark.parametrize("count", [1, 31, 33, 255, 257, 1023, 1025, 3000])
+def test_perturb_sums_all_partials(count: int) -> None:
+    """Powers of two, whose sums are exact in every order."""
+    partials = torch.full((count,), 2.0**-20, dtype=torch.float64)
+    partials[-1] = partials[count // 2] = 2.0**-3
+
+    def run(x: SimpleNamespace) -> list[Tensor]:
+        ops.perturb_(x.theta, x.g_t, partials, 0.05)
+        return [*x.theta, *x.g_t]
+
+    def make() -> SimpleNamespace:
+        theta, g_t = torch.linspace(1, 2, 2 * 40).reshape(2, 40).unbind()
+        return SimpleNamespace(theta=[theta.clone()], g_t=[g_t.clone()])
+
+    assert_same_bits(run(make()), on_cpu_kernels(run, make()))
+
+
+# Exponents of ten: squares of floats that underflow, that just do not, and that overflow.
+@pytest.mark.parametrize("exponent", [-44, -30, -19, -15, 0, 15, 18.5, 25, 37])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_squares_beyond_float(name: str, exponent: float) -> None:
+    x = lists("beyond a chunk", torch.float32)
+    for list_ in (x.g_h, x.g_p):
+        for tensor in list_:
+            tensor.mul_(10.0**exponent)
+            tensor[:: 3 if exponent else 1].mul_(1e-3)  # large and small ones in a pack
+            tensor[16:32] = 0
+    for actual, expected in zip(SUMS[name](x), on_reference(SUMS[name], x)):
+        assert_sums(actual.double(), expected.double(), SUM_OF_FLOATS_TOLERANCE)
 
 
 @each_dtype
@@ -219,7 +253,7 @@ def test_grad_check_finds(value: float, element: int) -> None:
 @each_dtype
 @pytest.mark.parametrize(
     ("rows", "classes"),
-    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000)],
+    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000), (8195, 3), (12_288, 2)],
 )
 def test_cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> None:
     logits, targets = logits_and_targets(rows, classes, dtype)
@@ -245,6 +279,27 @@ def test_cross_entropy_options(
 def test_cross_entropy_of_strided_logits(layout: Any, dtype: torch.dtype) -> None:
     logits, targets = logits_and_targets(5, 37, dtype)
     check(layout(logits), targets, *class_weights(37, dtype), label_smoothing=0.1)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [1, 7, 33, 1003, 5000])
+def test_the_maximum_of_a_row_is_exact(classes: int, dtype: torch.dtype) -> None:
+    logits, targets = logits_and_targets(9, classes, dtype)
+    for i, row in enumerate(logits):
+        row[i * 997 % classes] = 100 + i  # of another warp in each row
+    plain, sharp, _ = class_weights(classes, dtype)
+    arguments = logits, targets, plain, sharp, None, 0.0, -100, None
+    lse = native_cuda.split_cross_entropy(*arguments)[3]
+    assert_same_bits([lse[:, 0]], [logits.amax(dim=1).to(lse.dtype)])
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [9, 24, 40, 301, 5003])
+def test_gradients_aligned_otherwise_than_logits(classes: int, dtype: torch.dtype) -> None:
+    """Rows of a padded vocabulary, from every alignment."""
+    padded, targets = logits_and_targets(9, classes + 13, dtype)
+    logits = padded[:, 3 : 3 + classes]
+    check(logits, targets % classes, *class_weights(classes, dtype), label_smoothing=0.1)
 
 
 @each_dtype
