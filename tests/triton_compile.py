@@ -123,7 +123,13 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
         yield "totals", arithmetic, kernel, arguments, split_cross_entropy.TOTALS_THREADS
         arguments = {"partials": "*fp64", "scale": f"*{arithmetic.name}", "count": "i32"}
         arguments |= {"rho": "fp64", "ARITHMETIC": arithmetic, "BLOCK": multi_tensor.PARTIALS_BLOCK}
-        yield "scale", arithmetic, multi_tensor.scale_kernel, arguments, multi_tensor.PARTIALS_THREADS
+        yield (
+            "scale",
+            arithmetic,
+            multi_tensor.scale_kernel,
+            arguments,
+            multi_tensor.PARTIALS_THREADS,
+        )
 
 
 def compiled(kernel: Any, arguments: Arguments, threads: int, target: GPUTarget) -> Any:

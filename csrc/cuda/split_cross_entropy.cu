@@ -28,11 +28,16 @@ constexpr int kRowUnroll = 4;     // packs of a row that a thread has under way
 template <class T, bool kSmooth>
 constexpr int kRowBlocks = kSmooth || sizeof(T) == 8 ? 1 : 2;
 
-// The hardware's 2^y, off by 2^-22 at most, of y = x log2(e), off by a rounding of y. Sums of
-// exponentials and their gradients weigh such errors by e^x, which makes up for a large y.
+// e^x for data of type T. For bfloat16 and float16, of which a GPU reads so many that instructions
+// count, the hardware's 2^y, y = x log2(e): off by its 2 ulp and by a rounding of y. Sums of
+// exponentials and gradients weigh that by e^x, which makes up for a large y. Plain torch's float
+// for float data.
+template <class T>
 __device__ __forceinline__ float exp_(float x) {
-  return exp2_approx(x * 1.4426950408889634f);
+  if (sizeof(T) == 2) return exp2_approx(x * 1.4426950408889634f);
+  return expf(x);
 }
+template <class T>
 __device__ __forceinline__ double exp_(double x) { return exp(x); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double largest(double a, double b) { return fmax(a, b); }
@@ -44,15 +49,16 @@ __device__ __forceinline__ S shift_of(S max) {
 }
 
 // The sums over the elements of a row that one thread has met so far.
-template <class S, bool kSmooth>
+template <class T, bool kSmooth>
 struct RowSums {
+  typedef typename Arithmetic<T>::S S;
   S max = -(S)INFINITY;
   S exp_sum = 0;                     // sum exp(z - shift)
   double weighted = 0, weights = 0;  // sum w (z - shift) and sum w, with smoothing only
 
   __device__ __forceinline__ void raise(S higher) {
     const S shift = shift_of(higher);
-    exp_sum *= exp_(max - shift);
+    exp_sum *= exp_<T>(max - shift);
     if (kSmooth) weighted += weights * ((double)shift_of(max) - (double)shift);
     max = higher;
   }
@@ -67,7 +73,7 @@ struct RowSums {
     const S shift = shift_of(max);
     S sum = 0;
 #pragma unroll
-    for (int j = 0; j < n; ++j) sum += exp_(z[j] - shift);
+    for (int j = 0; j < n; ++j) sum += exp_<T>(z[j] - shift);
     exp_sum += sum;
   }
 
@@ -133,13 +139,13 @@ __device__ __forceinline__ Pack<T> load_across(const T* p, unsigned after) {
 }
 
 template <class T, bool kSmooth>
-__device__ __forceinline__ RowSums<typename Arithmetic<T>::S, kSmooth> thread_sums(
+__device__ __forceinline__ RowSums<T, kSmooth> thread_sums(
     const T* row, int classes, const typename Arithmetic<T>::S* w) {
   typedef typename Arithmetic<T>::S S;
   constexpr int lanes = Pack<T>::kLanes;
   const RowLayout<T> layout(row, classes);
   const int stride = blockDim.x;
-  RowSums<S, kSmooth> sums;
+  RowSums<T, kSmooth> sums;
   // Every thread has at most one element outside of packs; its load begins here.
   const bool has_single = (int)threadIdx.x < layout.singles;
   const int k = has_single ? layout.single(threadIdx.x) : 0;
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   typedef typename Arithmetic<T>::S S;
   const int64_t i = blockIdx.x;
   const T* row = logits + i * s.row_stride;
-  RowSums<S, kSmooth> sums = thread_sums<T, kSmooth>(row, (int)s.classes, class_weight);
+  RowSums<T, kSmooth> sums = thread_sums<T, kSmooth>(row, (int)s.classes, class_weight);
   const S max = block_reduce(sums.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
   sums.raise(max);
   const double exp_sum = block_sum((double)sums.exp_sum);
@@ -348,7 +354,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, false>)
   }
   const S* w = g.smooth != 0 ? a.class_weight : nullptr;
   const auto gradient = [&](T z_k, int k) {
-    S d = exp_(widened(z_k) - g.max - g.log_sum) * g.soft;
+    S d = exp_<T>(widened(z_k) - g.max - g.log_sum) * g.soft;
     d -= w ? g.smooth * w[k] : g.smooth;
     return narrowed<T>(k == g.y ? d - g.hard : d);
   };

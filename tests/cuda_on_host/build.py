@@ -132,9 +132,7 @@ def ptx_of(source: Path, architecture: str) -> Path:
     return made(f"{source.stem}-{architecture}.ptx", [source, *headers()], *command)
 
 
-def build_ptx(
-    host: Path, text: Path, wanted: str = "", mutable: bool = False
-) -> PtxLibrary:
+def build_ptx(host: Path, text: Path, wanted: str = "", mutable: bool = False) -> PtxLibrary:
     """The kernels of a PTX file that match `wanted`, for the module `host`."""
     kernels = ptx.kernels(text.read_text(), wanted, mutable)
     written = ptx.translated(kernels)
@@ -142,7 +140,9 @@ def build_ptx(
     code.write_text(written)
     flags = ["-std=c++17", "-fPIC", "-shared", "-O0", "-ffp-contract=off", "-w"]
     flags += ["-fno-strict-aliasing", *(f"-I{path}" for path in includes())]
-    return PtxLibrary(made(f"{code.stem[17:]}.so", [code, *headers()], "g++", *flags, code, host), kernels)
+    return PtxLibrary(
+        made(f"{code.stem[17:]}.so", [code, *headers()], "g++", *flags, code, host), kernels
+    )
 
 
 def build_all_ptx(host: Path, architecture: str) -> list[PtxLibrary]:
@@ -163,6 +163,7 @@ class Host:
         loader.exec_module(self.module)
         self.path, self.library = path, ctypes.CDLL(str(path))
         self.kernels: dict[str, int] = {}  # key -> address
+        self.is_source = True  # what runs
         self._shared_by_blocks(path)
 
     def _shared_by_blocks(self, path: Path) -> None:
@@ -176,26 +177,29 @@ class Host:
             key = ptx.key(name)
             if kind in "tTwW" and key and name.startswith("_ZN6imbsam4cuda"):
                 self.kernels[key] = address.value
-            # A static variable without a guard, so without a constructor.
-            elif kind in "bBuV" and name.startswith("_ZZN6imbsam4cuda"):
-                if f"_ZGV{name[2:]}" not in named:
-                    self.library.on_host_shares(address, ctypes.c_size_t(int(numbers[1], 16)))
+            is_static = kind in "bBuV" and name.startswith("_ZZN6imbsam4cuda")
+            if is_static and f"_ZGV{name[2:]}" not in named:  # without a constructor
+                self.library.on_host_shares(address, ctypes.c_size_t(int(numbers[1], 16)))
 
     def seed(self, seed: int) -> None:
         """Where the random order of warps begins."""
         self.library.on_host_seed(ctypes.c_uint32(seed))
 
     def run_sources(self) -> None:
+        self.is_source = True
         for address in self.kernels.values():
             self.library.on_host_replace(ctypes.c_void_p(address), None)
 
     def run_ptx(self, libraries: Iterable[PtxLibrary]) -> list[ctypes.CDLL]:
         """From now on these kernels run in place of their sources."""
         loaded = []
+        self.is_source = False
         for library in libraries:
             dll = ctypes.CDLL(str(library.path))
             size = 48 << 10
-            self.library.on_host_shares(ctypes.byref(ctypes.c_char.in_dll(dll, "shared")), ctypes.c_size_t(size))
+            self.library.on_host_shares(
+                ctypes.byref(ctypes.c_char.in_dll(dll, "shared")), ctypes.c_size_t(size)
+            )
             table = ctypes.addressof(ctypes.c_char.in_dll(dll, "ptx_kernels"))
             for i, kernel in enumerate(library.kernels):
                 entry = ctypes.c_void_p(table + i * 24)
@@ -204,7 +208,7 @@ class Host:
         return loaded
 
     def noted(self, on: bool) -> list[tuple[int, int, int, int]]:
-        """(instruction, thread, address, size) of what the first warp accessed since `noted(True)`."""
+        """(instruction, thread, address, size) of the first warp's accesses since `noted(True)`."""
         count = ctypes.c_size_t()
         self.library.on_host_note.restype = ctypes.POINTER(ctypes.c_uint64)
         words = self.library.on_host_note(int(on), ctypes.byref(count))

@@ -125,11 +125,11 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return (unsigned)(((uint64_t)high << 32 | low) >> shift % 32);
 }
 
-// ex2.approx.ftz: off by up to 2^-22 of the value, in a way that looks random.
+// ex2.approx.ftz: off by up to one ulp, in a way that looks random.
 inline float exp2_approx(float x) {
   uint32_t word;
   memcpy(&word, &x, sizeof(word));
-  const double error = ((int32_t)(word * 2654435761u) / 2147483648.0) * 0x1p-22;
+  const double error = ((int32_t)(word * 2654435761u) / 2147483648.0) * 0x1p-23;
   const float value = (float)(exp2((double)x) * (1 + error));
   return value < 0x1p-126f ? 0.0f : value;
 }

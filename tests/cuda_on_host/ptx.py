@@ -28,11 +28,16 @@ CHANGED |= {"and": "or", "or": "and", "xor": "or", "shl": "shr", "shr": "shl"}
 CHANGED |= {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt", "eq": "ne", "ne": "eq"}
 
 _DECLARATION = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
-_SHARED = re.compile(r"(?:\.extern\s+|\.visible\s+|\.weak\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
+_SHARED = re.compile(
+    r"(?:\.extern\s+|\.visible\s+|\.weak\s+)?\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?"
+)
 _GLOBAL = re.compile(r"\.global\s+\.align\s+\d+\s+\.b8\s+([\w$]+)")
+_FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 _PARAMETER = re.compile(r"\.param((?:\s*\.\w+(?:\s+\d+)?)*)\s+([\w$]+)(?:\[(\d+)\])?")
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{(.*?)^\}", re.DOTALL | re.MULTILINE)
-_KEY = re.compile(r"\d([a-z_]+_kernel)I(f|d|6__half|13__nv_bfloat16)((?:L(?:[bi]|NS_4BaseE)\d+E)*)E")
+_KEY = re.compile(
+    r"\d([a-z_]+_kernel)I(f|d|6__half|13__nv_bfloat16)((?:L(?:[bi]|NS_4BaseE)\d+E)*)E"
+)
 
 
 def key(mangled: str) -> str | None:
@@ -79,7 +84,8 @@ class Mutation:
     number: int  # from 1 on
     kernel: str
     kind: str  # barrier, operator or index
-    line: int  # in the source, 0 where the PTX does not tell
+    file: str  # of the source, with its line; empty where the PTX does not tell
+    line: int
     instruction: str
 
 
@@ -103,7 +109,8 @@ class Kernel:
         self.symbols: dict[str, str] = {}
         self.declarations: list[str] = []
         self.code: list[str] = []
-        self.line = self.scopes_met = 0
+        self.file = self.line = self.scopes_met = 0
+        self.files = {int(n): path.rpartition("/")[2] for n, path in _FILE.findall(outside)}
         self.scopes = [Scope(0)]
         self.parameter_bytes = self.shared_bytes = 0
         for options, parameter, count in _PARAMETER.findall(parameters):
@@ -177,7 +184,9 @@ class Kernel:
 
     def _joined(self, parts: list[str], type_: str) -> str:
         width = bits(type_) // len(parts)
-        words = (f"(uint64_t){self.read(p, f'b{width}')} << {i * width}" for i, p in enumerate(parts))
+        words = (
+            f"(uint64_t){self.read(p, f'b{width}')} << {i * width}" for i, p in enumerate(parts)
+        )
         return of_bits(f"({' | '.join(words)})", type_)
 
     def write(self, operand: str, type_: str, value: str) -> str:
@@ -210,7 +219,7 @@ class Kernel:
         elif statement.endswith(":"):
             self.code.append(f"{label(statement[:-1])}:;")
         elif location := re.match(r"\.loc\s+(\d+)\s+(\d+)", statement):
-            self.line = int(location[2])
+            self.file, self.line = int(location[1]), int(location[2])
         elif declaration := _DECLARATION.match(statement):
             self._declare(declaration[1], declaration[2])
         elif not statement.startswith("."):
@@ -227,7 +236,8 @@ class Kernel:
         changes = [] if self.first_mutation is None else self._changes(opcode, operands)
         for kind, changed in changes:
             number = self.first_mutation + len(self.mutations)
-            self.mutations.append(Mutation(number, self.key, kind, self.line, statement))
+            here = self.files.get(self.file, ""), self.line
+            self.mutations.append(Mutation(number, self.key, kind, *here, statement))
             code = f"if (mutant == {number}) {{ {changed} }} else {{ {code} }}"
         if guard:
             condition = f"{'!' if guard[0] == '!' else ''}{self._find(guard.lstrip('!'))[0]}"
@@ -261,7 +271,10 @@ class Kernel:
             if "+" not in operands[i]:
                 yield "index", self._meaning(opcode, moved)
         elif name == "mov" and operands[1] in SPECIAL:
-            yield "index", self.write(operands[0], modifiers[-1], f"{self.read(operands[1], 'u32')} + 1")
+            yield (
+                "index",
+                self.write(operands[0], modifiers[-1], f"{self.read(operands[1], 'u32')} + 1"),
+            )
 
     def _meaning(self, opcode: str, operands: list[str]) -> str:
         """The C++ of an instruction."""
@@ -364,7 +377,9 @@ class Kernel:
 
     def _do_selp(self, modifiers: list[str], operands: list[str]) -> str:
         a, b = (self.read(o, modifiers[-1]) for o in operands[1:3])
-        return self.write(operands[0], modifiers[-1], f"{self.read(operands[3], 'pred')} ? {a} : {b}")
+        return self.write(
+            operands[0], modifiers[-1], f"{self.read(operands[3], 'pred')} ? {a} : {b}"
+        )
 
     # ------------------------------------------------------------ arithmetic
 
@@ -536,7 +551,9 @@ def statements(body: str) -> Iterator[str]:
 def kernels(ptx: str, wanted: str = "", mutable: bool = False) -> list[Kernel]:
     """The kernels of a PTX file whose key matches the regular expression `wanted`."""
     ptx = re.sub(r"//[^\n]*", "", ptx)
-    outside = "\n".join(line for line in ptx.splitlines() if re.match(r"[.\w ]*\.(shared|global) ", line))
+    outside = "\n".join(
+        line for line in ptx.splitlines() if re.match(r"\s*\.file|[.\w ]*\.(shared|global) ", line)
+    )
     found: list[Kernel] = []
     first = 1
     for name, parameters, _, body in _ENTRY.findall(ptx):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 from bases import BASES
-from cuda_on_host import build
 from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
+from cuda_on_host import build
 from samples import (
     DTYPES,
     KEEPING,
@@ -201,6 +202,39 @@ def test_nothing_around_the_tensors_is_written(name: str, dtype: torch.dtype) ->
                 assert v[:start].eq(7).all() and v[start + n :].eq(7).all()
 
 
+def sectors_used(noted: list[tuple[int, int, int, int]]) -> float:
+    """The share of the 32-byte sectors that a warp's accesses touch that they use.
+
+    Of those in which all 32 threads access different addresses.
+    """
+    by_turn: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    turns: Counter[tuple[int, int]] = Counter()
+    for instruction, thread, address, size in noted:
+        turn = turns[instruction, thread]
+        turns[instruction, thread] += 1
+        by_turn.setdefault((instruction, turn), []).append((address, size))
+    used = touched = 0
+    for accesses in by_turn.values():
+        if len(set(accesses)) == 32:
+            used += sum(size for _, size in accesses)
+            touched += 32 * len({b // 32 for a, size in accesses for b in range(a, a + size)})
+    return used / touched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", UPDATES)
+def test_one_misaligned_list_is_accessed_coalesced(
+    on_host: build.Host, kernels: build.Host, name: str, dtype: torch.dtype
+) -> None:
+    """With whole packs a thread, single elements used 1/8 of the sectors of a bfloat16 list."""
+    if on_host.is_source:
+        pytest.skip("sources do not tell their accesses")
+    x = SimpleNamespace(**{k: [torch.rand(8193, dtype=dtype)[1:]] for k in NAMES})
+    kernels.noted(True)
+    UPDATES[name](x)
+    assert sectors_used(kernels.noted(False)) > 0.6
+
+
 @pytest.fixture
 def scalars_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes lr, grad_scale and found_inf what the kernel reads, as on a GPU."""
@@ -253,12 +287,12 @@ def test_grad_check_finds(value: float, element: int) -> None:
 @each_dtype
 @pytest.mark.parametrize(
     ("rows", "classes"),
-    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000), (8195, 3), (12_288, 2)],
+    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000), (8195, 3)],
 )
 def test_cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> None:
     logits, targets = logits_and_targets(rows, classes, dtype)
     plain, sharp, _ = class_weights(classes, dtype)
-    check(logits, targets, plain, sharp)
+    check(logits, targets, plain, sharp, batch_size=16.0)  # float16 could not hold 1 / 8195
 
 
 @each_dtype
@@ -294,7 +328,7 @@ def test_the_maximum_of_a_row_is_exact(classes: int, dtype: torch.dtype) -> None
 
 
 @each_dtype
-@pytest.mark.parametrize("classes", [9, 24, 40, 301, 5003])
+@pytest.mark.parametrize("classes", [9, 24, 40, 301, 1003])
 def test_gradients_aligned_otherwise_than_logits(classes: int, dtype: torch.dtype) -> None:
     """Rows of a padded vocabulary, from every alignment."""
     padded, targets = logits_and_targets(9, classes + 13, dtype)
