@@ -11,7 +11,7 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo quick test lint wheel release-wheel wheel-test bench gpu gpu-dry-run clean
+.PHONY: demo quick test lint ptx wheel release-wheel wheel-test bench gpu gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -35,6 +35,12 @@ wheel: $(VENV)/.installed
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
 		$(BIN)/python -m build --outdir dist
+
+# nvcc's PTX of three architectures run on the CPU, and all mutants of it (minutes); `make test` runs
+# that of one, and some mutants. Needs nvcc.
+ptx: $(VENV)/.installed
+	IMBSAM_PTX=all $(BIN)/python $(PYTEST) tests/ops/test_cuda_on_host.py
+	cd tests && $(CURDIR)/$(BIN)/python -m cuda_on_host.mutants
 
 # The wheel with CUDA kernels, in an image with CUDA 12.8: a module built with 12.x runs under every
 # driver from 12.1 on, one built with 13 only under 13 (docs/building.md). Needs docker.

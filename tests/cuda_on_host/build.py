@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -54,7 +55,12 @@ def includes() -> list[Path]:
 
 @functools.cache
 def architectures() -> list[str]:
-    """The PTX that is tested: of the oldest GPUs, of sm_90, and of the newest nvcc knows."""
+    """The PTX that is tested: that of a release, of the oldest GPUs.
+
+    With IMBSAM_PTX=all also of sm_90 and of the newest that nvcc knows.
+    """
+    if os.environ.get("IMBSAM_PTX") != "all":
+        return ["compute_75"]
     known = subprocess.run(
         ["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -104,7 +110,8 @@ def build_sources() -> Path:
 
     def compile_(path: Path) -> Path:
         command = ["g++", *flags, *sources[path], "-x", "c++", "-c", path]
-        needed = [h for h in headers() if h.suffix == ".h" or path.suffix == ".cu"]
+        own = HERE in path.parents or path.suffix == ".cu"  # what includes headers from here
+        needed = [h for h in headers() if own or CSRC in h.parents and h.suffix == ".h"]
         return made(f"{path.stem}.o", [path, *needed], *command)
 
     with ThreadPoolExecutor(2) as pool:
@@ -129,7 +136,8 @@ def ptx_of(source: Path, architecture: str) -> Path:
     """What nvcc makes of a source; lines of the source are named in it."""
     fused = ["-fmad=false"] if f"csrc/cuda/{source.name}" in BIT_EXACT else []
     command = ["nvcc", "-std=c++17", "-ptx", "-lineinfo", *fused, f"-arch={architecture}", source]
-    return made(f"{source.stem}-{architecture}.ptx", [source, *headers()], *command)
+    needed = [header for header in headers() if CSRC in header.parents]
+    return made(f"{source.stem}-{architecture}.ptx", [source, *needed], *command)
 
 
 def build_ptx(host: Path, text: Path, wanted: str = "", mutable: bool = False) -> PtxLibrary:
@@ -196,10 +204,9 @@ class Host:
         self.is_source = False
         for library in libraries:
             dll = ctypes.CDLL(str(library.path))
-            size = 48 << 10
-            self.library.on_host_shares(
-                ctypes.byref(ctypes.c_char.in_dll(dll, "shared")), ctypes.c_size_t(size)
-            )
+            shared = ctypes.byref(ctypes.c_char.in_dll(dll, "shared"))
+            size = max((kernel.shared_bytes for kernel in library.kernels), default=0)
+            self.library.on_host_shares(shared, ctypes.c_size_t(size))
             table = ctypes.addressof(ctypes.c_char.in_dll(dll, "ptx_kernels"))
             for i, kernel in enumerate(library.kernels):
                 entry = ctypes.c_void_p(table + i * 24)

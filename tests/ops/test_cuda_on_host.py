@@ -1,10 +1,10 @@
 """What the CUDA kernels compute, without a GPU: their sources, and the PTX that nvcc makes of them.
 
 tests/cuda_on_host/ compiles the sources for the CPU as they are, and translates the PTX of the
-oldest GPUs, of sm_90 and of the newest that nvcc knows; the same tests run over all of it. They
-show wrong arithmetic, indices, tiles and barriers, and misaligned access; they cannot show what
-only a GPU has: ptxas, the order of memory accesses, the rounding of exp2 below its documented
-bound, time.
+oldest GPUs; with IMBSAM_PTX=all also of sm_90 and of the newest that nvcc knows. The same tests run
+over all of it. They show wrong arithmetic, indices, tiles and barriers, and misaligned access; they
+cannot show what only a GPU has: ptxas, the order of memory accesses, the very rounding of exp2,
+time.
 """
 
 from __future__ import annotations
