@@ -111,7 +111,7 @@ def build_sources() -> Path:
     def compile_(path: Path) -> Path:
         command = ["g++", *flags, *sources[path], "-x", "c++", "-c", path]
         own = HERE in path.parents or path.suffix == ".cu"  # what includes headers from here
-        needed = [h for h in headers() if own or CSRC in h.parents and h.suffix == ".h"]
+        needed = [h for h in headers() if own or (CSRC in h.parents and h.suffix == ".h")]
         return made(f"{path.stem}.o", [path, *needed], *command)
 
     with ThreadPoolExecutor(2) as pool:

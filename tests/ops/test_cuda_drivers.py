@@ -22,6 +22,8 @@ from imbsam_fast.ops import dispatch, native, native_cuda
 if (missing := build.reason_unavailable()) is not None:
     pytest.skip(missing, allow_module_level=True)
 
+pytestmark = pytest.mark.slow  # compiles
+
 HERE = Path(__file__).parents[1] / "fake_driver"
 INCLUDE = build.includes()[1]
 LIBRARY = next(

@@ -18,6 +18,8 @@ from cuda_on_host import mutants
 
 from imbsam_fast.ops import native_cuda
 
+pytestmark = pytest.mark.slow  # compiles the CUDA sources
+
 SHARE = 40  # one of so many operators and indices
 
 
