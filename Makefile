@@ -11,7 +11,7 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo quick test lint wheel wheel-test bench gpu gpu-dry-run clean
+.PHONY: demo quick test lint ptx wheel release-wheel wheel-test bench gpu gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -35,6 +35,24 @@ wheel: $(VENV)/.installed
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
 		$(BIN)/python -m build --outdir dist
+
+# nvcc's PTX of three architectures run on the CPU, and all mutants of it (minutes); `make test` runs
+# that of one, and some mutants. Needs nvcc.
+ptx: $(VENV)/.installed
+	IMBSAM_PTX=all $(BIN)/python $(PYTEST) tests/ops/test_cuda_on_host.py
+	cd tests && $(CURDIR)/$(BIN)/python -m cuda_on_host.mutants
+
+# The wheel with CUDA kernels, in an image with CUDA 12.8: a module built with 12.x runs under every
+# driver from 12.1 on, one built with 13 only under 13 (docs/building.md). Needs docker.
+RELEASE_IMAGE ?= nvidia/cuda:12.8.1-devel-rockylinux8
+RELEASE_ARCHITECTURES := 75-real;80-real;90-real;100-real;120-real;75-virtual
+RELEASE_PYTHON ?= python3.11
+release-wheel:
+	docker run --rm --volume $(CURDIR):/source --workdir /source \
+		--env IMBSAM_CUDA=ON --env 'IMBSAM_CUDA_ARCHITECTURES=$(RELEASE_ARCHITECTURES)' \
+		--env PIP_BUILD_CONSTRAINT=/source/constraints.txt $(RELEASE_IMAGE) bash -ec \
+		'dnf install -y gcc-c++ $(RELEASE_PYTHON)-devel $(RELEASE_PYTHON)-pip && \
+		$(RELEASE_PYTHON) -m pip wheel --no-deps --wheel-dir dist .'
 
 # The tests against the installed wheel, under another torch than `make test` has. -P keeps the
 # checkout from being imported in its place. Of the recipes' packages torchvision is left out, each of

@@ -2,7 +2,7 @@
 set(imbsam_cuda OFF)
 set(IMBSAM_CUDA_ARCHITECTURES "" CACHE STRING
   "CUDA architectures in CMake's notation; empty: sm_75 and the first of every newer generation, \
-and PTX of the newest")
+and PTX of compute_75")
 
 if(NOT IMBSAM_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "IMBSAM_CUDA is '${IMBSAM_CUDA}', expected AUTO, ON or OFF")
@@ -32,7 +32,8 @@ else()
 endif()
 
 # sm_75 and every sm_N0 that this nvcc knows: what is built for one runs on all of its generation,
-# and kernels that wait for memory gain nothing from more. PTX of the last for what is yet to come.
+# and kernels that wait for memory gain nothing from more. PTX of the oldest for all others: systems
+# on a chip, and what is yet to come.
 function(imbsam_cuda_architectures result)
   if(IMBSAM_CUDA_ARCHITECTURES)
     set(${result} ${IMBSAM_CUDA_ARCHITECTURES} PARENT_SCOPE)
@@ -43,9 +44,8 @@ function(imbsam_cuda_architectures result)
   string(REGEX MATCHALL "[0-9]+" known "${known}")
   list(FILTER known INCLUDE REGEX "^(75|[89]0|[0-9]+[0-9]0)$")
   list(SORT known COMPARE NATURAL)
-  list(POP_BACK known newest)
   list(TRANSFORM known APPEND "-real")
-  set(${result} ${known} ${newest} PARENT_SCOPE)
+  set(${result} ${known} 75-virtual PARENT_SCOPE)
 endfunction()
 
 function(imbsam_add_cuda target)
@@ -62,13 +62,10 @@ function(imbsam_add_cuda target)
     csrc/cuda/updates.cu)
   # Without fused multiply-add the updates of weights have the bits of the CPU kernels.
   set_source_files_properties(${bit_exact} PROPERTIES COMPILE_OPTIONS -fmad=false)
-  set(ascending ${architectures})
-  list(SORT ascending COMPARE NATURAL)
-  string(REGEX MATCH "[0-9]+" lowest "${ascending}")
-  if(NOT lowest)
-    set(lowest 0)  # all, native: nothing to check against
-  endif()
-  target_compile_definitions(imbsam_cuda PRIVATE IMBSAM_CUDA_LOWEST=${lowest})
+  # What runtime.cu compares the machine's devices with.
+  list(JOIN architectures "," with_commas)
+  set_source_files_properties(csrc/cuda/runtime.cu PROPERTIES
+    COMPILE_DEFINITIONS "IMBSAM_CUDA_ARCHITECTURES=\"${with_commas}\"")
   target_compile_options(imbsam_cuda PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:-Xfatbin -compress-all>" -Xcompiler=-Wall)
   set_target_properties(imbsam_cuda PROPERTIES

@@ -67,9 +67,7 @@ def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
         ),
         "perturb_": (
             multi_tensor.perturb_kernel,
-            {**TABLE, "partials": "*fp64", "partials_count": "i32", "rho": "fp64",
-             "ADAPTIVE": True, "MASTER": False,
-             "PARTIALS_BLOCK": multi_tensor.PARTIALS_BLOCK},
+            {**TABLE, "scale": "*arithmetic", "ADAPTIVE": True, "MASTER": False},
         ),
         **{op: (update.kernel, update_arguments(update)) for op, update in updates.UPDATES.items()},
         "merge_": (multi_tensor.merge_kernel, {**TABLE, **LISTS}),
@@ -107,6 +105,8 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
         for op, (kernel, arguments) in multi_tensor_kernels().items():
             _, block, threads = CONFIGURATIONS[op]
             arguments = {**arguments, **types, "BLOCK": block}
+            if "scale" in arguments:
+                arguments["scale"] = f"*{arithmetic.name}"
             yield op, dtype, kernel, arguments, threads
             if op in KEEPING and dtype in (tl.bfloat16, tl.float16):  # with master weights
                 arguments |= {"KEPT": arithmetic, "MASTER": True}
@@ -121,6 +121,15 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
         arguments |= {"batch_size": "fp64", "BLOCK": split_cross_entropy.TOTALS_BLOCK}
         kernel = split_cross_entropy.totals_kernel
         yield "totals", arithmetic, kernel, arguments, split_cross_entropy.TOTALS_THREADS
+        arguments = {"partials": "*fp64", "scale": f"*{arithmetic.name}", "count": "i32"}
+        arguments |= {"rho": "fp64", "ARITHMETIC": arithmetic, "BLOCK": multi_tensor.PARTIALS_BLOCK}
+        yield (
+            "scale",
+            arithmetic,
+            multi_tensor.scale_kernel,
+            arguments,
+            multi_tensor.PARTIALS_THREADS,
+        )
 
 
 def compiled(kernel: Any, arguments: Arguments, threads: int, target: GPUTarget) -> Any:

@@ -5,6 +5,7 @@
 
 #include "launch.h"
 #include "multi_tensor.cuh"
+#include "reduce.cuh"
 
 namespace imbsam {
 namespace cuda {
@@ -54,6 +55,13 @@ __global__ void __launch_bounds__(kThreads)
   constexpr bool kCounts = Of<kBase>::kCounts;
   const Formula<kBase, S> formula = formula_of(arguments);
   const bool skip = arguments.found_inf_at ? *arguments.found_inf_at != 0 : arguments.skip;
+  // In float64, for parameters that mostly took the same number of steps.
+  const auto after = [&](float step) {
+    OfTensor<kBase, S> found;
+    of_tensor(found, formula, (int64_t)step + 1);
+    return found;
+  };
+  OnceABlock<OfTensor<kBase, S>> after_step;
   for_each_tile<T, false, kCounts>(table, [&](const Span<T, kLists>& tile) {
     T* theta = tile.data[0];
     W* from = tile.data[1] ? tile.template as<W>(1) : tile.template as<W>(0);
@@ -70,10 +78,8 @@ __global__ void __launch_bounds__(kThreads)
       return;
     }
     OfTensor<kBase, S> once;
-    if constexpr (kCounts) {
-      const float step = *static_cast<const float*>(table.data[kLists][tile.tensor]);
-      of_tensor(once, formula, (int64_t)step + 1);
-    }
+    if constexpr (kCounts)
+      once = after_step(*static_cast<const float*>(table.data[kLists][tile.tensor]), after);
     for_each_pack<T, kThreads, 1>(tile.elements, tile.aligned, [&](int e, auto access) {
       Pack<W, lanes> start = access.template load_lanes<lanes>(from + e), kept[kState];
       Pack<T> p = access.load(g_p + e), h = {}, next;

@@ -62,7 +62,7 @@ def named(kernels: list[dict[str, Any]]) -> list[str]:
 
 
 def test_every_kernel(kernels: list[dict[str, Any]]) -> None:
-    assert {k["op"] for k in kernels} == {*READ_AND_WRITTEN, "totals"}
+    assert {k["op"] for k in kernels} == {*READ_AND_WRITTEN, "totals", "scale"}
     assert {k["dtype"] for k in kernels} >= {"fp32", "bf16"}
 
 
