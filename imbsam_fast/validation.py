@@ -34,6 +34,17 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_no_gradient(action: str, params: Sequence[Tensor]) -> None:
+    """Refuse gradients in `p.grad` that a step would have to drop."""
+    for i, p in enumerate(params):
+        if p.grad is not None:
+            raise RuntimeError(
+                f"parameter {i} has a gradient before {action}, expected None: the step makes its "
+                "gradients itself; call optimizer.zero_grad() to drop it, or let the criterion add "
+                "to the losses what it is the gradient of"
+            )
+
+
 def check_weights(name: str, weights: object) -> Tensor:
     """`weights` where it is a floating point tensor (K,) of finite values >= 0."""
     if not isinstance(weights, Tensor):

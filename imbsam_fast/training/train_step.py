@@ -22,7 +22,13 @@ from ..optim.replicas import average_
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
-from ..validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
+from ..validation import (
+    check_bool,
+    check_grad_scaler,
+    check_max_norm,
+    check_no_gradient,
+    check_whole_number,
+)
 from .batch_norm import (
     check_batch_norm_is_visible,
     frozen_batch_norm_statistics,
@@ -112,9 +118,10 @@ class TrainStep:
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
-    alike, as with DDP itself. It is found inside `model`, and around it. So does a model that `fully_shard` (FSDP2) spread over ranks
-    before the optimizer was made: there, and with SyncBatchNorm, all ranks run all passes, on one
-    row of weight zero where a rank has none. It excludes LeanImbSAM, lagged and cuda_graph.
+    alike, as with DDP itself; it is found around `model` too. So does a model that `fully_shard`
+    (FSDP2) spread over ranks before the optimizer was made: there, and with SyncBatchNorm, all
+    ranks run all passes, on one row of weight zero where a rank has none. It excludes LeanImbSAM,
+    lagged and cuda_graph.
 
     A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
     are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
@@ -195,7 +202,7 @@ class TrainStep:
         """One step on a batch: inputs with N rows and int64 targets (N,)."""
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
-        self.optimizer.require_no_gradient("a training step")
+        check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         with self.wrapper.one_step():
             if self.graphs is not None:
                 return self.graphs(inputs, targets)
