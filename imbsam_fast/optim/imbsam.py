@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
 from ..ops.arguments import DTYPES, check_dense, in_layout_of
-from ..validation import check_bool, check_grad_scaler, check_max_norm
+from ..validation import check_bool, check_grad_scaler, check_max_norm, check_no_gradient
 from . import shards, updates
 from .bases import check_fused, reason_not_fused
 from .buckets import Bucket, Slots, buckets, local_params_of, params_of
@@ -25,7 +25,6 @@ from .groups import (
     OWN_SETTINGS,
     check_group,
     check_memory,
-    check_no_gradient,
     check_own_settings,
     check_rho,
     check_state_dict,

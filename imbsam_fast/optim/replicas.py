@@ -43,7 +43,7 @@ class Replicas:
     def leave_g_t_apart(self, params: Sequence[Tensor]) -> bool:
         """Whether the gradients in `p.grad` may be each rank's own, though DDP is to average them.
 
-        It does not do so in a second backward over one forward, as the tail's is in the three calls.
+        It does not in a second backward over one forward, as the tail's is in the three calls.
         Where it was told not to synchronise, the caller averages, or wants each rank's own.
         """
         asked = any(model.require_backward_grad_sync for model in self.of(params))
