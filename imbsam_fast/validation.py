@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -32,6 +32,17 @@ def check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected True or False")
     return value
+
+
+def check_no_gradient(action: str, params: Sequence[Tensor]) -> None:
+    """Refuse gradients in `p.grad` that a step would have to drop."""
+    for i, p in enumerate(params):
+        if p.grad is not None:
+            raise RuntimeError(
+                f"parameter {i} has a gradient before {action}, expected None: the step makes its "
+                "gradients itself; call optimizer.zero_grad() to drop it, or let the criterion add "
+                "to the losses what it is the gradient of"
+            )
 
 
 def check_weights(name: str, weights: object) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
 from ..ops.arguments import DTYPES, check_dense, in_layout_of
-from ..validation import check_bool, check_grad_scaler, check_max_norm
+from ..validation import check_bool, check_grad_scaler, check_max_norm, check_no_gradient
 from . import shards, updates
 from .bases import check_fused, reason_not_fused
 from .buckets import Bucket, Slots, buckets, local_params_of, params_of
@@ -131,7 +131,8 @@ class ImbSAM(torch.optim.Optimizer):
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
-            self._average_g_t()
+            if self._replicas.leave_g_t_apart(self._params()):
+                average_(self.gradients(), self._replicas.of(self._params())[0].process_group)
         with self._abandoned_on_failure(), uninterrupted():
             g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
@@ -244,7 +245,7 @@ class ImbSAM(torch.optim.Optimizer):
                 "or call first_step, second_step and third_step after your own backwards"
             )
         self.require_idle("a step")
-        self.require_no_gradient("a step")
+        check_no_gradient("a step", self._params())
         replicas = self._replicas.of(self._params())
         group = group_of(replicas)
         with self._abandoned_on_failure(), no_sync(replicas), torch.enable_grad():
@@ -293,29 +294,7 @@ class ImbSAM(torch.optim.Optimizer):
             self._pending.clear()
             self.zero_grad()
 
-    def require_no_gradient(self, action: str) -> None:
-        """Refuse gradients that the step would have to drop."""
-        for i, p in enumerate(self._params()):
-            if p.grad is not None:
-                raise RuntimeError(
-                    f"parameter {i} has a gradient before {action}, expected None: the step makes "
-                    "its gradients itself; call optimizer.zero_grad() to drop it, or let the "
-                    "criterion add what it is the gradient of to the losses"
-                )
-
     # ------------------------------------------------------------ gradients of several ranks
-
-    @torch.no_grad()
-    def _average_g_t(self) -> None:
-        """Under DDP, in the three calls: its reducer takes no second backward over one forward.
-
-        Where it was told not to synchronise, the caller averages, or wants each rank's own.
-        """
-        replicas = self._replicas.of(self._params())
-        if not any(model.require_backward_grad_sync for model in replicas):
-            return
-        if any(p.grad is not None for p in self._params()):  # else second_step refuses
-            average_(self.gradients(), replicas[0].process_group)
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:

@@ -22,7 +22,13 @@ from ..optim.replicas import average_
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
-from ..validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
+from ..validation import (
+    check_bool,
+    check_grad_scaler,
+    check_max_norm,
+    check_no_gradient,
+    check_whole_number,
+)
 from .batch_norm import (
     check_batch_norm_is_visible,
     frozen_batch_norm_statistics,
@@ -67,13 +73,17 @@ class TrainStep:
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
-            of them for the batch, but joint where a BatchNorm layer uses batch statistics.
-        batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
-            in the perturbed pass too (the authors' released code).
+            of them for the batch, but joint where a BatchNorm layer uses batch statistics, or
+            where a forward pass was seen to write to other buffers of the model or the criterion
+            (spectral norm, observers of quantisation, statistics of a layer's own).
+        batch_norm: "once" updates running statistics, and all other buffers that a pass writes
+            to, in the unperturbed passes only, "twice" in the perturbed pass too (the authors'
+            released code).
         autocast: the context in which the model and the criterion run, for example
             `torch.autocast("cuda", torch.bfloat16)`.
         grad_scaler: scales every loss, for float16; it is updated here. A step with a
-            gradient that is not finite only restores the weights.
+            gradient that is not finite only restores the weights. None: the one of Accelerate's
+            or Lightning's optimizer, if there is one.
         max_norm: clip the combined gradient to this global norm.
         perturbation: under DistributedDataParallel, "global" perturbs every rank along the
             mean of the ranks' tail gradients, as one process with all rows would, "local" each
@@ -94,12 +104,24 @@ class TrainStep:
             step leaves it as it was. Tail rows that had no unperturbed pass (split plan; no head
             row in the batch) are seen at the perturbed weights only: their part of `.tail`,
             `.loss` and `.logits`, and the BatchNorm statistics, are from there.
+        same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
+            from torch's default generators, of the CPU and of the model's devices: a row has one
+            dropout mask a step. The generators go on as if there had been one pass.
+
+    Accelerate's and Lightning's optimizers count, profile and run their hooks around a step as
+    around one of their own; Lightning's `on_before_optimizer_step` runs when step hooks do
+    (see `ImbSAM`). A step inside `accelerator.accumulate` that is to accumulate only is refused.
+
+    No gradient may stand in `p.grad` before a step, and none does afterwards. A forward pass that
+    writes to inputs or targets which a later pass reads is refused; what it keeps elsewhere than
+    in buffers cannot be seen, and is kept twice.
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
-    alike, as with DDP itself. So does a model that `fully_shard` (FSDP2) spread over ranks
-    before the optimizer was made: there, and with SyncBatchNorm, all ranks run all passes, on one
-    row of weight zero where a rank has none. It excludes LeanImbSAM, lagged and cuda_graph.
+    alike, as with DDP itself; it is found around `model` too. So does a model that `fully_shard`
+    (FSDP2) spread over ranks before the optimizer was made: there, and with SyncBatchNorm, all
+    ranks run all passes, on one row of weight zero where a rank has none. It excludes LeanImbSAM,
+    lagged and cuda_graph.
 
     A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
     are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
@@ -180,7 +202,7 @@ class TrainStep:
         """One step on a batch: inputs with N rows and int64 targets (N,)."""
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
-        self.optimizer.require_no_gradient("a training step")
+        check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         with self.wrapper.one_step():
             if self.graphs is not None:
                 return self.graphs(inputs, targets)

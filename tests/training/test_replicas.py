@@ -1,4 +1,4 @@
-"""DistributedDataParallel in every form of a step: the ranks take the step of one process, or refuse."""
+"""DistributedDataParallel in every form of a step: ranks step like one process, or refuse."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def a_closure_takes_the_step_of_one_process(rank: int, ranks: int) -> None:
         replica, optimizer = DistributedDataParallel(model, **settings), imbsam(model)
         for batch in data():
             x, y = own(batch, rank, ranks)
-            optimizer.step(lambda x=x, y=y: CRITERION(replica(x), y))
+            optimizer.step(lambda x=x, y=y, replica=replica: CRITERION(replica(x), y))
         assert replica.require_backward_grad_sync
         check_same(model)
 
@@ -158,7 +158,7 @@ def ranks_that_train_apart_are_left_alone(rank: int, ranks: int) -> None:
             optimizer = make(model)
             step = TrainStep(expected, CRITERION, make(expected), "joint")
             for x, y in data():
-                optimizer.step(lambda x=x, y=y: CRITERION(model(x), y))
+                optimizer.step(lambda x=x, y=y, model=model: CRITERION(model(x), y))
                 step(x, y)
             assert distance(model, expected) < 1e-12
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import warnings
 
 import pytest
+import ranks as processes
 import torch
 from networks import COUNTS, batches, distance, imbsam, network
 from torch import nn
@@ -128,6 +131,32 @@ def test_lightnings_closure_form_counts_too(tmp_path):
     fit = trainer(tmp_path, max_steps=4, enable_checkpointing=False)
     fit.fit(module, loader())
     assert fit.global_step == 4 == len(seen)
+
+
+def lightning_averages_over_its_ranks(rank: int, ranks: int) -> None:
+    """Whose DDP is around the module that trains, and the model inside."""
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(ranks))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK=str(rank))
+    with tempfile.TemporaryDirectory() as folder:
+        module = lightning_module()
+        import lightning
+
+        fit = lightning.Trainer(
+            accelerator="cpu", devices=ranks, strategy="ddp", max_epochs=1, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            use_distributed_sampler=False, default_root_dir=folder,
+        )  # fmt: skip
+        own = [processes.own(batch, rank, ranks) for batch in batches(6, torch.float32)]
+        x, y = (torch.cat(t) for t in zip(*own))
+        fit.fit(module, DataLoader(TensorDataset(x, y), 8))
+        assert fit.global_step == 6
+    assert distance(module.model, expected_after(6)) < 1e-6
+
+
+def test_lightning_on_ranks(tmp_path):
+    pytest.importorskip("lightning")
+    (outcome,) = processes.outcomes({"": lightning_averages_over_its_ranks}, 2, tmp_path).values()
+    assert not outcome, outcome
 
 
 def test_fabric_runs_its_callbacks():
