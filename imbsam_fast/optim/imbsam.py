@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
-from ..ops.arguments import DTYPES, check_dense, in_layout_of
+from ..ops import native
+from ..ops.arguments import DTYPES, check_dense, in_layout_of, unobserved
 from ..validation import check_bool, check_grad_scaler, check_max_norm
 from . import shards, updates
 from .bases import check_fused, reason_not_fused
@@ -536,6 +537,8 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
+        if unobserved() and (taken := native.take_gradients(params)) is not None:
+            return taken
         parts = shards.locals_of(params)
         found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
         gradients = in_layout_of(parts, found, "the gradient")
