@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import launch_nothing, peers
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Group
 from imbsam_fast.bench.optimizers import (
     AUTHORS,
@@ -29,6 +28,7 @@ from imbsam_fast.bench.optimizers import (
     ours,
 )
 from imbsam_fast.bench.report import Report
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.ops.dispatch import backend_name
 from imbsam_fast.optim import ImbSAM
 
