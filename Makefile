@@ -34,6 +34,7 @@ lint: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+		IMBSAM_CUDA_ARCHITECTURES=$${IMBSAM_CUDA_ARCHITECTURES:-wheel} \
 		$(BIN)/python -m build --outdir dist
 
 # The tests against the installed wheel, under another torch than `make test` has. -P keeps the
