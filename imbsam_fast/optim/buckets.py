@@ -32,6 +32,15 @@ class Bucket:
         """This bucket's tensors; [] where it has none."""
         return [] if slots[self.indices[0]] is None else _picked(slots, self.indices)
 
+    def give(self, slots: Slots, tensors: Slots) -> None:
+        """Copy the entries of this bucket from `tensors` to `slots`."""
+        if isinstance(self.indices, range):
+            where = slice(self.indices.start, self.indices.stop)
+            slots[where] = tensors[where]
+        else:
+            for i in self.indices:
+                slots[i] = tensors[i]
+
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     """The parameters of all groups, in their order."""
@@ -41,6 +50,11 @@ def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     """This rank's parts of the parameters."""
     return locals_of(params_of(groups))
+
+
+def all_present(slots: Slots) -> bool:
+    """Whether all entries are tensors; False where that is not seen at once."""
+    return unobserved() and native.occupancy(slots) is True
 
 
 def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
@@ -69,5 +83,5 @@ def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
 
 def _picked(slots: Sequence[Any], indices: Sequence[int]) -> list[Any]:
     if isinstance(indices, range):
-        return list(slots[indices.start : indices.stop])
+        return slots[indices.start : indices.stop]  # type: ignore[return-value]
     return [slots[i] for i in indices]
