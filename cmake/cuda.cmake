@@ -1,8 +1,8 @@
 # The CUDA part of the build: imbsam_cuda says whether there is one, imbsam_add_cuda adds it.
 set(imbsam_cuda OFF)
 set(IMBSAM_CUDA_ARCHITECTURES "" CACHE STRING
-  "CUDA architectures in CMake's notation; empty: sm_75 and the first of every newer generation, \
-and PTX of compute_75")
+  "CUDA architectures in CMake's notation; empty: those of this machine's devices, without any \
+those of a wheel; wheel: sm_75 and the first of every newer generation, and PTX of compute_75")
 
 if(NOT IMBSAM_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "IMBSAM_CUDA is '${IMBSAM_CUDA}', expected AUTO, ON or OFF")
@@ -35,13 +35,23 @@ endif()
 # and kernels that wait for memory gain nothing from more. PTX of the oldest for all others: systems
 # on a chip, and what is yet to come.
 function(imbsam_cuda_architectures result)
-  if(IMBSAM_CUDA_ARCHITECTURES)
+  if(IMBSAM_CUDA_ARCHITECTURES AND NOT IMBSAM_CUDA_ARCHITECTURES STREQUAL "wheel")
     set(${result} ${IMBSAM_CUDA_ARCHITECTURES} PARENT_SCOPE)
     return()
   endif()
   execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch
     OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
   string(REGEX MATCHALL "[0-9]+" known "${known}")
+  list(FILTER known EXCLUDE REGEX "^([1-6].|7[0-4])$")
+  # What CMake 3.24 and newer found out by running a program, where nvcc knows all of it.
+  string(REGEX MATCHALL "[0-9]+-real" devices "${CMAKE_CUDA_ARCHITECTURES_NATIVE}")
+  set(unknown ${devices})
+  list(TRANSFORM unknown REPLACE "-real" "")
+  list(REMOVE_ITEM unknown ${known})
+  if(devices AND NOT unknown AND NOT IMBSAM_CUDA_ARCHITECTURES STREQUAL "wheel")
+    set(${result} ${devices} PARENT_SCOPE)
+    return()
+  endif()
   list(FILTER known INCLUDE REGEX "^(75|[89]0|[0-9]+[0-9]0)$")
   list(SORT known COMPARE NATURAL)
   list(TRANSFORM known APPEND "-real")

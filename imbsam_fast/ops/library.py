@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,5 +38,23 @@ def fake(name: str):
 
 def mutated(*lists: Sequence[Tensor]) -> None:
     """Tell torch what a kernel wrote: autograd, and autocast, which keeps casts of weights."""
-    increment_version([t for tensors in lists for t in tensors])
+    increment_version([*itertools.chain.from_iterable(lists)])
     torch.clear_autocast_cache()
+
+
+def run(
+    implementation: Callable[..., None],
+    operator: Callable[..., None],
+    read: list[Any] | None,
+    arguments: tuple[Any, ...],
+) -> None:
+    """The implementation at once, or through torch's dispatcher.
+
+    `read` stands for the lists among the arguments, which come first, and for master, the last one;
+    None asks for the dispatcher.
+    """
+    if read is None:
+        operator(*arguments)
+    else:
+        *lists, master = read
+        implementation(*lists, *arguments[len(lists) : -1], master)

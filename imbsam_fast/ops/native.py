@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch  # first, so that _C shares torch's OpenMP runtime
 from torch import Tensor
@@ -71,9 +72,12 @@ def use_isa(name: str):
         _C.use_isa(previous)
 
 
-def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether check_lists accepts these lists; False also where that takes a closer look."""
-    return _C is not None and _C.lists_match(lists)
+# What follows is None where _C cannot tell: subclasses of Tensor, torch older than 2.10.
+
+
+def read_lists(lists: Sequence[Sequence[Tensor]]) -> list[Any] | None:
+    """The lists with their addresses, where check_lists accepts them."""
+    return None if _C is None else _C.read_lists(lists)
 
 
 def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
@@ -81,32 +85,52 @@ def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
     return _C is not None and _C.pairs_match(a, b)
 
 
-def one_kind(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors share their dtype and device; False if unsure."""
-    return _C is not None and _C.one_kind(tensors)
+def take_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
+    """`p.grad` of each, where all of them are laid out as their parameters; it is None then."""
+    return None if _C is None else _C.take_gradients(params)
+
+
+def state_of(
+    state: Any, params: list[Tensor], name: str, needed: Sequence[Tensor | None]
+) -> list[Tensor | None] | None:
+    """`state[p][name]` where it is and `needed` has a tensor, all laid out as the parameters."""
+    return None if _C is None else _C.state_of(state, params, name, needed)
+
+
+def partition(
+    sizes: list[int], params: list[Tensor], lists: Sequence[Sequence[Tensor | None]]
+) -> list[tuple[int, Sequence[int]]] | None:
+    """What one launch takes of `params`, groups of so many: the group and the indices."""
+    return None if _C is None else _C.partition(sizes, params, lists)
+
+
+def occupancy(slots: Sequence[Tensor | None]) -> bool | None:
+    """True where all entries are tensors, False where none is."""
+    return None if _C is None else _C.occupancy(slots)
 
 
 def _value(scalar: Tensor | None, default: float = 0.0) -> float:
     return default if scalar is None else scalar.item()
 
 
-def _table(tensors: Sequence[Tensor]) -> tuple[int, list[int]]:
+def _table(tensors: Any) -> tuple[int, Any]:
+    """The dtype and the sizes, as the compiled operations take them."""
+    if type(tensors) is _C.TensorList:
+        return tensors.dtype_code, tensors
     return _DTYPE_CODES[tensors[0].dtype], [t.numel() for t in tensors]
 
 
-def _chunks(numel: list[int]) -> int:
-    """The partial sums over tensors of these sizes."""
-    return sum((n + CHUNK - 1) // CHUNK for n in numel)
+def _chunks(tensors: Any) -> int:
+    """The partial sums over these tensors."""
+    if type(tensors) is _C.TensorList:
+        return tensors.chunks
+    return sum((t.numel() + CHUNK - 1) // CHUNK for t in tensors)
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     """See reference.squared_norm."""
-    dtype, numel = _table(g_t)
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
-    _C.squared_norm(
-        dtype, numel, g_t, theta, partials.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    partials = torch.empty(_chunks(g_t), dtype=torch.float64, device="cpu")
+    _C.squared_norm(*_table(g_t), g_t, theta, partials.data_ptr(), torch.get_num_threads())
     return partials
 
 
@@ -165,9 +189,8 @@ def merge_(
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See reference.grad_check."""
-    dtype, numel = _table(g_p)
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
-    finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
+    partials = torch.empty(_chunks(g_p), dtype=torch.float64, device="cpu")
+    finite = _C.grad_check(*_table(g_p), g_h, g_p, partials.data_ptr(), torch.get_num_threads())
     return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
 
 

@@ -26,10 +26,9 @@ def _on(device: torch.device) -> tuple[int, int]:
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     """See reference.squared_norm."""
-    dtype, numel = _table(g_t)
     device = g_t[0].device
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
-    _C.cuda_squared_norm(dtype, numel, g_t, theta, _pointer(partials), *_on(device))
+    partials = torch.empty(_chunks(g_t), dtype=torch.float64, device=device)
+    _C.cuda_squared_norm(*_table(g_t), g_t, theta, _pointer(partials), *_on(device))
     return partials
 
 
@@ -107,12 +106,11 @@ def merge_(
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See reference.grad_check."""
-    dtype, numel = _table(g_p)
     device = g_p[0].device
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
+    partials = torch.empty(_chunks(g_p), dtype=torch.float64, device=device)
     found_inf = torch.zeros(1, device=device)
     _C.cuda_grad_check(
-        dtype, numel, g_h, g_p, _pointer(partials), _pointer(found_inf), *_on(device)
+        *_table(g_p), g_h, g_p, _pointer(partials), _pointer(found_inf), *_on(device)
     )
     return partials, found_inf
 

@@ -18,7 +18,7 @@ from ..kernels.arithmetic import CHUNK, arithmetic_dtype
 from ..validation import check_batch_size
 from . import dispatch, reference
 from .arguments import DTYPES, check_lists, check_master, is_transformed, unobserved
-from .library import LIBRARY, NAMESPACE, define, fake, mutated
+from .library import LIBRARY, NAMESPACE, define, fake, mutated, run
 
 
 def computes_in_place(device: torch.device) -> bool:
@@ -31,8 +31,8 @@ def computes_in_place(device: torch.device) -> bool:
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     """See reference.squared_norm."""
-    direct = check_lists("squared_norm", g_t=g_t, theta=theta)
-    return (_squared_norm if direct else NAMESPACE.squared_norm)(g_t, theta)
+    read = check_lists("squared_norm", g_t=g_t, theta=theta)
+    return NAMESPACE.squared_norm(g_t, theta) if read is None else _squared_norm(*read)
 
 
 @define("squared_norm(Tensor[] g_t, Tensor[] theta) -> Tensor")
@@ -59,9 +59,8 @@ def perturb_(
     master: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
-    direct = check_lists("perturb_", theta=theta, g_t=g_t)
-    if master:
-        direct &= check_master("perturb_", theta, master=master)
+    read = check_lists("perturb_", theta=theta, g_t=g_t)
+    kept = check_master("perturb_", theta, master=master) if master else [master]
     if not isinstance(rho, (int, float)) or not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
@@ -72,7 +71,8 @@ def perturb_(
         raise ValueError(
             f"perturb_: partials is on {partials.device}, expected {theta[0].device} as theta"
         )
-    (_perturb_ if direct else NAMESPACE.perturb_)(theta, g_t, partials, rho, adaptive, master)
+    read = None if read is None or kept is None else [*read, *kept]
+    run(_perturb_, NAMESPACE.perturb_, read, (theta, g_t, partials, rho, adaptive, master))
 
 
 @define(
@@ -91,10 +91,14 @@ def merge_(
     g_p: Sequence[Tensor],
 ) -> None:
     """See reference.merge_."""
-    direct = check_lists("merge_", theta=theta, g_p=g_p, saved=saved, g_h=g_h)
+    read = check_lists("merge_", theta=theta, g_p=g_p, saved=saved, g_h=g_h)
     if not g_p:
         raise ValueError("merge_: g_p is empty, expected one gradient for every parameter")
-    (_merge_ if direct else NAMESPACE.merge_)(theta, saved, g_h, g_p)
+    if read is None:
+        NAMESPACE.merge_(theta, saved, g_h, g_p)
+    else:
+        theta, g_p, saved, g_h = read
+        _merge_(theta, saved, g_h, g_p)
 
 
 @define("merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()")
@@ -109,8 +113,8 @@ for _name in ("perturb_", "merge_"):
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See reference.grad_check."""
-    direct = check_lists("grad_check", g_p=g_p, g_h=g_h)
-    return (_grad_check if direct else NAMESPACE.grad_check)(g_h, g_p)
+    read = check_lists("grad_check", g_p=g_p, g_h=g_h)
+    return NAMESPACE.grad_check(g_h, g_p) if read is None else _grad_check(*reversed(read))
 
 
 @define("grad_check(Tensor[] g_h, Tensor[] g_p) -> (Tensor, Tensor)")

@@ -11,27 +11,34 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import dispatch
-from .arguments import check_lists, check_master, check_scalars, check_steps
-from .library import NAMESPACE, define, fake, mutated
+from .arguments import Lists, check_lists, check_master, check_scalars, check_steps
+from .library import NAMESPACE, define, fake, mutated, run
 
 # ---------------------------------------------------------------- what all need
 
 
-def _check(op, theta, saved, g_h, g_p, master, state, required=(), **scalars) -> bool:
-    """Refuse the arguments of any base; `state` is kept like the weights."""
+def _check(op, theta, saved, g_h, g_p, master, state, required=(), **scalars) -> Lists | None:
+    """Refuse the arguments of any base; `state` is kept like the weights.
+
+    Returns what check_lists does: theta, saved, g_h, g_p, the state, master.
+    """
     if master and saved:
         raise ValueError(f"{op}: saved has {len(saved)} tensors, expected none beside master")
     lists = {"theta": theta, "g_p": g_p, "saved": saved, "g_h": g_h}
-    direct = check_lists(op, **lists, **({} if master else state))
+    read = check_lists(op, **lists, **({} if master else state))
     if not g_p:
         raise ValueError(f"{op}: g_p is empty, expected one gradient for every parameter")
+    kept: Lists | None = [master]
     if master:
-        direct &= check_master(op, theta, master=master, **state)
+        kept = check_master(op, theta, **state, master=master)
     for name in required:
         if not state[name]:
             raise ValueError(f"{op}: {name} is empty, expected one tensor a parameter")
     check_scalars(op, **scalars)
-    return direct
+    if read is None or kept is None:
+        return None
+    theta, g_p, saved, g_h, *read_state = read
+    return [theta, saved, g_h, g_p, *read_state, *kept]
 
 
 def _check_momentum(op: str, m: Sequence[Tensor], momentum: float) -> None:
@@ -54,12 +61,12 @@ def _update(op, theta, saved, g_h, g_p, state, step, *scalars_and_master) -> Non
 def check_sgd_update(
     theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
     grad_scale=None, found_inf=None, master=(),
-) -> bool:  # fmt: skip
-    """Refuse arguments that sgd_update_ would refuse; returns what check_lists does."""
+) -> Lists | None:  # fmt: skip
+    """Refuse arguments that sgd_update_ would refuse; returns what _check does."""
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
-    direct = _check("sgd_update_", theta, saved, g_h, g_p, master, {"m": m}, **scalars)
+    read = _check("sgd_update_", theta, saved, g_h, g_p, master, {"m": m}, **scalars)
     _check_momentum("sgd_update_", m, momentum)
-    return direct
+    return read
 
 
 def sgd_update_(
@@ -83,8 +90,8 @@ def sgd_update_(
         theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
         grad_scale, found_inf, master,
     )  # fmt: skip
-    direct = check_sgd_update(*arguments)
-    (_sgd_update_ if direct else NAMESPACE.sgd_update_)(*arguments)
+    read = check_sgd_update(*arguments)
+    run(_sgd_update_, NAMESPACE.sgd_update_, read, arguments)
 
 
 @define(
@@ -106,14 +113,14 @@ def _sgd_update_(
 def check_adam_update(
     theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
     maximize, grad_scale=None, found_inf=None, master=(),
-) -> bool:  # fmt: skip
-    """Refuse arguments that adam_update_ would refuse; returns what check_lists does."""
+) -> Lists | None:  # fmt: skip
+    """Refuse arguments that adam_update_ would refuse; returns what _check does."""
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     state = {"m": m, "v": v, "v_max": v_max}
     op = "adam_update_"
-    direct = _check(op, theta, saved, g_h, g_p, master, state, ("m", "v"), **scalars)
+    read = _check(op, theta, saved, g_h, g_p, master, state, ("m", "v"), **scalars)
     check_steps(op, step, theta)
-    return direct
+    return read
 
 
 def adam_update_(
@@ -141,8 +148,8 @@ def adam_update_(
         theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
         maximize, grad_scale, found_inf, master,
     )  # fmt: skip
-    direct = check_adam_update(*arguments)
-    (_adam_update_ if direct else NAMESPACE.adam_update_)(*arguments)
+    read = check_adam_update(*arguments)
+    run(_adam_update_, NAMESPACE.adam_update_, read, arguments)
 
 
 @define(
@@ -164,15 +171,15 @@ def _adam_update_(
 def check_rmsprop_update(
     theta, saved, g_h, g_p, v, m, g_avg, step, lr, alpha, eps, weight_decay, momentum, maximize,
     grad_scale=None, found_inf=None, master=(),
-) -> bool:  # fmt: skip
-    """Refuse arguments that rmsprop_update_ would refuse; returns what check_lists does."""
+) -> Lists | None:  # fmt: skip
+    """Refuse arguments that rmsprop_update_ would refuse; returns what _check does."""
     scalars = {"lr": lr, "grad_scale": grad_scale, "found_inf": found_inf}
     state = {"v": v, "m": m, "g_avg": g_avg}
     op = "rmsprop_update_"
-    direct = _check(op, theta, saved, g_h, g_p, master, state, ("v",), **scalars)
+    read = _check(op, theta, saved, g_h, g_p, master, state, ("v",), **scalars)
     _check_momentum(op, m, momentum)
     check_steps(op, step, theta)
-    return direct
+    return read
 
 
 def rmsprop_update_(
@@ -199,8 +206,8 @@ def rmsprop_update_(
         theta, saved, g_h, g_p, v, m, g_avg, step, lr, alpha, eps, weight_decay, momentum,
         maximize, grad_scale, found_inf, master,
     )  # fmt: skip
-    direct = check_rmsprop_update(*arguments)
-    (_rmsprop_update_ if direct else NAMESPACE.rmsprop_update_)(*arguments)
+    read = check_rmsprop_update(*arguments)
+    run(_rmsprop_update_, NAMESPACE.rmsprop_update_, read, arguments)
 
 
 @define(

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
-from ..ops.arguments import DTYPES, check_dense, in_layout_of
+from ..ops import native
+from ..ops.arguments import DTYPES, check_dense, in_layout_of, unobserved
 from ..validation import check_bool, check_grad_scaler, check_max_norm, check_no_gradient
 from . import shards, updates
 from .bases import check_fused, reason_not_fused
-from .buckets import Bucket, Slots, buckets, local_params_of, params_of
+from .buckets import Bucket, Slots, all_present, buckets, local_params_of, params_of
 from .groups import (
     OWN_SETTINGS,
     check_group,
@@ -159,8 +160,8 @@ class ImbSAM(torch.optim.Optimizer):
                     -rho if bucket.group.get("maximize") else rho,
                     bucket.group["adaptive"], bucket.pick(masters),
                 )  # fmt: skip
-                for i in bucket.indices:  # without master weights, buffers hold the unperturbed
-                    saved[i] = g_t[i] if masters[i] is None else masters[i]
+                # Without master weights, the buffers of g_t hold the unperturbed ones.
+                bucket.give(saved, g_t if masters[bucket.indices[0]] is None else masters)
 
     def third_step(
         self,
@@ -194,18 +195,8 @@ class ImbSAM(torch.optim.Optimizer):
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
-            if self.is_perturbed and all(g is None for g in (*g_h, *g_p)):
-                raise RuntimeError("third_step found no gradient; a backward comes first")
-            # A gradient missing in one pass is zero; one missing in both leaves the weight be.
-            g_h, g_p = (
-                [h if g is not None else None for h, g in zip(g_h, g_p)],
-                [g if g is not None else h for h, g in zip(g_h, g_p)],
-            )
-            for p, start, g in zip(self._params(), saved, g_p):
-                if start is not None and g is None:  # perturbed, and then without any gradient
-                    shards.local(p).copy_(start)
-                    if not torch.compiler.is_compiling():
-                        torch.clear_autocast_cache()
+            if not all_present(g_p):
+                g_h, g_p = self._complete(saved, g_h, g_p)
             scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
             reason = reason_not_fused(self.base)
             if reason is None:
@@ -517,12 +508,29 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
+        if unobserved() and (taken := native.take_gradients(params)) is not None:
+            return taken
         parts = shards.locals_of(params)
         found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
         gradients = in_layout_of(parts, found, "the gradient")
         for p in params:
             p.grad = None
         return gradients
+
+    def _complete(self, saved: Slots, g_h: Slots, g_p: Slots) -> tuple[Slots, Slots]:
+        """g_h and g_p where some are missing: zero in one pass, in both passes nothing happens."""
+        if self.is_perturbed and all(g is None for g in (*g_h, *g_p)):
+            raise RuntimeError("third_step found no gradient; a backward comes first")
+        g_h, g_p = (
+            [h if g is not None else None for h, g in zip(g_h, g_p)],
+            [g if g is not None else h for h, g in zip(g_h, g_p)],
+        )
+        for p, start, g in zip(self._params(), saved, g_p):
+            if start is not None and g is None:  # perturbed, and then without any gradient
+                shards.local(p).copy_(start)
+                if not torch.compiler.is_compiling():
+                    torch.clear_autocast_cache()
+        return g_h, g_p
 
     def _buckets(self, *lists: Slots) -> list[Bucket]:
         return buckets(self.param_groups, *lists)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
-from ..ops.arguments import in_layout_of
+from ..ops import native
+from ..ops.arguments import in_layout_of, unobserved
 from .bases import FUSED
-from .buckets import Slots, buckets, local_params_of, params_of
+from .buckets import Slots, all_present, buckets, local_params_of, params_of
 from .shards import as_part_of, locals_of
 
 # Where register_optimizer_step_pre_hook and its like of torch keep hooks, which has no public name.
@@ -33,7 +35,7 @@ class _Launch(NamedTuple):
     check: Callable[..., Any]
     operator: Callable[..., None]
     arguments: tuple[Any, ...]
-    written: list[Tensor]
+    written: list[list[Tensor]]
 
 
 def fused_update(
@@ -97,13 +99,15 @@ def _without_global_hooks() -> Iterator[None]:
 
 
 @contextmanager
-def all_or_none(written: Sequence[list[Tensor]]) -> Iterator[None]:
+def all_or_none(written: Sequence[list[list[Tensor]]]) -> Iterator[None]:
     """What several launches write inside the block, put back where a later one fails.
 
     Only the reference can fail there, out of memory: it keeps copies.
     """
-    may_fail = len(written) > 1 and not ops.computes_in_place(written[0][0].device)
-    kept = [(t, t.clone()) for tensors in written[:-1] for t in tensors] if may_fail else []
+    may_fail = len(written) > 1 and not ops.computes_in_place(written[0][0][0].device)
+    kept = []
+    if may_fail:
+        kept = [(t, t.clone()) for t in chain.from_iterable(chain.from_iterable(written[:-1]))]
     try:
         yield
     except BaseException:
@@ -132,15 +136,11 @@ def _launches(
     """The launches, one a bucket, and what stores new state after them."""
     entry = FUSED[type(base)]
     groups = base.param_groups
-    found = {name: _found(base, name, wanted, g_p) for name, wanted in entry.state.items()}
-    weights = [
-        p if master is None else master for p, master in zip(local_params_of(groups), masters)
-    ]
-    known = {name: _fitting(weights, slots, name) for name, slots in found.items()}
-    state = {
-        name: _made_where_missing(base, wanted, known[name], g_p, weights)
-        for name, wanted in entry.state.items()
-    }
+    weights = _weights(local_params_of(groups), masters)
+    found, known, state = {}, {}, {}
+    for name, wanted in entry.state.items():
+        found[name], known[name] = _found(base, name, wanted, g_p, weights)
+        state[name] = _made_where_missing(base, wanted, known[name], g_p, weights)
     step: Slots = _step_counts(base, g_p) if entry.has_step else [None] * len(g_p)
     # Parameters in their first step take another launch where that differs.
     first_differs = any(entry.first_differs(group) for group in groups)
@@ -160,33 +160,52 @@ def _launches(
             scale, found_inf, master,
         )  # fmt: skip
         written = [bucket.params, *lists, *steps, master]
-        launches.append(_Launch(check, operator, arguments, [*chain.from_iterable(written)]))
+        launches.append(_Launch(check, operator, arguments, written))
 
     def store() -> None:
-        if first_differs and found_inf is not None and found_inf.item():
+        new = {name: slots for name, slots in state.items() if slots is not found[name]}
+        if first_differs and new and found_inf is not None and found_inf.item():
             return  # the next step is still the first one
-        for name, slots in state.items():
+        for name, slots in new.items():
             for p, t, before in zip(params_of(groups), slots, found[name]):
                 if t is not None and t is not before:
                     base.state[p][name] = as_part_of(p, t)
-        for p, count in zip(params_of(groups), step):
+        for p, count in zip(params_of(groups), step) if entry.has_step else ():
             if count is not None:
                 base.state[p]["step"] = count
 
     return launches, store
 
 
+def _weights(params: list[Tensor], masters: Slots) -> list[Tensor]:
+    """Where the weights are kept: the dtype and the layout of the state."""
+    return [p if master is None else master for p, master in zip(params, masters)]
+
+
 def _found(
-    base: Optimizer, name: str, wanted: Callable[[dict[str, Any]], bool], g_p: Slots
-) -> Slots:
-    """What the base has of this name for parameters with a gradient; None where it has none."""
+    base: Optimizer,
+    name: str,
+    wanted: Callable[[dict[str, Any]], bool],
+    g_p: Slots,
+    weights: list[Tensor],
+) -> tuple[Slots, Slots]:
+    """What the base has of this name for parameters with a gradient, None where it has none.
+
+    As it is, and in the layout of the weights, which is mostly the same list.
+    """
+    params = params_of(base.param_groups)
+    if unobserved() and all(map(wanted, base.param_groups)) and all(map(is_, params, weights)):
+        seen = native.state_of(base.state, params, name, g_p)
+        if seen is not None:
+            return seen, seen
     found: Slots = []
     for group in base.param_groups:
         group_wants = wanted(group)
         for p in group["params"]:
             needed = group_wants and g_p[len(found)] is not None and p in base.state
             found.append(base.state[p].get(name) if needed else None)
-    return locals_of(found)
+    found = locals_of(found)
+    return found, _fitting(weights, found, name)
 
 
 def _fitting(weights: list[Tensor], found: Slots, name: str) -> Slots:
@@ -206,6 +225,8 @@ def _made_where_missing(
     weights: list[Tensor],
 ) -> Slots:
     """State with zeros where a first step needs some."""
+    if all_present(known):
+        return known
     made: Slots = []
     for group in base.param_groups:
         group_wants = wanted(group)
@@ -213,7 +234,7 @@ def _made_where_missing(
             i = len(made)
             missing = known[i] is None and g_p[i] is not None and group_wants
             made.append(torch.zeros_like(weights[i]) if missing else known[i])
-    return made
+    return known if all(map(is_, made, known)) else made
 
 
 def _step_counts(base: Optimizer, g_p: Slots) -> Slots:

@@ -36,7 +36,7 @@ from .batch_norm import (
     statistics_where,
 )
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
-from .cuda_graph import GraphedSteps
+from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of
 from .data_parallel import Ranks, keep_in_step, parts_overlap
 from .generators import Draws, Generators
 from .lagged import TailGradient
@@ -94,8 +94,11 @@ class TrainStep:
         cuda_graph: capture the whole step as a CUDA graph, one for each shape of the batch after
             three ordinary steps, and replay it. For the joint plan on one GPU; a learning rate
             must be a tensor on the device (`torch.optim.SGD(params, torch.tensor(0.1,
-            device="cuda"))`), which schedulers then change in place. A batch without tail rows
-            costs as much as any other.
+            device="cuda"))`), which schedulers then change in place. Other settings are constants
+            of a graph: steps run as usual after one has changed (OneCycleLR's momentum), until
+            they stay the same for three steps. A batch without tail rows costs as much as any
+            other. Not captured, since the number of rows in their passes is known on the host
+            alone: split, lagged and micro-batches.
         lagged: EXPERIMENTAL, NOT IN THE PAPER. Perturb along the perturbed tail gradient of the
             last step that had tail rows, without a pass for the present one: one SGD step under
             the split plan and 2F + 2B, two, under the joint plan. The first step with tail rows
@@ -255,7 +258,6 @@ class TrainStep:
             "plan": self.plan == "joint"
             or (self.plan == "auto" and has_batch_statistics(self.model)),
             "micro_batch_size": self.micro_batch_size is None,
-            "grad_scaler": self.grad_scaler is None,
             "model": self.group is None,
             "lagged": not self.lagged,
             "same_dropout": not self.same_dropout,
@@ -264,19 +266,17 @@ class TrainStep:
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
-                    "plan, no micro-batches, no gradient scaler, no DistributedDataParallel, "
-                    "lagged=False, same_dropout=False"
+                    "plan, no micro-batches, no DistributedDataParallel, lagged=False, "
+                    "same_dropout=False"
                 )
-        groups = self.optimizer.param_groups
-        device = groups[0]["params"][0].device
-        for i, group in enumerate(groups):
-            lr = group["lr"]
-            if not isinstance(lr, Tensor) or lr.device != device or device.type != "cuda":
-                raise ValueError(
-                    f"param_groups[{i}]['lr'] is {lr!r} and the parameters are on {device}, "
-                    "expected with cuda_graph=True both on one GPU: a number would never change"
-                )
-        return GraphedSteps(self.unconditional, device)
+        device = check_capturable(self.optimizer, in_use(self.grad_scaler))
+        return GraphedSteps(self.unconditional, device, self._constants)
+
+    def _constants(self) -> Constants:
+        return constants_of(
+            self.model, self.optimizer, in_use(self.grad_scaler),
+            batch_norm=self.batch_norm, max_norm=self.max_norm,
+        )  # fmt: skip
 
     def unconditional(self, inputs: Any, targets: Tensor) -> StepResult:
         """The joint plan with all its passes, whatever the labels say: they are not looked at.
