@@ -107,8 +107,13 @@ class ImbSAM(torch.optim.Optimizer):
         self._pending.held = self._take_gradients()
 
     @torch.no_grad()
-    def second_step(self) -> None:
-        """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
+    def second_step(self, subtract: bool = False) -> None:
+        """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`.
+
+        Args:
+            subtract: take g_t away from what `first_step` held, where that is the gradient of
+                head and tail together.
+        """
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure(), uninterrupted():
@@ -118,6 +123,8 @@ class ImbSAM(torch.optim.Optimizer):
             self._fill_groups()  # the base may have new ones
             for i, group in enumerate(self.param_groups):
                 check_own_settings(f"param_groups[{i}]", group)
+            if subtract:
+                self._subtract(g_t)
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             masters = self._masters.of(g_t)
@@ -141,6 +148,15 @@ class ImbSAM(torch.optim.Optimizer):
                 )  # fmt: skip
                 for i in bucket.indices:  # without master weights, buffers hold the unperturbed
                     saved[i] = g_t[i] if masters[i] is None else masters[i]
+
+    def _subtract(self, g_t: Slots) -> None:
+        """g_h <- g_h - g_t; a gradient missing in one pass is zero."""
+        held = self._pending.held
+        if held is None:
+            raise RuntimeError("second_step has nothing to subtract from; first_step comes first")
+        for i, (h, t) in enumerate(zip(held, g_t)):
+            if t is not None:
+                held[i] = t.neg() if h is None else h.sub_(t)
 
     def third_step(
         self,

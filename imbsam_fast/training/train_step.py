@@ -6,6 +6,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ from ..optim.lean import LeanImbSAM, check_whole_gradient
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
-from ..validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
+from ..validation import (
+    check_bool,
+    check_grad_scaler,
+    check_max_norm,
+    check_number,
+    check_whole_number,
+)
 from .batch_norm import (
     check_batch_norm_is_visible,
     frozen_batch_norm_statistics,
@@ -41,6 +48,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .sampled import SampledPlan, plain_plan
 
 
 class TrainStep:
@@ -63,6 +71,8 @@ class TrainStep:
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
             of them for the batch, but joint where a BatchNorm layer uses batch statistics.
+            "sampled", NOT THE PAPER where a BatchNorm layer uses batch statistics, runs all rows
+            once and takes what the perturbation changes from a sample: 1 + 2 `sample` SGD steps.
         batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
             in the perturbed pass too (the authors' released code).
         autocast: the context in which the model and the criterion run, for example
@@ -90,6 +100,15 @@ class TrainStep:
             row in the batch) are seen at the perturbed weights only: their part of `.tail`,
             `.loss` and `.logits`, and the BatchNorm statistics, are from there.
 
+        sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
+            are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
+            since running statistics see the pass of all rows alone, lagged and cuda_graph.
+        sample_seed: decides the drawing, with the number of the step.
+        perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
+            others are SGD steps on head + tail. Several ranks and cuda_graph count every step.
+
+    `state_dict` has the number of steps, which these two go by: a part of their checkpoints.
+
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
     alike, as with DDP itself. So does a model that `fully_shard` (FSDP2) spread over ranks
@@ -116,6 +135,9 @@ class TrainStep:
         micro_batch_size: int | None = None,
         cuda_graph: bool = False,
         lagged: bool = False,
+        sample: float = 0.25,
+        sample_seed: int = 0,
+        perturb_every: int = 1,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
@@ -140,6 +162,7 @@ class TrainStep:
         _check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
         check_bool("lagged", lagged)
+        check_whole_number("perturb_every", perturb_every, "an integer >= 1", 1)
         check_grad_scaler(grad_scaler)
         check_max_norm(max_norm)
         self.ranks = Ranks(model, params_of(optimizer.param_groups))
@@ -158,6 +181,9 @@ class TrainStep:
         self.group = self.ranks.group
         self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
         self.lagged = lagged
+        self.perturb_every = perturb_every
+        self.counted_steps = 0
+        self.sampled_plan = self._sampled_plan(sample, sample_seed) if plan == "sampled" else None
         self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):
             self._check_lean(cuda_graph)
@@ -166,10 +192,33 @@ class TrainStep:
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         _check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
+        number = self.counted_steps + 1
+        perturbs = number % self.perturb_every == 0
         if self.graphs is not None:
-            return self.graphs(inputs, targets)
-        rows = self._rows(targets)
-        return self._run(self._planned(rows), inputs, targets, rows)
+            result = self.graphs[perturbs](inputs, targets)
+        else:
+            rows = self._rows(targets)
+            if not (rows.tail_rows or self._counts_every_step()):
+                number -= 1  # a step of SGD in any case
+            plan = self._planned(rows, number) if perturbs else plain_plan
+            result = self._run(plan, inputs, targets, rows)
+        self.counted_steps = number
+        return result
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps that `perturb_every` and the sample's drawing go by."""
+        return {"counted_steps": self.counted_steps}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        if not isinstance(state_dict, dict) or "counted_steps" not in state_dict:
+            raise ValueError(f"state_dict is {state_dict!r}, expected what state_dict returned")
+        steps = state_dict["counted_steps"]
+        check_whole_number("state_dict['counted_steps']", steps, "an integer >= 0", 0)
+        self.counted_steps = steps
+
+    def _counts_every_step(self) -> bool:
+        """Whether ranks count alike, which have tail rows in different steps."""
+        return self.group is not None or self.ranks.sharded
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
         self.optimizer.zero_grad()
@@ -205,7 +254,19 @@ class TrainStep:
             if used:
                 raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
 
-    def _graphs(self) -> GraphedSteps:
+    def _sampled_plan(self, sample: float, seed: int) -> SampledPlan:
+        check_number("sample", sample, "a number > 0 and <= 1", lambda x: 0 < x <= 1)
+        check_whole_number("sample_seed", seed, "an integer >= 0", 0)
+        for name, value, expected in (
+            ("batch_norm", self.batch_norm, "once"),  # statistics of a sample are not the batch's
+            ("lagged", self.lagged, False),  # there is no g_t of the sample then
+        ):
+            if value != expected:
+                raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan='sampled'")
+        return SampledPlan(sample, seed, self.group is not None and self.perturbation == "global")
+
+    def _graphs(self) -> dict[bool, GraphedSteps]:
+        """By whether the step perturbs."""
         needs = {
             "plan": self.plan == "joint"
             or (self.plan == "auto" and has_batch_statistics(self.model)),
@@ -230,23 +291,29 @@ class TrainStep:
                     f"param_groups[{i}]['lr'] is {lr!r} and the parameters are on {device}, "
                     "expected with cuda_graph=True both on one GPU: a number would never change"
                 )
-        return GraphedSteps(self.unconditional, device)
+        return {
+            perturbs: GraphedSteps(partial(self.unconditional, plan), device)
+            for perturbs, plan in ((True, joint_plan), (False, plain_plan))
+        }
 
-    def unconditional(self, inputs: Any, targets: Tensor) -> StepResult:
-        """The joint plan with all its passes, whatever the labels say: they are not looked at.
+    def unconditional(self, plan: Plan, inputs: Any, targets: Tensor) -> StepResult:
+        """A plan with all its passes, whatever the labels say: they are not looked at.
 
         Without tail rows the tail's gradient is zero, and so is the perturbation.
         """
         all_rows = torch.ones(len(targets), dtype=torch.bool)
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
-        return self._run(joint_plan, inputs, targets, rows)
+        return self._run(plan, inputs, targets, rows)
 
     def _tail_gradient(self) -> TailGradient:
         common = self.perturbation == "global"
         shared = self.group is not None
         return TailGradient(self.optimizer, self.group if common else None, shared)
 
-    def _planned(self, rows: Rows) -> Plan:
+    def _planned(self, rows: Rows, number: int) -> Plan:
+        if self.sampled_plan is not None:
+            self.sampled_plan.number = number
+            return self.sampled_plan
         lags = self.tail_gradient is not None and self.tail_gradient.is_known()
         if self.plan == "auto" and self.ranks.same_passes:  # ranks decide alike: not by rows
             split = (
@@ -316,13 +383,16 @@ class TrainStep:
             return nullcontext()
         return statistics_where(self.optimizer.perturbation_is_finite(), self.model)
 
-    def perturb(self, has_tail: bool) -> None:
-        """Ranks without tail rows follow the others where the perturbation is a common one."""
+    def perturb(self, has_tail: bool, subtract: bool = False) -> None:
+        """Ranks without tail rows follow the others where the perturbation is a common one.
+
+        `subtract` takes g_t away from the gradient that is held.
+        """
         if self.group is not None and self.perturbation == "global":
             average_(self.optimizer.gradients(), self.group)
         elif not has_tail:
             return
-        self.optimizer.second_step()
+        self.optimizer.second_step(subtract)
         self.ranks.gather_anew()
 
     def perturb_lagged(self) -> None:

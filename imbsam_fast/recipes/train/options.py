@@ -136,6 +136,10 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=_not_negative, metavar="G", help="exponent of Focal-SAM (default: 1)")
     add("--lam", type=number(0, 1), metavar="L", help="lambda of Focal-SAM (default: 0.8)")
     add("--plan", choices=PLANS, help="passes of SAM, ImbSAM and Focal-SAM (default: auto)")
+    add("--sample", type=number(0, 1, above=True), metavar="S",
+        help="share of a batch in the sample of --plan sampled (default: 0.25)")  # fmt: skip
+    add("--perturb-every", type=_count, metavar="K",
+        help="perturb in every K-th step with tail rows alone (default: 1)")  # fmt: skip
     add("--lagged", action=argparse.BooleanOptionalAction,
         help="experimental: perturb along the previous step's tail gradient")  # fmt: skip
 
