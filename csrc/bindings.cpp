@@ -109,16 +109,17 @@ void squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& 
 }
 
 void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-              const Pointers& g_t, const Pointers& master, uintptr_t partials,
-              int64_t partial_count, double rho, bool adaptive, int threads) {
+              const Pointers& g_t, const Pointers& master, const Pointers& held,
+              uintptr_t partials, int64_t partial_count, double rho, bool adaptive, int threads) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
   lists.kept_with(master);
+  lists.optional("held", held);
   lists.disjoint();
   IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
-  cpu::perturb_(lists.table(), out(theta), out(g_t), in(master), (const double*)pointer(partials),
-                partial_count, rho, adaptive, threads);
+  cpu::perturb_(lists.table(), out(theta), out(g_t), in(master), out(held),
+                (const double*)pointer(partials), partial_count, rho, adaptive, threads);
 }
 
 void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
@@ -285,16 +286,17 @@ void cuda_squared_norm(int dtype, const std::vector<int64_t>& numel, const Point
 }
 
 void cuda_perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                   const Pointers& g_t, const Pointers& master, uintptr_t partials,
-                   int64_t partial_count, double rho, bool adaptive, int device,
-                   uintptr_t stream) {
+                   const Pointers& g_t, const Pointers& master, const Pointers& held,
+                   uintptr_t partials, int64_t partial_count, double rho, bool adaptive,
+                   int device, uintptr_t stream) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
   lists.kept_with(master);
+  lists.optional("held", held);
   lists.disjoint();
   IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
-  cuda::perturb_(lists.table(), out(theta), out(g_t), in(master),
+  cuda::perturb_(lists.table(), out(theta), out(g_t), in(master), out(held),
                  (const double*)pointer(partials), partial_count, rho, adaptive,
                  on(device, stream));
 }

@@ -116,10 +116,11 @@ def steps(count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     return [torch.tensor(float(i % 2), dtype=dtype, device=device) for i in range(count)]
 
 
-def _perturb(x: SimpleNamespace, adaptive: bool) -> list[Tensor]:
+def _perturb(x: SimpleNamespace, adaptive: bool, subtract: bool = False) -> list[Tensor]:
     partials = scalar(2.5, x.theta[0].device.type).reshape(1)
-    ops.perturb_(x.theta, x.g_p, partials, RHO, adaptive, master=getattr(x, "master", ()))
-    return [*x.theta, *x.g_p]
+    master, held = getattr(x, "master", ()), x.g_h if subtract else ()
+    ops.perturb_(x.theta, x.g_p, partials, RHO, adaptive, master, held)
+    return [*x.theta, *x.g_p, *held]
 
 
 def _sgd_update(x: SimpleNamespace, **changes: bool) -> list[Tensor]:
@@ -149,6 +150,7 @@ def _merge(x: SimpleNamespace) -> list[Tensor]:
 UPDATES: dict[str, Callable[[SimpleNamespace], list[Tensor]]] = {
     "perturb_": lambda x: _perturb(x, adaptive=False),
     "perturb_ adaptive": lambda x: _perturb(x, adaptive=True),
+    "perturb_ held": lambda x: _perturb(x, adaptive=False, subtract=True),
     "sgd_update_": _sgd_update,
     "sgd_update_ nesterov": lambda x: _sgd_update(x, nesterov=True, maximize=True),
     "adam_update_": _adam_update,

@@ -21,7 +21,7 @@ Arguments = dict[str, Any]
 # The lists of every operation, in the order in which they are checked.
 LISTS = {
     "squared_norm": ("g_t", "theta"),
-    "perturb_": ("theta", "g_t"),
+    "perturb_": ("theta", "g_t", "held"),
     "sgd_update_": ("theta", "g_p", "saved", "g_h", "m"),
     "adam_update_": ("theta", "g_p", "saved", "g_h", "m", "v", "v_max"),
     "merge_": ("theta", "g_p", "saved", "g_h"),
@@ -316,7 +316,7 @@ OK = [0, 0]  # replaced by real pointers
 # for one of them and "#x" for how many elements are there.
 POINTER_CALLS: dict[str, tuple[Any, ...]] = {
     "squared_norm": ("g_t", "theta", "&partials", 1),
-    "perturb_": ("theta", "g_t", [], "&partials", "#partials", 0.1, False, 1),
+    "perturb_": ("theta", "g_t", [], "held", "&partials", "#partials", 0.1, False, 1),
     "sgd_update_": (
         "theta", "saved", "g_h", "g_p", "m", [], 0.1, 0.9, 0.0, 0.0, False, False, 1.0, False, 1,
     ),

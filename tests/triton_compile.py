@@ -62,7 +62,7 @@ def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
         "perturb_": (
             multi_tensor.perturb_kernel,
             {**TABLE, "partials": "*fp64", "partials_count": "i32", "rho": "fp64",
-             "ADAPTIVE": True, "MASTER": False,
+             "ADAPTIVE": True, "MASTER": False, "HELD": False,
              "PARTIALS_BLOCK": multi_tensor.PARTIALS_BLOCK},
         ),
         "sgd_update_": (
@@ -109,6 +109,8 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
             _, block, threads = multi_tensor.CONFIGURATIONS[op]
             arguments = {**types, **arguments, "BLOCK": block}
             yield op, dtype, kernel, arguments, threads
+            if op == "perturb_":
+                yield f"{op} held", dtype, kernel, {**arguments, "HELD": True}, threads
             if op in KEEPING and dtype in (tl.bfloat16, tl.float16):  # with master weights
                 arguments |= {"KEPT": arithmetic, "MASTER": True}
                 yield f"{op} master", dtype, kernel, arguments, threads

@@ -20,9 +20,9 @@ struct RowSums {
 struct Spans {
   // Sum of squares of g, or of theta g where theta is not null.
   double (*squared_norm)(const void* g_t, const void* theta, int64_t n);
-  // Null master: absent, and below saved, g_h, m and v_max too.
-  void (*perturb_)(void* theta, void* g_t, const void* master, int64_t n, double scale,
-                   bool adaptive);
+  // Null master, held: absent, and below saved, g_h, m and v_max too.
+  void (*perturb_)(void* theta, void* g_t, const void* master, void* held, int64_t n,
+                   double scale, bool adaptive);
   // stream: write theta past the caches.
   void (*sgd_update_)(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
                       void* master, int64_t n, const SgdSettings&, bool stream);

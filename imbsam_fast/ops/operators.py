@@ -88,9 +88,10 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
+    held: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
-    direct = check_lists("perturb_", theta=theta, g_t=g_t)
+    direct = check_lists("perturb_", theta=theta, g_t=g_t, held=held)
     if master:
         direct &= check_master("perturb_", theta, master=master)
     if not isinstance(rho, (int, float)) or not math.isfinite(rho):
@@ -103,16 +104,17 @@ def perturb_(
         raise ValueError(
             f"perturb_: partials is on {partials.device}, expected {theta[0].device} as theta"
         )
-    (_perturb_ if direct else _NAMESPACE.perturb_)(theta, g_t, partials, rho, adaptive, master)
+    arguments = (theta, g_t, partials, rho, adaptive, master, held)
+    (_perturb_ if direct else _NAMESPACE.perturb_)(*arguments)
 
 
 @_define(
     "perturb_(Tensor(a!)[] theta, Tensor(b!)[] g_t, Tensor partials, float rho, bool adaptive,"
-    " Tensor[] master) -> ()"
+    " Tensor[] master, Tensor(c!)[] held) -> ()"
 )
-def _perturb_(theta, g_t, partials, rho, adaptive, master):
-    dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive, master)
-    _mutated(theta, () if master else g_t)
+def _perturb_(theta, g_t, partials, rho, adaptive, master, held):
+    dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive, master, held)
+    _mutated(theta, () if master else g_t, held)
 
 
 def check_sgd_update(

@@ -123,12 +123,11 @@ class ImbSAM(torch.optim.Optimizer):
             self._fill_groups()  # the base may have new ones
             for i, group in enumerate(self.param_groups):
                 check_own_settings(f"param_groups[{i}]", group)
-            if subtract:
-                self._subtract(g_t)
+            held = self._subtracted_from(g_t) if subtract else [None] * len(g_t)
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             masters = self._masters.of(g_t)
-            buckets = self._buckets(masters, g_t)
+            buckets = self._buckets(masters, held, g_t)
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
@@ -144,19 +143,21 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.perturb_(
                     bucket.params, bucket.pick(g_t), sums,
                     -rho if bucket.group.get("maximize") else rho,
-                    bucket.group["adaptive"], bucket.pick(masters),
+                    bucket.group["adaptive"], bucket.pick(masters), bucket.pick(held),
                 )  # fmt: skip
                 for i in bucket.indices:  # without master weights, buffers hold the unperturbed
                     saved[i] = g_t[i] if masters[i] is None else masters[i]
 
-    def _subtract(self, g_t: Slots) -> None:
-        """g_h <- g_h - g_t; a gradient missing in one pass is zero."""
+    def _subtracted_from(self, g_t: Slots) -> Slots:
+        """What of the held the perturbation is to take g_t from; where nothing is held, it is 0."""
         held = self._pending.held
         if held is None:
             raise RuntimeError("second_step has nothing to subtract from; first_step comes first")
+        left = [h if t is not None else None for h, t in zip(held, g_t)]
         for i, (h, t) in enumerate(zip(held, g_t)):
-            if t is not None:
-                held[i] = t.neg() if h is None else h.sub_(t)
+            if h is None and t is not None:
+                held[i] = t.neg()
+        return left
 
     def third_step(
         self,

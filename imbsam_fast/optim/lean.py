@@ -135,11 +135,12 @@ class LeanImbSAM(ImbSAM):
         with torch.no_grad():
             self._absorb(group, [i], [p], [g])
 
-    def _subtract(self, g_t: Slots) -> None:
-        """The momentum took up what was held, and gives g_t back."""
+    def _subtracted_from(self, g_t: Slots) -> Slots:
+        """The momentum took up what was held, and gives g_t back now."""
         if self._pending.held is None:
-            super()._subtract(g_t)
+            return super()._subtracted_from(g_t)
         self._absorb_all(g_t, sign=-1.0)
+        return [None] * len(g_t)
 
     def _absorb_all(self, gradients: Slots, sign: float = 1.0) -> None:
         saved = self._pending.saved or [None] * len(gradients)

@@ -77,11 +77,13 @@ def _readable(mangled: str) -> str:
     base = re.search(rf"\d({'|'.join((*OVER_ELEMENTS, *OTHERS))})I", mangled)
     assert base, mangled
     name = base[1]
-    arguments = re.search(name + r"I(f|d|6__half|13__nv_bfloat16)(?:Lb([01]))?E", mangled)
+    flags = r"(?:Lb([01]))?(?:ELb([01]))?"
+    arguments = re.search(rf"{name}I(f|d|6__half|13__nv_bfloat16){flags}E", mangled)
     assert arguments, mangled
     element = {"f": "float", "d": "double"}.get(arguments[1], arguments[1].lstrip("0123456789"))
     flag = ", master" if name in KEEPING else ", smooth"
-    return f"{name}<{element}{flag if arguments[2] == '1' else ''}>"
+    held = ", held" if arguments[3] == "1" else ""
+    return f"{name}<{element}{flag if arguments[2] == '1' else ''}{held}>"
 
 
 @functools.cache
@@ -125,6 +127,8 @@ def test_every_kernel_in_every_dtype(compiled: dict[str, Kernel]) -> None:
     expected = {f"{name}<{dtype}>" for name in OVER_ELEMENTS for dtype in DTYPES}
     expected |= {f"row_losses_kernel<{dtype}, smooth>" for dtype in DTYPES}
     expected |= {f"{name}<{dtype}, master>" for name in KEEPING for dtype in DTYPES[2:]}
+    expected |= {f"perturb_kernel<{dtype}, held>" for dtype in DTYPES}
+    expected |= {f"perturb_kernel<{dtype}, master, held>" for dtype in DTYPES[2:]}
     expected |= {"sum_losses_kernel<float>", "sum_losses_kernel<double>"}
     assert set(compiled) == expected
 

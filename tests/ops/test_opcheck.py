@@ -62,7 +62,7 @@ def master_weights(op: str, dtype: torch.dtype, device: str) -> tuple:
     x = with_master(few(dtype, device)) if half else few(dtype, device)
     master = x.master if half else []
     if op == "perturb_":
-        return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, master
+        return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, master, []
     lists = x.theta, x.saved, x.g_h, x.g_p, x.m
     return *lists, scalar(0.1, device), *SGD.values(), None, None, master
 
@@ -86,7 +86,7 @@ def adaptive(op: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     x = few(dtype, device)
     if op == "squared_norm":
         return x.g_p, x.theta
-    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True, []
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True, [], []
 
 
 SAMPLES: dict[str, Samples] = {
@@ -97,6 +97,7 @@ SAMPLES: dict[str, Samples] = {
     "perturb_": {
         "adaptive": lambda *on: adaptive("perturb_", *on),
         "master": lambda *on: master_weights("perturb_", *on),
+        "held": lambda *on: (*adaptive("perturb_", *on)[:-1], few(*on).g_h),
     },
     "sgd_update_": {
         "all": lambda *on: sgd_update(*on, absent=(), amp=True),

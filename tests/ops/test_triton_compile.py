@@ -43,6 +43,7 @@ def kernels(
 READ_AND_WRITTEN = {
     "squared_norm": (2, 0),
     "perturb_": (2, 2),
+    "perturb_ held": (3, 3),
     "sgd_update_": (4, 2),
     "adam_update_": (6, 4),
     "merge_": (3, 2),

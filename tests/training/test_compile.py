@@ -40,7 +40,7 @@ def train(model: nn.Module, plan: str, steps: int = 5) -> None:
         step(inputs, torch.arange(32) % (3 if i == 0 else 6))
 
 
-@pytest.mark.parametrize("plan", ["joint", "split"])
+@pytest.mark.parametrize("plan", ["joint", "split", "sampled"])
 @pytest.mark.parametrize("norm", [nn.LayerNorm(32), nn.BatchNorm1d(32)], ids=["layer", "batch"])
 def test_a_compiled_model_trains_like_the_eager_one(plan, norm):
     eager, compiled = network(norm), network(copy.deepcopy(norm))

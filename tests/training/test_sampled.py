@@ -152,3 +152,306 @@ def test_lean_takes_the_same_steps(norm, dampening):
             step(images, targets)
         models.append(model)
     assert distance(*models) < 1e-11
+
+
+# ---------------------------------------------------------------- perturb_every
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("settings", [{"plan": "joint"}, {"plan": "sampled"}, {"lagged": True}])
+def test_between_perturbed_steps_there_are_steps_of_sgd(norm, settings):
+    """None of the first 30 perturbs; then every step with tail rows counts."""
+    model, expected = network(norm), network(norm)
+    step = train_step(model, perturb_every=100, **settings)
+    sgd = torch.optim.SGD(expected.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    with_tail = 0
+    for images, targets in batches(30):
+        result = step(images, targets)
+        with_tail += bool(SPLIT.tail_mask(targets).any())
+        sgd.zero_grad()
+        loss = torch.nn.functional.cross_entropy(expected(images), targets)
+        loss.backward()
+        sgd.step()
+        torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-12, atol=1e-12)
+    assert distance(model, expected) < 1e-12
+    assert step.state_dict() == {"counted_steps": with_tail} and 0 < with_tail < 30
+
+
+@pytest.mark.parametrize("plan", ["auto", "joint", "split", "sampled"])
+def test_every_kth_step_with_tail_rows_perturbs(plan, monkeypatch):
+    model = network("group")
+    step = train_step(model, plan=plan, perturb_every=3)
+    perturbed: list[bool] = []
+    second_step = step.optimizer.second_step
+    monkeypatch.setattr(
+        step.optimizer,
+        "second_step",
+        lambda *args: (perturbed.append(True), second_step(*args)),
+    )
+    number = 0
+    for images, targets in batches(25):
+        perturbed.clear()
+        step(images, targets)
+        number += bool(SPLIT.tail_mask(targets).any())
+        tail = bool(SPLIT.tail_mask(targets).any())
+        assert bool(perturbed) == (tail and number % 3 == 0)
+
+
+# ---------------------------------------------------------------- cost and statistics
+
+
+def test_the_rows_of_each_pass_and_what_the_statistics_see():
+    model = network("batch")
+    passes: list[tuple[int, bool]] = []
+    model[0].register_forward_pre_hook(
+        lambda module, args: passes.append((len(args[0]), model[1].track_running_stats))
+    )
+    backwards: list[int] = []
+    model[3].register_full_backward_hook(lambda module, ins, outs: backwards.append(len(ins[0])))
+    step = train_step(model, plan="sampled", sample=0.25, perturb_every=2)
+    (images, _), targets = next(batches(1)), torch.tensor([9, 9] + [0] * 14)
+    for _ in range(2):
+        step(images, targets)
+    assert passes == [(16, True), (16, True), (4, False), (4, False)]
+    assert backwards == [16, 16, 4, 4]
+    assert model[1].num_batches_tracked == 2
+
+
+# ---------------------------------------------------------------- state and failures
+
+
+def test_a_resumed_training_takes_the_same_steps():
+    data = list(batches(30))
+
+    def made() -> tuple[nn.Module, ImbSAM, TrainStep]:
+        model = network("batch")
+        optimizer = imbsam(model)
+        settings = {"plan": "sampled", "sample": 0.5, "sample_seed": 7, "perturb_every": 2}
+        return model, optimizer, train_step(model, optimizer, **settings)
+
+    model, optimizer, step = made()
+    for batch in data[:17]:
+        step(*batch)
+    saved = copy.deepcopy([x.state_dict() for x in (model, optimizer, step)])
+    for batch in data[17:]:
+        step(*batch)
+    again = made()
+    for x, state in zip(again, saved):
+        x.load_state_dict(state)
+    for batch in data[17:]:
+        again[2](*batch)
+    assert distance(model, again[0]) == 0
+    forgetful = made()
+    for x, state in zip(forgetful[:2], saved):
+        x.load_state_dict(state)
+    for batch in data[17:]:
+        forgetful[2](*batch)
+    assert distance(model, forgetful[0]) > 0  # the number of the step matters
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3], ids=["all rows", "sample", "perturbed"])
+def test_a_failed_step_leaves_everything_as_it_was(failing):
+    model = network("batch")
+    step = train_step(model, plan="sampled", sample=0.5)
+    data = list(batches(3))
+    step(*data[0])
+    before = [p.detach().clone() for p in model.parameters()]
+    calls: list[int] = []
+
+    def fail(module: nn.Module, args: Any) -> None:
+        calls.append(1)
+        if len(calls) == failing:
+            raise MemoryError
+
+    handle = model[-1].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        step(*data[1])
+    handle.remove()
+    assert step.state_dict() == {"counted_steps": 1}
+    assert model[1].track_running_stats
+    for p, b in zip(model.parameters(), before):
+        assert torch.equal(p, b) and p.grad is None
+    step(*data[1])
+    expected = network("batch")
+    again = train_step(expected, plan="sampled", sample=0.5)
+    for batch in data[:2]:
+        again(*batch)
+    for p, q in zip(model.parameters(), expected.parameters()):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"counted_steps": -1}, {"counted_steps": 1.5}])
+def test_what_is_no_state_is_refused(state):
+    step = train_step(network())
+    with pytest.raises(ValueError, match="state_dict"):
+        step.load_state_dict(state)
+    assert step.state_dict() == {"counted_steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample": 0.0}, "sample is 0.0, expected a number > 0 and <= 1"),
+        ({"sample": 1.5}, "sample is 1.5, expected"),
+        ({"sample": True}, "sample is True, expected"),
+        ({"sample_seed": -1}, "sample_seed is -1, expected an integer >= 0"),
+        ({"batch_norm": "twice"}, "batch_norm is 'twice', expected 'once' with plan='sampled'"),
+        ({"lagged": True}, "lagged is True, expected False with plan='sampled'"),
+        ({"cuda_graph": True}, "plan is 'sampled', expected with cuda_graph=True"),
+        ({"perturb_every": 0}, "perturb_every is 0, expected an integer >= 1"),
+        ({"perturb_every": 2.0}, "perturb_every is 2.0, expected an integer >= 1"),
+    ],
+)
+def test_refusals_name_the_argument(settings, message):
+    with pytest.raises(ValueError, match=message):
+        train_step(network(), plan="sampled", **settings)
+
+
+# ---------------------------------------------------------------- with everything else
+
+
+def adamw(model: nn.Module) -> ImbSAM:
+    return ImbSAM(torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-3), RHO)
+
+
+def rmsprop(model: nn.Module) -> ImbSAM:
+    return ImbSAM(torch.optim.RMSprop(model.parameters(), 1e-3, eps=1e-3), RHO)
+
+
+def asam(model: nn.Module) -> ImbSAM:
+    return imbsam(model, adaptive=True)
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=256.0)
+
+
+@pytest.mark.parametrize("make", [imbsam, asam, adamw, rmsprop])
+@pytest.mark.parametrize(
+    "options", [{}, {"max_norm": 0.05}, {"micro_batch_size": 5}, {"grad_scaler": True}]
+)
+def test_sampled_is_joint_under_every_option_where_rows_are_independent(make, options):
+    models = []
+    for plan in ("joint", "sampled"):
+        model = network("group")
+        settings = {**options, **({"grad_scaler": scaler()} if "grad_scaler" in options else {})}
+        step = train_step(model, make(model), plan=plan, perturb_every=2, **settings)
+        for images, targets in batches(20):
+            step(images, targets)
+        models.append(model)
+    assert distance(*models) < (1e-6 if "max_norm" in options else 1e-9)  # float32 factor
+
+
+def test_a_step_that_overflows_is_skipped():
+    model = network("batch")
+    grad_scaler = scaler()
+    step = train_step(model, plan="sampled", sample=0.5, grad_scaler=grad_scaler)
+    data = list(batches(2))
+    step(*data[0])
+    before = [p.detach().clone() for p in model.parameters()]
+    step(torch.full_like(data[1][0], torch.inf), data[1][1])
+    for p, b in zip(model.parameters(), before):
+        assert torch.equal(p, b)
+    assert grad_scaler.get_scale() == 128
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_under_autocast(norm):
+    model, start = network(norm, torch.float32), network(norm, torch.float32)
+    step = train_step(model, plan="sampled", autocast=torch.autocast("cpu", torch.bfloat16))
+    for images, targets in batches(10, torch.float32):
+        assert step(images, targets).loss.isfinite()
+    assert distance(model, start) > 0.05
+
+
+def test_a_gradient_missing_in_one_pass_is_zero():
+    """The second layer runs in training passes of 16 rows, or in those of fewer, alone."""
+
+    class Sometimes(nn.Module):
+        def __init__(self, whole: bool) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 10, dtype=torch.float64) for _ in range(2))
+            self.whole = whole
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.layers[0](x)
+            return out + self.layers[1](x) if (len(x) == 16) == self.whole else out
+
+    x = torch.randn(16, 4, dtype=torch.float64)
+    y = torch.arange(16) % 10
+    for whole in (True, False):
+        torch.manual_seed(0)
+        model = Sometimes(whole)
+        expected = copy.deepcopy(model)
+        train_step(model, imbsam(model), plan="sampled")(x, y)
+        theta = list(expected.parameters())
+        tail = SPLIT.tail_mask(y)
+
+        def gradient(rows: Tensor, model: nn.Module = expected) -> list[Tensor]:
+            losses = torch.nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
+            found = torch.autograd.grad(
+                losses.sum() / 16, list(model.parameters()), allow_unused=True
+            )
+            return [
+                torch.zeros_like(p) if g is None else g for p, g in zip(model.parameters(), found)
+            ]
+
+        g, g_t = gradient(torch.arange(16)), gradient(tail)
+        start = [p.detach().clone() for p in theta]
+        norm = torch.sqrt(sum((t**2).sum() for t in g_t))
+        with torch.no_grad():
+            for p, t in zip(theta, g_t):
+                p += RHO * t / norm
+        g_p = gradient(tail)
+        with torch.no_grad():
+            for p, s, a, b, c in zip(theta, start, g, g_p, g_t):
+                p.copy_(s - LR * (a + b - c + WEIGHT_DECAY * s))
+        assert distance(model, expected) < 1e-12
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_peak_memory_is_that_of_sgd_and_two_gradients():
+    from benchmarks.bench_memory import LiveBytes
+
+    def peak(make: Any) -> tuple[int, int]:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(
+                layer
+                for i in range(4)
+                for layer in (nn.Conv2d(3 if i == 0 else 16, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+            ),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 10),
+        )
+        images, targets = torch.randn(64, 3, 16, 16), torch.arange(64) % 10
+        targets[targets >= 5] = torch.arange(30) % 5  # one tail row
+        targets[0] = 9
+        with LiveBytes(*model.parameters(), images, targets) as count:
+            step = make(model)
+            for _ in range(2):
+                step(images, targets)
+            count.peak = 0
+            step(images, targets)
+        return count.peak, sum(p.nbytes for p in model.parameters())
+
+    def sgd(model: nn.Module) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM)
+
+        def step(images: Tensor, targets: Tensor) -> None:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), targets).backward()
+            optimizer.step()
+
+        return step
+
+    def sampled(model: nn.Module) -> Any:
+        return train_step(model, imbsam(model), plan="sampled")
+
+    (plain, n), (ours, _) = peak(sgd), peak(sampled)
+    joint, _ = peak(lambda model: train_step(model, imbsam(model), plan="joint"))
+    assert ours <= 1.05 * (plain + 2 * n)
+    assert ours <= joint
