@@ -226,7 +226,9 @@ def half(op: str) -> Arguments:
 
 MASTER_CHANGES: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
     "float32 weights": (
-        lambda a: {n: [t.float() for t in a[n]] for n in ("theta", "g_p", "g_h", "g_t") if n in a},
+        lambda a: {
+            n: [t.float() for t in a[n]] for n in ("theta", "g_p", "g_h", "g_t", "held") if n in a
+        },
         r"theta\[0\] is torch.float32, expected with master weights torch.bfloat16 or",
     ),
     "half master": (

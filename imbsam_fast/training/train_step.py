@@ -28,6 +28,7 @@ from ..validation import (
     check_number,
     check_whole_number,
 )
+from .auto_plan import split_is_cheaper
 from .batch_norm import (
     check_batch_norm_is_visible,
     frozen_batch_norm_statistics,
@@ -70,7 +71,7 @@ class TrainStep:
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
-            of them for the batch, but joint where a BatchNorm layer uses batch statistics.
+            for the batch and the size of the model, but joint where BatchNorm uses the batch's.
             "sampled", NOT THE PAPER where a BatchNorm layer uses batch statistics, runs all rows
             once and takes what the perturbation changes from a sample: 1 + 2 `sample` SGD steps.
         batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
@@ -200,7 +201,7 @@ class TrainStep:
             rows = self._rows(targets)
             if not (rows.tail_rows or self._counts_every_step()):
                 number -= 1  # a step of SGD in any case
-            plan = self._planned(rows, number) if perturbs else plain_plan
+            plan = self._planned(inputs, rows, number) if perturbs else plain_plan
             result = self._run(plan, inputs, targets, rows)
         self.counted_steps = number
         return result
@@ -310,7 +311,7 @@ class TrainStep:
         shared = self.group is not None
         return TailGradient(self.optimizer, self.group if common else None, shared)
 
-    def _planned(self, rows: Rows, number: int) -> Plan:
+    def _planned(self, inputs: Any, rows: Rows, number: int) -> Plan:
         if self.sampled_plan is not None:
             self.sampled_plan.number = number
             return self.sampled_plan
@@ -322,9 +323,8 @@ class TrainStep:
                 and not has_batch_statistics(self.model)
             )
         elif self.plan == "auto":
-            # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
-            cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * rows.head.shape[0]
-            split = cheaper and not has_batch_statistics(self.model)
+            independent = not has_batch_statistics(self.model)
+            split = independent and (lags or split_is_cheaper(self.model, inputs, rows))
         else:
             split = self.plan == "split"
         if lags:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..metrics import COLUMNS, accuracy_cell
 from .comparison import CHECKPOINTS, VIEWS, Comparison, Group, Section, Value, differences
+from .cost import Cost, cost
 from .paper_results import SETTING, PaperResult, paper_result
 
 NOTES = {
@@ -19,16 +20,18 @@ NOTES = {
 }
 MEANING = (
     "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds. "
-    "flip: the logits of an image and of its mirror image are averaged."
+    "flip: the logits of an image and of its mirror image are averaged. time: of an epoch, the "
+    "median, in epochs of SGD; memory: the peak on a GPU in GB."
 )
 
 
 class AccuracyRow(NamedTuple):
-    """A group's test accuracies in %, by view and then by COLUMNS, and the paper's."""
+    """A group's test accuracies in %, by view and then by COLUMNS, the paper's, and the cost."""
 
     group: Group
     views: dict[str, dict[str, Value | None]]
     paper: PaperResult | None
+    cost: Cost
 
 
 def accuracy_rows(section: Section, checkpoint: str) -> list[AccuracyRow]:
@@ -38,7 +41,9 @@ def accuracy_rows(section: Section, checkpoint: str) -> list[AccuracyRow]:
     for group in section.groups:
         views = {view: table for view in VIEWS if (table := group.accuracy(checkpoint, view))}
         if views:
-            rows.append(AccuracyRow(group, views, papers.get(group.label)))
+            rows.append(
+                AccuracyRow(group, views, papers.get(group.label), cost(group, section.groups))
+            )
     return rows
 
 
@@ -107,7 +112,8 @@ def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: st
     table.add_column("")
     for column in COLUMNS:
         table.add_column(headings[column], justify="right", no_wrap=True)
-    table.add_column("seeds", justify="right")
+    for heading in ("seeds", "time", "memory"):
+        table.add_column(heading, justify="right")
     for row in rows:
         views = row.views.values()
         lines = [[accuracy_cell(accuracies[c]) for c in COLUMNS] for accuracies in views]
@@ -117,7 +123,8 @@ def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: st
             names.append("[dim]paper[/dim]")
         cells = ["\n".join(cell) for cell in zip(*lines)]
         seeds = str(len(row.group.finished))
-        table.add_row(escape(row.group.label), "\n".join(names), *cells, seeds)
+        label = escape(row.group.label)
+        table.add_row(label, "\n".join(names), *cells, seeds, *row.cost.texts())
     return table
 
 

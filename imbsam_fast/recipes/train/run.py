@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...env import environment
@@ -35,6 +36,8 @@ def run_to_the_end(
     ranks all call this, and rank 0 writes.
     """
     ranks = training.ranks
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
     if directory.has_checkpoint():
         training.load_state_dict(directory.load_checkpoint())
     if ranks.writes:
@@ -55,7 +58,9 @@ def run_to_the_end(
             _save(training, directory, best=True)
         _save(training, directory)
         on_epoch(row)
-    result = _result(training, directory)
+    on_gpu = ranks.device.type == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated(ranks.device) if on_gpu else None
+    result = _result(training, directory, peak_bytes)
     if ranks.writes:
         directory.write_result(result)
     return result
@@ -87,7 +92,9 @@ def _test(training: ImageTraining, images: Images) -> dict[str, dict[str, Any]]:
     return evaluate(training.model, images, training.data.counts, borders, training.ranks)
 
 
-def _result(training: ImageTraining, directory: RunDirectory) -> dict[str, Any]:
+def _result(
+    training: ImageTraining, directory: RunDirectory, peak_bytes: int | None
+) -> dict[str, Any]:
     """Test the last and the best checkpoint; run_directory.py describes the content."""
     data = training.data
     log = directory.log()
@@ -106,6 +113,7 @@ def _result(training: ImageTraining, directory: RunDirectory) -> dict[str, Any]:
         "last": last,
         "best": best,
         "seconds": sum(row["seconds"] for row in log),
+        "peak_bytes": peak_bytes,
         "skipped_images": data.train.skipped + data.test.skipped,
         "ranks": training.ranks.world,
         "environment": environment(),
