@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitLoss, TrainStep, split_loss
 from imbsam_fast.bench import peers
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Contestant, Group, Operation, Stopwatch
 from imbsam_fast.bench.report import Report
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.recipes.anomaly.losses import PerSampleLoss, deepsad_loss, deviation_loss
 from imbsam_fast.recipes.anomaly.networks import CODE, Encoder, Scorer
 from imbsam_fast.recipes.anomaly.training import (

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import WARM_UP, Call, Contest, Phase, run_script
 from imbsam_fast import SplitCrossEntropy, ops
-from imbsam_fast.bench import cases as bench_cases
 from imbsam_fast.bench import peers
-from imbsam_fast.bench import shapes as bench_shapes
+from imbsam_fast.bench.cases import long_tail_batch
+from imbsam_fast.bench.shapes import describe, resnet32_shapes, resnet50_shapes
 from imbsam_fast.ops import dispatch
 
 LR, MOMENTUM, WEIGHT_DECAY, RHO = 0.1, 0.9, 5e-4, 0.05
@@ -141,7 +141,7 @@ def optimizer_contest(shapes: list[tuple[int, ...]], device: str, graphs: bool =
         ]
         if find_spec("amp_C") is not None:
             contestants["apex"] = [Phase(apex_step(Optimizer(shapes, device)))]
-    name = f"optimizer, {bench_shapes.describe(shapes)}"
+    name = f"optimizer, {describe(shapes)}"
     return Contest(name, contestants, bytes=11 * x.bytes)
 
 
@@ -175,7 +175,7 @@ def loss_contest(
     """bytes: one forward and the backwards of both parts, each row having weight in one of them:
     2 reads of the logits for the forward and the gradients, 2 writes.
     """
-    split, targets = bench_cases.long_tail_batch(rows, classes)
+    split, targets = long_tail_batch(rows, classes)
     targets = targets.to(device)
     logits = torch.randn(rows, classes, device=device, dtype=dtype).requires_grad_()
     # Plain modules hold their class weights as attributes: on the device before the clock runs.
@@ -218,7 +218,7 @@ def contests(device: str) -> Iterator[Contest]:
     """On the CPU small ones: `bench_gpu --dry-run`."""
     on_gpu = device == "cuda"
     small = [(30, 4), (5,), (2, 3, 3)]
-    networks = (bench_shapes.resnet32_shapes(), bench_shapes.resnet50_shapes())
+    networks = (resnet32_shapes(), resnet50_shapes())
     for shapes in networks if on_gpu else (small,):
         yield optimizer_contest(shapes, device, graphs=on_gpu)
     for rows, classes in ((512, 8142), (4096, 131_072)) if on_gpu else ((8, 32),):

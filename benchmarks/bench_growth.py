@@ -18,10 +18,10 @@ import torch
 
 from benchmarks import peers
 from imbsam_fast.bench.cases import limit_operations
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Group, Operation, Timing
 from imbsam_fast.bench.optimizers import IMBSAM, ROTATED_BYTES, StepData, rotated_sets
 from imbsam_fast.bench.report import Report
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.bench.shapes import Shape
 
 ELEMENTS = "elements"

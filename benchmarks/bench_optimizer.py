@@ -12,7 +12,6 @@ import torch
 
 from benchmarks import peers
 from imbsam_fast.bench.cases import limit_operations
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Group, Operation
 from imbsam_fast.bench.optimizers import (
     IMBSAM,
@@ -23,6 +22,7 @@ from imbsam_fast.bench.optimizers import (
     rotated_sets,
     step_summary,
 )
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.bench.shapes import (
     Shape,
     describe,

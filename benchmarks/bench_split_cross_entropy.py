@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.peers import COMPILED_ROW_WEIGHTS, compiled_row_weights
 from imbsam_fast.bench.cases import limit_operations, loss_operations, loss_summary
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Group
 from imbsam_fast.bench.optimizers import ROTATED_BYTES
+from imbsam_fast.bench.script import run_script
 
 SIZES = ((64, 100), (128, 1000), (512, 8142))  # rows, classes
 

@@ -22,9 +22,9 @@ from benchmarks import networks
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.bench import peers
 from imbsam_fast.bench.cases import long_tail_batch
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import Group, Operation, Stopwatch
 from imbsam_fast.bench.report import Report
+from imbsam_fast.bench.script import run_script
 
 TAIL_FRACTIONS = (0.1, 0.25, 0.44)
 CLASSES = 100

@@ -81,10 +81,10 @@ def samples(step: TrainStep, targets: Tensor, seed: int) -> Iterator[tuple[str, 
     rows = Rows(~tail, tail, int((~tail).sum()), int(tail.sum()), len(tail))
     for share in SHARES:
         plan = SampledPlan(share, seed)
-        drawn = plan.drawn(step.model, rows)
+        drawn = plan.drawn(rows)
         plan.number += 1
         yield f"{share:g}", drawn, drawn
-        yield f"{share:g}, head rows drawn anew", drawn, plan.drawn(step.model, rows)
+        yield f"{share:g}, head rows drawn anew", drawn, plan.drawn(rows)
         some = torch.zeros_like(tail)
         generator = torch.Generator().manual_seed(seed)
         some[torch.randperm(len(tail), generator=generator)[: int(drawn.sum())]] = True

@@ -8,11 +8,20 @@ from __future__ import annotations
 import math
 import statistics
 
-from benchmarks import bench_distributed as bench_
+from benchmarks import bench_distributed
+from benchmarks.bench_distributed import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    REDUCE_SCATTER,
+    STEP,
+    predicted_ms,
+    size_of,
+    sizes,
+)
 from benchmarks.tables import NO_VALUE, Lines, Table, markdown, milliseconds
 from imbsam_fast.bench.report import Report
 
-KINDS = (bench_.ALL_REDUCE, bench_.ALL_GATHER, bench_.REDUCE_SCATTER)
+KINDS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER)
 
 # On paper: the weights of ResNet-50 with 8,142 classes, and one 400 Gb/s network port a GPU, as
 # NVIDIA states of the DGX H100. The latency of one message is assumed.
@@ -24,8 +33,8 @@ SOME_RANKS = (8, 64, 512, 4096)
 
 def exchange(report: Report) -> Lines:
     """What one step exchanges, in the bytes of all weights, on the most ranks that were run."""
-    network, ranks = list(bench_.sizes(report))[-1]
-    size = bench_.size_of(network, ranks)
+    network, ranks = list(sizes(report))[-1]
+    size = size_of(network, ranks)
     n = next(t.bytes for t in report.timings if t.size == size)
     rows = []
     for who, found in report.settings["exchanged"][size].items():
@@ -33,7 +42,7 @@ def exchange(report: Report) -> Lines:
         for kind in KINDS:
             calls, total = found.get(kind, (0, 0))
             cells.append(f"{total / n:.2f}n ({calls})" if calls else NO_VALUE)
-        sent = sum((2 if k == bench_.ALL_REDUCE else 1) * found.get(k, (0, 0))[1] for k in KINDS)
+        sent = sum((2 if k == ALL_REDUCE else 1) * found.get(k, (0, 0))[1] for k in KINDS)
         rows.append((who, *cells, f"{sent / n:.2f}n"))
     header = (f"{network}: bytes (calls)", *KINDS, "sent by a rank, many ranks in a ring")
     return markdown(header, rows)
@@ -42,9 +51,9 @@ def exchange(report: Report) -> Lines:
 def costs(report: Report) -> Lines:
     """Latency and bandwidth of collectives alone: the straight lines through their times."""
     rows = []
-    for ranks in dict.fromkeys(ranks for _, ranks in bench_.sizes(report)):
+    for ranks in dict.fromkeys(ranks for _, ranks in sizes(report)):
         if ranks > 1:
-            lines = bench_.costs(report, ranks)
+            lines = bench_distributed.costs(report, ranks)
             rows.append(
                 (
                     f"{ranks} ranks",
@@ -56,17 +65,17 @@ def costs(report: Report) -> Lines:
 
 def steps(report: Report) -> Lines:
     """Measured, and in brackets what the model says from one rank and the table of costs."""
-    whos = list(dict.fromkeys(t.contestant for t in report.timings if t.operation == bench_.STEP))
+    whos = list(dict.fromkeys(t.contestant for t in report.timings if t.operation == STEP))
     rows = []
     shares = []
-    for network, ranks in bench_.sizes(report):
-        size = bench_.size_of(network, ranks)
+    for network, ranks in sizes(report):
+        size = size_of(network, ranks)
         cells = []
         for who in whos:
-            ms = report.ms(bench_.STEP, who, size)
+            ms = report.ms(STEP, who, size)
             cells.append(milliseconds(ms))
             if ranks > 1:
-                model = bench_.predicted_ms(report, network, who, ranks)
+                model = predicted_ms(report, network, who, ranks)
                 cells[-1] += f" ({milliseconds(model)})"
                 shares.append(model / ms)
         rows.append((size, *cells))

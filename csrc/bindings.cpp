@@ -1,4 +1,4 @@
-// The Python module imbsam_fast._C: argument checks that need no torch, then the operations.
+// The Python module imbsam_fast.ops._C: argument checks that need no torch, then the operations.
 // The only file that sees pybind11. Every call releases the GIL while it computes.
 
 #include <pybind11/pybind11.h>

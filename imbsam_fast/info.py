@@ -11,10 +11,12 @@ from rich.table import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options on `parser`."""
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def main(args: argparse.Namespace) -> int:
+    """Print what is installed and which backend runs; returns the exit status."""
     from .env import environment  # with torch: not for --help
 
     found = environment()

@@ -92,6 +92,7 @@ class SplitCrossEntropy(nn.Module):
     def forward(
         self, logits: Tensor, targets: Tensor, batch_size: float | None = None
     ) -> SplitLoss:
+        """Logits (N, K) and int64 targets (N,) to the head and the tail loss."""
         _check_tensors(logits=logits, targets=targets)
         if logits.dim() != 2:
             raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, K)")
@@ -111,6 +112,7 @@ class SplitCrossEntropy(nn.Module):
         return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
 
     def extra_repr(self) -> str:
+        """The settings, for print(criterion)."""
         return (
             f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, "
             f"tail_weight={self.tail_weight}"
@@ -132,6 +134,7 @@ class _SplitPerSampleLoss(nn.Module):
     ) -> SplitLoss:
         _check_tensors(outputs=outputs, targets=targets)
         check_batch_size("batch_size", batch_size)
+        _check_labels(targets)
         targets = targets.to(outputs.device, non_blocking=True)
         losses = self.per_sample_loss(outputs, targets)
         if not isinstance(losses, Tensor):
@@ -146,6 +149,7 @@ class _SplitPerSampleLoss(nn.Module):
         counted = targets != self.ignore_index
         any_number = self.split.num_classes is None
         labels = torch.zeros_like(targets) if any_number else targets.where(counted, 0)
+        labels = labels.long()
         b = counted.sum().clamp(min=1) if batch_size is None else batch_size
 
         weights = self.split.weights(self.split.plain.shape[0], losses.device, losses.dtype)
@@ -184,6 +188,16 @@ def _check_tensors(**arguments: object) -> None:
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {type(value).__name__}, expected a tensor")
+
+
+def _check_labels(targets: Tensor) -> None:
+    not_labels = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    if targets.dim() != 1 or not_labels:
+        raise ValueError(
+            f"targets is {targets.dtype} {tuple(targets.shape)}, expected integer labels (N,), "
+            "whose classes the split weighs; for other targets write a criterion with .split that "
+            "returns a SplitLoss"
+        )
 
 
 def _check_split(split: object) -> None:

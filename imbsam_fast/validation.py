@@ -30,6 +30,7 @@ def check_whole_number(name: str, value: object, expected: str, least: int | Non
 
 
 def check_bool(name: str, value: object) -> bool:
+    """True or False, returned; ValueError for anything else."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} is {value!r}, expected True or False")
     return value
@@ -63,6 +64,8 @@ def check_memory(params: Sequence[Tensor]) -> None:
         if p.numel() and not p.is_meta and type(p) in (Tensor, torch.nn.Parameter)
     )
     for (device, start, i), (other_device, other_start, j) in itertools.pairwise(spans):
+        if params[i] is params[j]:
+            raise ValueError(f"parameter {j} is parameter {i} again, expected each of them once")
         if device == other_device and other_start < start + params[i].nbytes:
             raise ValueError(
                 f"parameters {i} and {j} share memory, expected each in its own; tie weights by "
@@ -71,6 +74,7 @@ def check_memory(params: Sequence[Tensor]) -> None:
 
 
 def check_rho(rho: object, name: str = "rho") -> None:
+    """A finite number >= 0; a model in its place is told apart, as the authors' code takes one."""
     if isinstance(rho, torch.nn.Module):
         raise ValueError(
             f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model"
@@ -82,8 +86,9 @@ def check_own_settings(name: str, group: dict[str, Any]) -> None:
     """Refuse values of what ImbSAM adds to a group, where there are any."""
     if "rho" in group:
         check_rho(group["rho"], f"{name}['rho']")
-    if "adaptive" in group:
-        check_bool(f"{name}['adaptive']", group["adaptive"])
+    for setting in ("adaptive", "perturb"):
+        if setting in group:
+            check_bool(f"{name}['{setting}']", group[setting])
 
 
 def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:
@@ -108,6 +113,7 @@ def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -
 
 
 def check_state_dict(state_dict: object, base: torch.optim.Optimizer) -> None:
+    """The state_dict of an optimizer with groups that fit `base`."""
     if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
         raise TypeError(
             f"state_dict is {state_dict!r:.80}, expected a dict with 'state' and 'param_groups'"
@@ -121,17 +127,20 @@ def _is_not_negative(x: float) -> bool:
 
 
 def check_batch_size(name: str, batch_size: object) -> None:
+    """None, or a finite number >= 1."""
     fits = isinstance(batch_size, (int, float)) and 1 <= batch_size < math.inf
     if batch_size is not None and not fits:
         raise ValueError(f"{name} is {batch_size!r}, expected a finite number >= 1")
 
 
 def check_max_norm(max_norm: object) -> None:
+    """None, or a finite number > 0."""
     if max_norm is not None:
         check_number("max_norm", max_norm, "a finite number > 0", lambda x: 0 < x < float("inf"))
 
 
 def check_grad_scaler(grad_scaler: object) -> None:
+    """None, or a torch.amp.GradScaler."""
     if grad_scaler is not None and not isinstance(grad_scaler, torch.amp.GradScaler):
         raise TypeError(
             f"grad_scaler is {type(grad_scaler).__name__}, expected a torch.amp.GradScaler"

@@ -103,12 +103,13 @@ def _span_words(span: int, numel: Sequence[int]) -> Tensor:
     words = [
         (i, first, min(span, n - first)) for i, n in enumerate(numel) for first in range(0, n, span)
     ]
-    return torch.tensor(words, dtype=torch.int64).reshape(-1, 3)
+    return torch.tensor(words, dtype=torch.int64, device="cpu").reshape(-1, 3)
 
 
 def _address_words(count: int, addresses: Sequence[tuple[int, ...]]) -> Tensor:
     """(count, 1 + lists): 1 where every address is aligned, and the addresses, 0 if absent."""
-    columns = torch.tensor([list_ or (0,) * count for list_ in addresses], dtype=torch.int64)
+    numbers = [list_ or (0,) * count for list_ in addresses]
+    columns = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     aligned = (columns % _ALIGNMENT == 0).all(dim=0, keepdim=True)
     return torch.cat([aligned, columns]).t().contiguous()
 

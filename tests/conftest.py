@@ -66,18 +66,55 @@ def backends(name: str | None = None) -> list[Backend]:
     return found
 
 
+# `pytest -m quick` runs the first case of so many tests of every file.
+QUICK_TESTS = 4
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter takes about a second for 300 tensors or 64 rows: in float32 only."""
-    slow = [item for item in items if _is_slow(getattr(item, "callspec", None))]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+    left_out = {item for item in items if _is_slow(getattr(item, "callspec", None))}
+    left_out |= _repeated_skips(items)
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
+    _mark_quick(items)
 
 
 def _is_slow(callspec: Any) -> bool:
+    """The interpreter takes about a second for 300 tensors or 64 rows: in float32 only."""
     values = callspec.params if callspec else {}
     large = values.get("case") == "many" or values.get("rows") == 64
     interpreted = values.get("backend") == Backend("triton", "cpu")
     return interpreted and large and values.get("dtype") != torch.float32
+
+
+def _skipped_for(item: pytest.Item) -> str | None:
+    """The reason of a `skipif` whose condition holds."""
+    marks = item.iter_markers("skipif")
+    return next((mark.kwargs["reason"] for mark in marks if mark.args[0]), None)
+
+
+def _repeated_skips(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Tests that are skipped for a reason that another one gives; that one tells their number."""
+    alike: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if (reason := _skipped_for(item)) is not None:
+            alike.setdefault(reason, []).append(item)
+    for reason, (first, *others) in alike.items():
+        if others:
+            told = pytest.mark.skip(reason=f"{reason} ({len(others) + 1} tests)")
+            first.add_marker(told, append=False)
+    return {item for _, *others in alike.values() for item in others}
+
+
+def _mark_quick(items: list[pytest.Item]) -> None:
+    chosen: dict[Path, set[str]] = {}
+    for item in items:
+        names = chosen.setdefault(item.path, set())
+        name = getattr(item, "originalname", item.name)
+        slow = item.get_closest_marker("slow") or _skipped_for(item) is not None
+        if not slow and name not in names and len(names) < QUICK_TESTS:
+            names.add(name)
+            item.add_marker("quick")
 
 
 @pytest.fixture(params=backends(), ids=str)

@@ -57,12 +57,12 @@ def test_a_recipe_must_be_named(capsys):
 
 
 def test_bench_is_imported_only_for_its_subcommand(monkeypatch, capsys):
-    bench = types.ModuleType("imbsam_fast.bench.command")
+    bench = types.ModuleType("imbsam_fast.bench.options")
     bench.add_arguments = lambda parser: parser.add_argument("--size", type=int)
     bench.main = lambda args: args.size
-    monkeypatch.setitem(sys.modules, "imbsam_fast.bench.command", bench)
+    monkeypatch.setitem(sys.modules, "imbsam_fast.bench.options", bench)
     assert cli.main(["bench", "--size", "7"]) == 7
-    monkeypatch.setitem(sys.modules, "imbsam_fast.bench.command", None)  # importing it now fails
+    monkeypatch.setitem(sys.modules, "imbsam_fast.bench.options", None)  # importing it now fails
     assert cli.main(["info"]) == 0
     with pytest.raises(ImportError):
         cli.main(["bench"])

@@ -15,6 +15,7 @@ from imbsam_fast.recipes.data.images import CIFAR10_STATISTICS, LongTailImages, 
 from imbsam_fast.recipes.metrics import group_accuracies
 from imbsam_fast.recipes.run_directory import RunDirectory
 from imbsam_fast.recipes.settings.config import Dataset, RunConfig, resolve
+from imbsam_fast.recipes.settings.datasets import CIFAR_DEFAULTS, DATASETS
 from imbsam_fast.recipes.train.run import run_to_the_end
 from imbsam_fast.recipes.train.training import ImageTraining
 
@@ -38,9 +39,8 @@ def tiny_images(config: RunConfig | None = None) -> LongTailImages:
 
 TINY = Dataset(
     "tiny images",
-    tiny_images,
     {
-        **datasets.CIFAR_DEFAULTS,
+        **CIFAR_DEFAULTS,
         "data_dir": "",
         "model": "resnet8",
         "epochs": 2,
@@ -54,7 +54,8 @@ TINY = Dataset(
 def tiny_data_set() -> Iterator[None]:
     """Inside the block there is a data set "tiny"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(datasets.DATASETS, "tiny", TINY)
+        patch.setitem(DATASETS, "tiny", TINY)
+        patch.setitem(datasets.LOADERS, "tiny", tiny_images)
         yield
 
 

@@ -157,6 +157,7 @@ def loss_operations(
 
 
 def default_groups(quick: bool) -> Iterator[Group]:
+    """What `imbsam-fast bench` measures: the phases, whole steps and the loss."""
     shapes = resnet32_shapes() if quick else resnet50_shapes()
     size = 1_000_000 if quick else 160_000_000
     yield limit_operations(size) + phase_operations(shapes)
@@ -170,6 +171,7 @@ def default_groups(quick: bool) -> Iterator[Group]:
 
 
 def loss_summary(report: Report) -> list[str]:
+    """One line for each size of logits: how many times faster than two other ways."""
     lines = []
     for t in report.timings:
         if t.operation.startswith("loss") and t.contestant == ours():
@@ -184,4 +186,5 @@ def loss_summary(report: Report) -> list[str]:
 
 
 def default_summary(report: Report) -> list[str]:
+    """The last lines of `imbsam-fast bench`: steps, then losses."""
     return step_summary(report) + loss_summary(report)

@@ -9,7 +9,6 @@ import argparse
 import gc
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,21 +16,18 @@ import torch
 from ..env import environment
 from . import cases
 from .measure import Group, measure, warm_up
-from .options import add_arguments
 from .process import OtherLoad, keep_freed_memory, return_freed_memory
 from .report import Report, save, show
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers depend on, for the JSON file."""
     return {
         "rounds": args.rounds,
         "quick": args.quick,
         "freed_memory": "kept" if args.freed_memory_kept else "returned",
         "environment": environment(),
     }
-
-
-# ---------------------------------------------------------------- the command
 
 
 def run(
@@ -78,21 +74,6 @@ def _warnings(others: OtherLoad) -> list[str]:
         f"Not a quiet machine: other processes kept {others.cores:.1f} cores busy, which slows "
         "the contestants with many small operations most. Do not quote these ratios."
     ]
-
-
-def run_script(
-    script: str,
-    groups: Callable[[bool], Iterator[Group]],
-    summary: Callable[[Report], list[str]],
-) -> int:
-    """`run` for one of benchmarks/: full-size results go to results/<script>.json beside it."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_arguments(parser)
-    args = parser.parse_args()
-    path = Path(script)
-    if args.json is None and not args.quick:
-        args.json = path.parent / "results" / f"{path.stem}.json"
-    return run(args, path.stem, groups, summary)
 
 
 def default_run(args: argparse.Namespace) -> int:

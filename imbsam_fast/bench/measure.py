@@ -34,6 +34,7 @@ class Stopwatch:
 
     @contextmanager
     def lap(self, name: str) -> Iterator[None]:
+        """Count the time inside the block under `name`, less what laps inside it count."""
         start, counted = self.clock(), self._counted
         yield
         took = self.clock() - start - (self._counted - counted)

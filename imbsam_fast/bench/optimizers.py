@@ -150,6 +150,7 @@ IMBSAM = Rules(STEP, ("first_step", "second_step", "third_step"), 11)
 
 
 def imbsam(backend: str, moves: int = IMBSAM.moves) -> Contender:
+    """Our optimizer on `backend`, which moves `moves` n bytes a step."""
     return Contender(lambda base, _: ImbSAM(base, RHO), moves, backend=backend)
 
 
@@ -163,6 +164,7 @@ def authors(fused: bool = False, foreach: bool = False) -> Contender:
 
 
 def default_contenders() -> dict[str, Contender]:
+    """Every backend that runs here, and the authors' code twice."""
     found = {name: imbsam(backend) for name, backend in backends().items()}
     return {**found, AUTHORS: authors(), AUTHORS_FUSED: authors(fused=True)}
 
@@ -239,12 +241,14 @@ def base_on(work: Workspace, contender: Contender) -> torch.optim.Optimizer:
 def sgd(
     params: Sequence[Tensor], fused: bool | None = None, foreach: bool | None = None
 ) -> torch.optim.SGD:
+    """SGD with the momentum and weight decay that all contestants share."""
     return torch.optim.SGD(
         params, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=fused, foreach=foreach
     )
 
 
 def random_tensors(shapes: Sequence[Shape], scale: float) -> list[Tensor]:
+    """Normal float32 tensors, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return [torch.empty(shape).normal_(0, scale, generator=generator) for shape in shapes]
 

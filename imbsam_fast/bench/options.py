@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options on `parser`."""
     parser.add_argument("--rounds", type=int, default=15, help="rounds to take the median over")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    """Run `imbsam-fast bench`; returns its exit status."""
     from .command import default_run
 
     return default_run(args)

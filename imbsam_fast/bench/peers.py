@@ -41,12 +41,14 @@ class AuthorsSequence:
 
     @torch.no_grad()
     def first_step(self) -> None:
+        """Copy the head gradient aside."""
         for p, held in zip(self.params, self.held):
             held.copy_(p.grad)  # type: ignore[arg-type]
         self.base.zero_grad()
 
     @torch.no_grad()
     def second_step(self) -> None:
+        """Add epsilon to the weights, and keep it."""
         norm = torch.norm(torch.stack([torch.norm(p.grad) for p in self.params])) + 1e-16
         for p, epsilon in zip(self.params, self.epsilon):
             epsilon.copy_(p.grad)  # type: ignore[arg-type]
@@ -56,6 +58,7 @@ class AuthorsSequence:
 
     @torch.no_grad()
     def third_step(self) -> None:
+        """Take epsilon off, add the head gradient, step."""
         for p, held, epsilon in zip(self.params, self.held, self.epsilon):
             p.sub_(epsilon)
             p.grad.add_(held)  # type: ignore[union-attr]
@@ -71,6 +74,7 @@ class BooleanMasking(nn.Module):
         self.is_tail = split.sharp > 0
 
     def forward(self, logits: Tensor, targets: Tensor) -> SplitLoss:
+        """Logits (N, K) and labels (N,) to the two losses."""
         losses = F.cross_entropy(logits, targets, reduction="none")
         tail = self.is_tail[targets]
         return SplitLoss(losses[~tail].sum() / len(targets), losses[tail].sum() / len(targets))
@@ -84,6 +88,7 @@ class RowWeights(nn.Module):
         self.plain, self.sharp = split.plain.float(), split.sharp.float()
 
     def forward(self, logits: Tensor, targets: Tensor) -> SplitLoss:
+        """Logits (N, K) and labels (N,) to the two losses."""
         losses = F.cross_entropy(logits, targets, reduction="none")
         head, tail = self.plain[targets] * losses, self.sharp[targets] * losses
         return SplitLoss(head.sum() / len(targets), tail.sum() / len(targets))

@@ -73,6 +73,7 @@ class OtherLoad:
 
     @property
     def cores(self) -> float | None:
+        """Cores that other processes kept busy on average; None where that is not known."""
         return max(self._others, 0.0) / self._wall if self._wall else None
 
     def __enter__(self) -> OtherLoad:

@@ -25,6 +25,7 @@ class Report:
     memory: list[Memory] = field(default_factory=list)
 
     def ms(self, operation: str, contestant: str, size: str | None = None) -> float:
+        """The median milliseconds of one contestant."""
         return next(
             t.ms
             for t in self.timings
@@ -33,6 +34,7 @@ class Report:
 
 
 def show(report: Report) -> None:
+    """Print the table and the summary."""
     table = Table(title=report.title)
     for column in ("operation", "size", "contestant"):
         table.add_column(column)
@@ -58,6 +60,7 @@ def show(report: Report) -> None:
 
 
 def save(report: Report, path: Path) -> None:
+    """Write the report to `path` as JSON; `load` reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(report), indent=1) + "\n")
 

@@ -55,6 +55,7 @@ def _linear(out: int, width_in: int) -> list[Shape]:
 
 
 def elements(shapes: Sequence[Shape]) -> int:
+    """Elements of all shapes together."""
     return sum(math.prod(shape) for shape in shapes)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import native
@@ -24,6 +25,13 @@ def unobserved() -> bool:
         or torch.autograd._profiler_enabled()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or is_in_torch_dispatch_mode()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or (
+        forward_ad._current_level >= 0
     )
 
 

@@ -34,7 +34,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.flo
 def reason_unavailable(device_type: str) -> str | None:
     """None where the compiled operations run on `device_type`, else why they do not."""
     if _C is None:
-        return f"the compiled module imbsam_fast._C did not load: {_load_error}"
+        return f"the compiled module imbsam_fast.ops._C did not load: {_load_error}"
     if device_type == "cuda":
         return _reason_no_cuda()
     if device_type != "cpu":
@@ -44,7 +44,7 @@ def reason_unavailable(device_type: str) -> str | None:
 
 def _reason_no_cuda() -> str | None:
     if not _C.has_cuda:
-        return "imbsam_fast._C was built without CUDA (no nvcc there, or IMBSAM_CUDA=OFF)"
+        return "imbsam_fast.ops._C was built without CUDA (no nvcc there, or IMBSAM_CUDA=OFF)"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     return _C.cuda_reason_unavailable()

@@ -16,13 +16,14 @@ from torch.autograd.graph import increment_version
 
 from ..kernels.arithmetic import CHUNK, arithmetic_dtype
 from ..validation import check_batch_size
-from . import dispatch
+from . import dispatch, reference
 from .arguments import (
     DTYPES,
     check_lists,
     check_master,
     check_scalars,
     check_steps,
+    is_transformed,
     unobserved,
 )
 
@@ -291,12 +292,15 @@ def split_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The head and the tail loss, differentiable for the logits.
 
-    See reference.split_cross_entropy.
+    See reference.split_cross_entropy, which runs itself under torch.func and forward-mode
+    differentiation: it is made of torch's operations, which know all derivatives and vmap.
     """
     _check_cross_entropy(logits, targets, plain, sharp, class_weight, label_smoothing, batch_size)
     arguments = (
         logits, targets, plain, sharp, class_weight, label_smoothing, ignore_index, batch_size
     )  # fmt: skip
+    if is_transformed():
+        return reference.split_cross_entropy(*arguments)[:2]
     if type(logits) is Tensor and unobserved():
         return _SplitCrossEntropy.apply(*arguments)
     head, tail, _, _ = _NAMESPACE.split_cross_entropy(*arguments)

@@ -3,7 +3,7 @@
 It is a backend like the others (same names, same argument order), works on any device and
 in float64, and is what the compiled kernels are tested against. List arguments hold one
 tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
-`ops.py` checks that. An empty list stands for an absent input (a zero gradient, weights
+`operators.py` checks that. An empty list stands for an absent input (a zero gradient, weights
 that were not perturbed, no momentum). Whatever allocates comes before the first write, so
 that running out of memory changes nothing.
 
@@ -32,7 +32,7 @@ def flat(tensor: Tensor) -> Tensor:
 def chunked_sums(values: Sequence[Tensor]) -> Tensor:
     """float64 (chunks,): the sum over every CHUNK elements of every tensor."""
     sums = [chunk.sum() for v in values if v.numel() for chunk in flat(v).double().split(CHUNK)]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64, device="cpu")
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import chain
+from operator import itemgetter
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +15,8 @@ from .shards import locals_of
 
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
+
+_params = itemgetter("params")
 
 
 class Bucket:
@@ -31,7 +36,7 @@ class Bucket:
 
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]
+    return [*chain.from_iterable(map(_params, groups))]
 
 
 def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
@@ -63,4 +68,5 @@ def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
 
 
 def _all_or_none(slots: Slots) -> bool:
-    return len({t is None for t in slots}) == 1
+    kinds = set(map(type, slots))
+    return len(kinds) == 1 or NoneType not in kinds

@@ -6,6 +6,7 @@ It knows no model, no loss and no plan; the equations are those of docs/design.m
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,8 +30,10 @@ from ..validation import (
 from . import shards, updates
 from .buckets import Bucket, Slots, buckets, local_params_of, params_of
 from .interrupts import uninterrupted
-from .loading import OWN_SETTINGS, Loading
+from .loading import OWN_SETTINGS, Loading, has_own_checkpoints, remove
 from .master_weights import MasterWeights
+from .ownership import owned
+from .replicas import Replicas, average_, group_of, no_sync
 from .scaling import joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
@@ -48,9 +51,11 @@ class ImbSAM(torch.optim.Optimizer):
     `second_step` a step of the base. `TrainStep` and `step(closure)` make the calls for you.
 
     `param_groups` and `state` are the base's own, so schedulers and checkpoints work on
-    either; each group carries `rho` and `adaptive` besides the base's settings. A
+    either; each group carries `rho`, `adaptive` and `perturb` besides the base's settings. A group
+    with `perturb` False, or with rho 0, stays at theta and does not count in ||g_t||. A
     `torch.optim.SGD`, `Adam` or `AdamW` base is updated by one fused kernel that writes the
-    base's own state; any other base, a subclass too, runs its own `step()` on the merged gradient.
+    base's own state; any other base, a subclass or a wrapper too, runs its own `step()` on the
+    merged gradient.
     The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
     accepted and make no difference, except that Adam's `fused` and `capturable` keep `step` on
     the device, without which a gradient scaler on a GPU and a CUDA graph want the host.
@@ -60,8 +65,14 @@ class ImbSAM(torch.optim.Optimizer):
     held. A base with step hooks runs its own `step()`: they find the unperturbed weights and the
     merged gradient in `p.grad`.
 
+    Every call takes `p.grad` away: it is None afterwards. A gradient that somebody else can reach
+    too (a bucket of DistributedDataParallel, a flat buffer, a list of yours) is copied by the
+    first two, and neither written nor read later. The third may leave g_h + g_p in it.
+
     Args:
-        base: the optimizer that updates the weights.
+        base: the optimizer that updates the weights; also one that wraps others, if it has
+            `param_groups`, `state`, `step` and `zero_grad`. Its own checkpoints, `train` and
+            `eval` are used where it has them.
         rho: radius of the perturbation, >= 0.
         adaptive: ASAM: the perturbation scales with |theta|.
         master_weights: keep float32 weights of bfloat16 and float16 parameters, and the base's
@@ -82,8 +93,14 @@ class ImbSAM(torch.optim.Optimizer):
         rho: float = 0.05,
         adaptive: bool = False,
         master_weights: bool = False,
+        **unknown: object,
     ) -> None:
         _check_base(base)
+        if unknown:
+            raise TypeError(
+                f"ImbSAM got {', '.join(unknown)}, expected rho, adaptive and master_weights; the "
+                "base's settings go to the base: ImbSAM(torch.optim.SGD(params, lr=0.1), rho=0.05)"
+            )
         check_rho(rho)
         check_bool("adaptive", adaptive)
         if check_bool("master_weights", master_weights):
@@ -91,7 +108,9 @@ class ImbSAM(torch.optim.Optimizer):
         for i, group in enumerate(base.param_groups):
             check_group(f"param_groups[{i}]", group, base)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
-        defaults = {**base.defaults, "rho": rho, "adaptive": adaptive}
+        defaults = {
+            **getattr(base, "defaults", {}), "rho": rho, "adaptive": adaptive, "perturb": True
+        }  # fmt: skip
         self.__setstate__({"base": base, "defaults": defaults, "master_weights": master_weights})
         params = self._params()
         self._check_params(params)
@@ -104,7 +123,7 @@ class ImbSAM(torch.optim.Optimizer):
         """Hold the gradients in `p.grad` as g_h, without copying them."""
         if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
-        self._pending.held = self._take_gradients()
+        self._pending.held = owned(self._take_gradients())
 
     @torch.no_grad()
     def second_step(self, subtract: bool = False) -> None:
@@ -116,14 +135,17 @@ class ImbSAM(torch.optim.Optimizer):
         """
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
+        with self._abandoned_on_failure():
+            self._average_g_t()
         with self._abandoned_on_failure(), uninterrupted():
-            g_t = self._take_gradients()
+            g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
-            self._fill_groups()  # the base may have new ones
-            for i, group in enumerate(self.param_groups):
-                check_own_settings(f"param_groups[{i}]", group)
-            held = self._subtracted_from(g_t) if subtract else [None] * len(g_t)
+            perturbing = self._of_perturbed_groups(g_t)
+            held: Slots = [None] * len(g_t)
+            if subtract:
+                held = self._subtracted_from(g_t, perturbing)
+            g_t = perturbing
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             masters = self._masters.of(g_t)
@@ -132,7 +154,9 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
-            if shards.is_sharded(self._params()):  # one norm, over the parts of all ranks
+            if partials and shards.is_sharded(
+                self._params()
+            ):  # one norm, over the parts of all ranks
                 sums = joined(partials, buckets[0].params[0].device).sum()
                 partials = [shards.summed(sums, self._params()).reshape(1)]
             self._pending.partials = partials
@@ -148,15 +172,18 @@ class ImbSAM(torch.optim.Optimizer):
                 for i in bucket.indices:  # without master weights, buffers hold the unperturbed
                     saved[i] = g_t[i] if masters[i] is None else masters[i]
 
-    def _subtracted_from(self, g_t: Slots) -> Slots:
-        """What of the held the perturbation is to take g_t from; where nothing is held, it is 0."""
+    def _subtracted_from(self, g_t: Slots, perturbing: Slots) -> Slots:
+        """What of the held the perturbation is to take g_t from; the rest of it is taken here.
+
+        That is where nothing is held, a zero, or the weight stays at theta.
+        """
         held = self._pending.held
         if held is None:
             raise RuntimeError("second_step has nothing to subtract from; first_step comes first")
-        left = [h if t is not None else None for h, t in zip(held, g_t)]
+        left = [h if p is not None else None for h, p in zip(held, perturbing)]
         for i, (h, t) in enumerate(zip(held, g_t)):
-            if h is None and t is not None:
-                held[i] = t.neg()
+            if t is not None and left[i] is None:
+                held[i] = t.neg() if h is None else h.sub_(t)
         return left
 
     def third_step(
@@ -165,6 +192,8 @@ class ImbSAM(torch.optim.Optimizer):
         max_norm: float | None = None,
     ) -> None:
         """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`.
+
+        Without any gradient nothing happens, as in torch.
 
         Args:
             grad_scaler: the one whose `scale` every loss of the step went through. The update
@@ -189,7 +218,7 @@ class ImbSAM(torch.optim.Optimizer):
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
-            if all(g is None for g in (*g_h, *g_p)):
+            if self.is_perturbed and all(g is None for g in (*g_h, *g_p)):
                 raise RuntimeError("third_step found no gradient; a backward comes first")
             # A gradient missing in one pass is zero; one missing in both leaves the weight be.
             g_h, g_p = (
@@ -224,12 +253,14 @@ class ImbSAM(torch.optim.Optimizer):
         Args:
             closure: runs the forward pass and returns its `SplitLoss`, without a backward;
                 called at theta and again at theta + epsilon. BatchNorm statistics are updated
-                by both calls, unless the closure keeps that from happening.
+                by both calls, unless the closure keeps that from happening. Of a
+                `DistributedDataParallel` model g_t and g_h + g_p are averaged here, as in
+                `TrainStep`; all ranks make the call together.
 
         Returns the loss at theta. Without a closure only torch.distributed.checkpoint steps, at
-        learning rate 0, to make the state that it then loads: it gets None.
+        learning rate 0 and with gradients of 0, to make the state that it then loads: it gets None.
         """
-        if closure is None and not self.state and all(g["lr"] == 0 for g in self.param_groups):
+        if closure is None and self._only_makes_state():
             self.third_step()
             return None  # type: ignore[return-value]
         if not callable(closure):
@@ -238,18 +269,25 @@ class ImbSAM(torch.optim.Optimizer):
                 "or call first_step, second_step and third_step after your own backwards"
             )
         self.require_idle("a step")
-        self.zero_grad()
-        with self._abandoned_on_failure(), torch.enable_grad():
+        self.require_no_gradient("a step")
+        replicas = self._replicas.of(self._params())
+        group = group_of(replicas)
+        with self._abandoned_on_failure(), no_sync(replicas), torch.enable_grad():
             with compiled_for_two_backwards():
                 loss = closure()
             check_split_loss("closure", loss)
             backward(loss.head, retain_graph=True)
             self.first_step()
             backward(loss.tail)
+            if group is not None:
+                average_(self.gradients(), group)
             self.second_step()
             perturbed = closure()
             check_split_loss("closure", perturbed)
             perturbed.tail.backward()
+            if group is not None:
+                self.merge_held()
+                average_(self.gradients(), group)
             self.third_step()
         return SplitLoss(loss.head.detach(), loss.tail.detach())
 
@@ -264,6 +302,8 @@ class ImbSAM(torch.optim.Optimizer):
     def perturbation_is_finite(self) -> Tensor:
         """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
         device = self._params()[0].device
+        if not self._pending.partials:  # no group is perturbed
+            return torch.ones((), dtype=torch.bool, device=device)
         return joined(self._pending.partials, device).isfinite().all()
 
     @torch.no_grad()
@@ -278,7 +318,29 @@ class ImbSAM(torch.optim.Optimizer):
             self._pending.clear()
             self.zero_grad()
 
+    def require_no_gradient(self, action: str) -> None:
+        """Refuse gradients that the step would have to drop."""
+        for i, p in enumerate(self._params()):
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"parameter {i} has a gradient before {action}, expected None: the step makes "
+                    "its gradients itself; call optimizer.zero_grad() to drop it, or let the "
+                    "criterion add what it is the gradient of to the losses"
+                )
+
     # ------------------------------------------------------------ gradients of several ranks
+
+    @torch.no_grad()
+    def _average_g_t(self) -> None:
+        """Under DDP, in the three calls: its reducer takes no second backward over one forward.
+
+        Where it was told not to synchronise, the caller averages, or wants each rank's own.
+        """
+        replicas = self._replicas.of(self._params())
+        if not any(model.require_backward_grad_sync for model in replicas):
+            return
+        if any(p.grad is not None for p in self._params()):  # else second_step refuses
+            average_(self.gradients(), replicas[0].process_group)
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
@@ -321,6 +383,8 @@ class ImbSAM(torch.optim.Optimizer):
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
         check_group("param_group", param_group, self.base)
+        if not hasattr(self.base, "add_param_group"):
+            raise TypeError(f"base is {type(self.base).__name__}, which takes no further group")
         self.base.add_param_group(param_group)
         try:
             self._check_params(self.param_groups[-1]["params"])
@@ -337,12 +401,63 @@ class ImbSAM(torch.optim.Optimizer):
         for p in self._params():  # torch's own opens a profiler record, longer than a small step's
             p.grad = None
 
+    def train(self) -> None:
+        """The base's own, where it has one: schedule-free optimizers move the weights."""
+        self._switch_base("train")
+
+    def eval(self) -> None:
+        """See `train`."""
+        self._switch_base("eval")
+
+    def _switch_base(self, mode: str) -> None:
+        self.require_idle(f"{mode}()")
+        if hasattr(self.base, mode):
+            getattr(self.base, mode)()
+
     def state_dict(self) -> dict[str, Any]:
-        self.require_idle("state_dict")
-        return super().state_dict()
+        self.require_idle("state_dict", _TO_SAVE)
+        return self.unperturbed_state_dict()
+
+    def unperturbed_state_dict(self) -> dict[str, Any]:
+        """`state_dict`, also in the middle of a step, as from the handler of a signal.
+
+        The weights are no part of it; see `unperturbed_weights`. It is the state before the step,
+        that of a LeanImbSAM as after a step that failed here.
+        """
+        if not has_own_checkpoints(self.base):
+            return super().state_dict()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = self.base.state_dict()
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def unperturbed_weights(self, model: torch.nn.Module) -> dict[str, Any]:
+        """`model.state_dict()` with the weights at theta, also while they are perturbed.
+
+        Nothing is copied: write the tensors out before the next step.
+        """
+        saved = dict(zip(map(id, self._params()), self._pending.saved or ()))
+        weights = model.state_dict(keep_vars=True)
+        for name, value in weights.items():
+            if not isinstance(value, Tensor):
+                continue
+            start = saved.get(id(value))
+            # Master weights are kept in float32; the parameter is their rounding.
+            weights[name] = (
+                value.detach()
+                if start is None
+                else shards.as_part_of(value, start.to(value.dtype)).detach()
+            )
+        return weights
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.require_idle("load_state_dict")
+        if has_own_checkpoints(self.base):
+            self._load_into_base(state_dict)
+            return
         if not isinstance(state_dict, dict):
             check_state_dict(state_dict, self.base)
         handles = [  # around the user's own, whose changes count
@@ -355,20 +470,37 @@ class ImbSAM(torch.optim.Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _load_into_base(self, state_dict: dict[str, Any]) -> None:
+        """load_state_dict where the base has its own, around which the user's hooks run."""
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self._loading.note_settings()
+        self.base.load_state_dict(state_dict)
+        self._loading.give_back_settings()
+        self._fill_groups()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        self.require_idle("pickling or copying the optimizer")
+        self.require_idle("pickling or copying the optimizer", _TO_SAVE)
         return {
             "base": self.base, "defaults": self.defaults, "master_weights": self.master_weights
         }  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "base" not in state:  # from load_state_dict; the base knows what its state needs
-            self.base.__setstate__(state)
+            if hasattr(self.base, "__setstate__"):
+                self.base.__setstate__(state)
+            else:
+                self.base.state, self.base.param_groups = state["state"], state["param_groups"]
             return
         super().__setstate__(state)
         self._pending = _Pending()
+        self._replicas = Replicas()
         self._masters = MasterWeights(self.base, self.master_weights)
         self._loading = Loading(self.base, self._masters)
+        weakref.finalize(self, remove, self._loading.hook_base()).atexit = False
         self._fill_groups()
 
     def _fill_groups(self) -> None:
@@ -384,6 +516,8 @@ class ImbSAM(torch.optim.Optimizer):
     def _check_params(self, params: Sequence[Tensor]) -> None:
         shards.check_placements(self._params())
         for i, p in enumerate(shards.locals_of([*params])):
+            if not p.requires_grad:  # of whatever kind: nothing happens to it
+                continue
             if p.dtype not in DTYPES or p.layout != torch.strided:
                 raise TypeError(
                     f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
@@ -401,12 +535,12 @@ class ImbSAM(torch.optim.Optimizer):
                 stacklevel=3,
             )
 
-    def require_idle(self, action: str) -> None:
+    def require_idle(self, action: str, instead: str = "") -> None:
         if self._pending.held is not None or self._pending.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
                 f"{action} in the middle of a step, where {where}; "
-                "finish it with third_step() or abandon it with restore()"
+                f"finish it with third_step() or abandon it with restore(){instead}"
             )
 
     @contextmanager
@@ -430,6 +564,26 @@ class ImbSAM(torch.optim.Optimizer):
     def _buckets(self, *lists: Slots) -> list[Bucket]:
         return buckets(self.param_groups, *lists)
 
+    def _of_perturbed_groups(self, g_t: Slots) -> Slots:
+        """g_t, None for the parameters that stay at theta."""
+        self._fill_groups()  # the base may have new ones
+        for i, group in enumerate(self.param_groups):
+            check_own_settings(f"param_groups[{i}]", group)
+        stays = [not group["perturb"] or group["rho"] == 0 for group in self.param_groups]
+        if not any(stays):
+            return g_t
+        of_params = [s for s, g in zip(stays, self.param_groups) for _ in g["params"]]
+        return [None if stay else g for stay, g in zip(of_params, g_t)]
+
+    def _only_makes_state(self) -> bool:
+        """Whether a step would do nothing but make the base's state."""
+        return (
+            not self.state
+            and all(group.get("lr", 0) == 0 for group in self.param_groups)
+            and not any(shards.local(p.grad).any() for p in self._params() if p.grad is not None)
+            and any(p.grad is not None for p in self._params())
+        )
+
 
 class _Pending:
     """What lives between the calls of one step, never in a checkpoint.
@@ -447,8 +601,26 @@ class _Pending:
         self.partials: list[Tensor] = []  # the squared norm of g_t
 
 
+def wraps_imbsam(optimizer: object) -> bool:
+    return any(isinstance(value, ImbSAM) for value in getattr(optimizer, "__dict__", {}).values())
+
+
+_TO_SAVE = "; what can be saved now is unperturbed_state_dict() and unperturbed_weights(model)"
+
+_BASE_HAS = ("param_groups", "state", "step", "zero_grad")
+
+
 def _check_base(base: object) -> None:
-    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, ImbSAM):
-        raise TypeError(f"base is {type(base).__name__}, expected a plain torch optimizer")
+    if isinstance(base, ImbSAM) or not all(hasattr(base, name) for name in _BASE_HAS):
+        raise TypeError(
+            f"base is {type(base).__name__}, expected a plain torch optimizer, as in "
+            "ImbSAM(torch.optim.SGD(params, lr=0.1), rho=0.05), or a wrapper of one with "
+            f"{', '.join(_BASE_HAS)}"
+        )
+    if wraps_imbsam(base):
+        name = type(base).__name__
+        raise TypeError(
+            f"base is {name} around an ImbSAM, expected it the other way round: ImbSAM({name}(sgd))"
+        )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")

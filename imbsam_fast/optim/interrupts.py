@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-# Those whose handlers end programs; looking at more of them would cost every step.
-_SIGNALS = (int(signal.SIGINT), int(signal.SIGTERM))
+# Those whose handlers end programs, time out or save checkpoints. Windows has but the first two.
+_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGXCPU")
+_SIGNALS = tuple(int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name))
 
 
 @contextmanager

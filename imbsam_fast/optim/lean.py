@@ -57,6 +57,7 @@ class LeanImbSAM(ImbSAM):
     @torch.no_grad()
     def first_step(self) -> None:
         """Let the momentum take up g_h, in `p.grad`, and the weight decay."""
+        self._check_alone()
         self._check_groups()
         super().first_step()
         with self._abandoned_on_failure(), uninterrupted():
@@ -67,6 +68,7 @@ class LeanImbSAM(ImbSAM):
     @torch.no_grad()
     def second_step(self, subtract: bool = False) -> None:
         """Perturb as ImbSAM does; from now on gradients go from autograd to the momentum."""
+        self._check_alone()
         self._check_groups()
         super().second_step(subtract)
         with self._abandoned_on_failure():
@@ -87,6 +89,7 @@ class LeanImbSAM(ImbSAM):
         """
         with uninterrupted():
             check_whole_gradient(grad_scaler, max_norm)
+            self._check_alone()
             self._check_groups()
             self._remove_hooks()
             params = self._params()
@@ -135,10 +138,10 @@ class LeanImbSAM(ImbSAM):
         with torch.no_grad():
             self._absorb(group, [i], [p], [g])
 
-    def _subtracted_from(self, g_t: Slots) -> Slots:
+    def _subtracted_from(self, g_t: Slots, perturbing: Slots) -> Slots:
         """The momentum took up what was held, and gives g_t back now."""
         if self._pending.held is None:
-            return super()._subtracted_from(g_t)
+            return super()._subtracted_from(g_t, perturbing)
         self._absorb_all(g_t, sign=-1.0)
         return [None] * len(g_t)
 
@@ -224,6 +227,13 @@ class LeanImbSAM(ImbSAM):
                     f"param_groups[{i}]['nesterov'] is True, expected False: its update needs the "
                     "gradient apart from the momentum"
                 )
+
+    def _check_alone(self) -> None:
+        if self._replicas.of(self._params()):
+            raise ValueError(
+                "the parameters are DistributedDataParallel's, expected those of one process with "
+                "a LeanImbSAM: ranks exchange whole gradients; use ImbSAM"
+            )
 
 
 def check_whole_gradient(grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from ..validation import check_state_dict
 from .master_weights import MasterWeights
 
 # What a group carries besides the base's settings.
-OWN_SETTINGS = ("rho", "adaptive")
+OWN_SETTINGS = ("rho", "adaptive", "perturb")
+
+
+def has_own_checkpoints(base: Any) -> bool:
+    """Whether `base` makes its checkpoints in a way of its own, as wrappers with state do."""
+    methods = ("state_dict", "load_state_dict")
+    return all(hasattr(base, m) for m in methods) and any(
+        getattr(type(base), m, None) is not getattr(Optimizer, m) for m in methods
+    )
 
 
 class Loading:
-    """Hooks around load_state_dict, for good on the base, where users may call it too.
+    """Hooks around load_state_dict, also on the base, where users may call it too.
 
     Groups keep their own settings where the checkpoint has none, as one of plain SGD, and the
     state beside master weights stays in float32.
@@ -24,21 +34,53 @@ class Loading:
         self.base, self.masters = base, masters
         self.state_dict: dict[str, Any] = {}
         self.settings: list[dict[str, Any]] = []
-        base.register_load_state_dict_pre_hook(self.before)
-        base.register_load_state_dict_post_hook(self.after, prepend=True)
+
+    def hook_base(self) -> list[RemovableHandle]:
+        """Hang the hooks on a base that takes them; whoever owns this removes them."""
+        if has_own_checkpoints(self.base) or not hasattr(
+            self.base, "_optimizer_load_state_dict_pre_hooks"
+        ):
+            return []
+        # The base holds its hooks: a cycle would keep the memory of a model that was let go.
+        this = weakref.ref(self)
+
+        def before(base: Optimizer, state_dict: dict[str, Any]) -> None:
+            if (loading := this()) is not None:
+                loading.before(base, state_dict)
+
+        def after(base: Optimizer) -> None:
+            if (loading := this()) is not None:
+                loading.after(base)
+
+        return [
+            self.base.register_load_state_dict_pre_hook(before),
+            self.base.register_load_state_dict_post_hook(after, prepend=True),
+        ]
 
     def before(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Refuses a state_dict that no step could use."""
         check_state_dict(state_dict, self.base)
         self.state_dict = state_dict
+        self.note_settings()
+
+    def note_settings(self) -> None:
         self.settings = [
             {name: group[name] for name in OWN_SETTINGS if name in group}
             for group in self.base.param_groups
         ]
 
     def after(self, _: Optimizer) -> None:
+        self.give_back_settings()
+        self.masters.load(self.state_dict)
+        self.state_dict = {}
+
+    def give_back_settings(self) -> None:
         for group, settings in zip(self.base.param_groups, self.settings):
             for name, value in settings.items():
                 group.setdefault(name, value)
-        self.masters.load(self.state_dict)
-        self.state_dict, self.settings = {}, []
+        self.settings = []
+
+
+def remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -26,9 +26,16 @@ _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 def is_sharded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether there is a DTensor among them."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if "torch.distributed.tensor" not in sys.modules or _PLAIN.issuperset(map(type, tensors)):
         return False
     return any(_is_dtensor(t) for t in tensors)
+
+
+def strange_kind(params: Sequence[Tensor]) -> type | None:
+    """The type of a parameter that is neither plain nor a DTensor, if there is one."""
+    if _PLAIN.issuperset(map(type, params)):
+        return None
+    return next((type(p) for p in params if type(p) not in _PLAIN and not _is_dtensor(p)), None)
 
 
 def local(t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from .. import ops
 from ..ops.arguments import in_layout_of
 from .buckets import Slots, buckets, local_params_of, params_of
-from .shards import as_part_of, local, locals_of
+from .shards import as_part_of, local, locals_of, strange_kind
 
 FUSED_BASES = (SGD, Adam, AdamW)
 
@@ -31,6 +31,9 @@ def reason_not_fused(base: Optimizer) -> str | None:
         return "base has step hooks, which may want the merged gradient"
     if any(isinstance(beta, Tensor) for g in base.param_groups for beta in g.get("betas", ())):
         return "base has betas that are tensors"
+    if type(base) is not SGD and (kind := strange_kind(params_of(base.param_groups))) is not None:
+        # It may run an operator once for each tensor inside, which would count as many steps.
+        return f"parameters are {kind.__name__}, a subclass of Tensor"
     return None
 
 
@@ -120,7 +123,7 @@ Update = tuple[list[_Launch], Callable[[], None]]  # the launches, and what stor
 
 
 def lr_tensor(lr: float | Tensor) -> Tensor:
-    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def _kept(params: list[Tensor], masters: Slots) -> list[Tensor]:

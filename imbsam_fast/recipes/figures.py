@@ -47,5 +47,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plain_axes(axes: Axes) -> None:
+    """Horizontal grid lines, and no frame above and on the right."""
     axes.grid(axis="y", color=GRID, zorder=0)
     axes.spines[["top", "right"]].set_visible(False)

@@ -162,6 +162,7 @@ class RunDirectory:
         _write(self._checkpoint(best), lambda file: torch.save(state, file))
 
     def has_checkpoint(self, best: bool = False) -> bool:
+        """Whether there is a last checkpoint, or a best one."""
         return self._checkpoint(best).exists()
 
     def load_checkpoint(self, best: bool = False) -> dict[str, Any]:
@@ -184,6 +185,7 @@ class RunDirectory:
     # ------------------------------------------------------------ result
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Replace the result as a whole."""
         text = json.dumps({"format": FORMAT, **result}, indent=2) + "\n"
         _write(self.path / RESULT_FILE, lambda file: file.write(text.encode()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,9 +12,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a BatchNorm layer of `model` normalises by the statistics of the batch now."""
+    """Whether a layer of `model` takes statistics of the batch now.
+
+    That is a BatchNorm that normalises by them, or an InstanceNorm that keeps running ones.
+    """
     return any(
-        isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)
+        (isinstance(m, _BatchNorm) and (m.training or m.running_mean is None))
+        or (isinstance(m, _InstanceNorm) and _updates_statistics(m))
         for m in model.modules()
     )
 
@@ -44,9 +48,14 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_where(finite: Tensor, model: nn.Module) -> Iterator[None]:
-    """The running statistics of `model` keep what happens inside the block only where `finite`."""
-    buffers = [b for m in _tracking(model) for b in m.buffers(recurse=False)]
+def statistics_where(
+    finite: Tensor, model: nn.Module, others: Sequence[Tensor] = ()
+) -> Iterator[None]:
+    """Running statistics keep what happens inside the block only where `finite`.
+
+    Those of `model`, and `others`, buffers that it writes to as well.
+    """
+    buffers = [*(b for m in _tracking(model) for b in m.buffers(recurse=False)), *others]
     before = [b.clone() for b in buffers]
     try:
         yield

@@ -8,32 +8,34 @@ of the gradients. FSDP2 averages each gradient in its backward, and gathers weig
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import shards
+from ..optim.replicas import group_of, no_sync, replicas_of
 from ..split import ClassSplit
-
-# Elements in one all-reduce: large enough for bandwidth, small beside the gradients.
-BUCKET_ELEMENTS = 16 * 1024 * 1024
 
 
 class Ranks:
     """The processes that take the steps of `model` together: only this one of an ordinary model.
 
     Attributes:
-        group: those that a DistributedDataParallel model is replicated on, else None.
+        replicas: the DistributedDataParallel models in `model`, or around it, whoever put them
+            there (Lightning wraps the module that trains, torch.compile what it compiles).
+        group: the ranks that they are replicated on, None without them.
         sharded: whether the weights are spread over ranks by `fully_shard`.
         same_passes: whether ranks talk to each other in a pass, so that all must run it.
     """
 
     def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
         self.model = model
-        self.group = process_group(model)
         self.sharded = shards.is_sharded(params)
+        inside = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self.replicas = inside or replicas_of(params)
+        self.group = group_of(self.replicas)
         self.same_passes = self.sharded or (self.group is not None and _has_sync_batch_norm(model))
         self.modules = shards.sharded_modules(model)
         self.failed = False
@@ -49,7 +51,7 @@ class Ranks:
             )
         shards.check_synchronised(self.modules)
         try:
-            with nullcontext() if self.group is None else self.model.no_sync():  # type: ignore[operator]
+            with no_sync(self.replicas):
                 yield
         except BaseException:
             if self.modules:
@@ -104,48 +106,16 @@ def keep_in_step(head: Tensor, tail: Tensor, split: ClassSplit) -> None:
 
 def parts_overlap(split: ClassSplit) -> bool:
     """Whether a class belongs to both parts."""
-    labels = torch.arange(len(split.plain))
+    labels = torch.arange(len(split.plain), device="cpu")
     return bool((split.plain_mask(labels) & split.tail_mask(labels)).any())
 
 
 def _parts(split: ClassSplit) -> tuple[bool, bool]:
     """Whether there are head classes, and tail classes."""
-    labels = torch.arange(len(split.plain))
+    labels = torch.arange(len(split.plain), device="cpu")
     has_tail = bool(split.tail_mask(labels).any())
     return bool(split.plain_mask(labels).any()) or not has_tail, has_tail
 
 
 def _has_sync_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-
-
-def process_group(model: nn.Module) -> dist.ProcessGroup | None:
-    """The ranks that `model` is replicated on, None without DistributedDataParallel."""
-    if dist.is_available() and isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.process_group
-    return None
-
-
-def average_(gradients: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace each gradient by its mean over the ranks; they come in one order on all ranks."""
-    for bucket in _buckets(gradients):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
-        flat.div_(dist.get_world_size(group))
-        dist.all_reduce(flat, group=group)
-        pieces = flat.split([g.numel() for g in bucket])
-        torch._foreach_copy_(bucket, [piece.view(g.shape) for piece, g in zip(pieces, bucket)])
-
-
-def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive gradients of one dtype and device, in pieces of about BUCKET_ELEMENTS."""
-    bucket: list[Tensor] = []
-    size = 0
-    for g in gradients:
-        size += g.numel()
-        kind = (g.dtype, g.device)
-        if bucket and (kind != (bucket[0].dtype, bucket[0].device) or size > BUCKET_ELEMENTS):
-            yield bucket
-            bucket, size = [], g.numel()
-        bucket.append(g)
-    if bucket:
-        yield bucket

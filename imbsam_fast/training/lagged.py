@@ -21,7 +21,7 @@ from torch import Tensor
 from ..optim import ImbSAM, updates
 from ..optim.buckets import Slots, params_of
 from ..optim.interrupts import uninterrupted
-from .data_parallel import average_
+from ..optim.replicas import average_
 
 # The key in a parameter's state; a tensor like the parameter.
 TAIL_GRADIENT = "tail_gradient"

@@ -11,6 +11,8 @@ Without batch statistics head rows would change nothing: S is the tail rows, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optim.two_backwards import compiled_for_two_backwards
-from .batch_norm import frozen_batch_norm_statistics, has_batch_statistics
+from ..validation import check_number, check_whole_number
 from .plans import Passes, Rows, Seen, StepResult, joint_plan, step_result, take_rows
 
 # A batch of one row has no variance.
@@ -41,6 +43,8 @@ class SampledPlan:
         self.seed = seed
         self.common = common
         self.number = 0  # of the step
+        check_number("sample", share, "a number > 0 and <= 1", lambda x: 0 < x <= 1)
+        check_whole_number("sample_seed", seed, "an integer >= 0", 0)
 
     def __call__(self, step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
         if not rows.head_rows and not self.common:  # d is g_p, which joint has in two passes
@@ -48,11 +52,10 @@ class SampledPlan:
         seen = _all_rows(step, inputs, targets, rows)
         step.optimizer.first_step()
         if rows.tail_rows:
-            sample = take_rows(self.drawn(step.model, rows), inputs, targets)
-            with frozen_batch_norm_statistics(step.model):
-                for x, y in step.micro_batches(*sample):
-                    _, loss = step.forward(x, y, rows.counted)
-                    step.backward(loss.tail)
+            mixes = step.sees_all_rows_at_once()
+            drawn = self.drawn(rows, is_compiled(step.model)) if mixes else rows.tail
+            sample = take_rows(drawn, inputs, targets)
+            step.sample_backward(*sample, rows.counted)
         step.perturb(rows.tail_rows > 0, subtract=True)
         if rows.tail_rows:
             step.perturbed_backward(*sample, rows.counted)
@@ -60,13 +63,14 @@ class SampledPlan:
         step.update()
         return result
 
-    def drawn(self, model: nn.Module, rows: Rows) -> Tensor:
-        """The sample, bool (N,): where the model has batch statistics, on the CPU."""
-        if not has_batch_statistics(model):
-            return rows.tail
+    def drawn(self, rows: Rows, few_shapes: bool = False) -> Tensor:
+        """The sample for a model that sees all rows at once, bool (N,) on the CPU.
+
+        `few_shapes` fills more tail rows than the share up to a multiple of it.
+        """
         sample = rows.tail.to("cpu", copy=True)
         head = (~sample).nonzero().squeeze(1)
-        size = self._size(len(sample), len(sample) - len(head), _is_compiled(model))
+        size = self._size(len(sample), len(sample) - len(head), few_shapes)
         generator = torch.Generator().manual_seed(crc32(f"{self.seed} {self.number}".encode()))
         order = torch.randperm(len(head), generator=generator)
         sample[head[order[: size + len(head) - len(sample)]]] = True
@@ -79,6 +83,51 @@ class SampledPlan:
         if few_shapes:  # a compiled model is compiled for each of them
             return min(-(-tail_rows // size) * size, rows)
         return max(tail_rows, size)
+
+
+class CheaperSteps:
+    """Which steps perturb, by their number: that of the steps that counted, the only state.
+
+    Attributes:
+        every: one of so many steps perturbs.
+        sampled: the plan of those, None for another one.
+        counted: the steps that were taken and counted.
+    """
+
+    def __init__(self, every: int) -> None:
+        check_whole_number("perturb_every", every, "an integer >= 1", 1)
+        self.every = every
+        self.sampled: SampledPlan | None = None
+        self.counted = 0
+
+    @contextmanager
+    def one_step(self, counts: bool) -> Iterator[bool]:
+        """Whether the step inside the block perturbs; it counts unless it fails."""
+        number = self.counted + counts
+        if self.sampled is not None:
+            self.sampled.number = number
+        yield number % self.every == 0
+        self.counted = number
+
+    def state_dict(self) -> dict[str, int]:
+        return {"counted_steps": self.counted}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        if not isinstance(state_dict, dict) or "counted_steps" not in state_dict:
+            raise ValueError(f"state_dict is {state_dict!r}, expected what state_dict returned")
+        counted = state_dict["counted_steps"]
+        check_whole_number("state_dict['counted_steps']", counted, "an integer >= 0", 0)
+        self.counted = counted
+
+
+def check_sampled(batch_norm: str, lagged: bool) -> None:
+    """Refuse settings of TrainStep that the sampled plan cannot have."""
+    for name, value, expected in (
+        ("batch_norm", batch_norm, "once"),  # statistics of a sample are not the batch's
+        ("lagged", lagged, False),  # there is no g_t of the sample then
+    ):
+        if value != expected:
+            raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan='sampled'")
 
 
 def plain_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
@@ -101,7 +150,7 @@ def _all_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
     return seen
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def is_compiled(model: nn.Module) -> bool:
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
         for m in model.modules()

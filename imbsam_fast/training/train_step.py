@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,16 +17,12 @@ from ..optim import ImbSAM
 from ..optim.buckets import params_of
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
+from ..optim.replicas import average_
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
-from ..validation import (
-    check_bool,
-    check_grad_scaler,
-    check_max_norm,
-    check_number,
-    check_whole_number,
-)
+from ..validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
+from .arguments import check_autocast, check_batch, check_holds_some, unwrapped
 from .auto_plan import split_is_cheaper
 from .batch_norm import (
     check_batch_norm_is_visible,
@@ -37,8 +32,10 @@ from .batch_norm import (
 )
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
 from .cuda_graph import GraphedSteps
-from .data_parallel import Ranks, average_, keep_in_step, parts_overlap
+from .data_parallel import Ranks, keep_in_step, parts_overlap
+from .generators import Draws, Generators
 from .lagged import TailGradient
+from .own_writes import ChangesItselfError, OwnWrites
 from .plans import (
     Plan,
     Rows,
@@ -49,7 +46,8 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
-from .sampled import SampledPlan, plain_plan
+from .sampled import CheaperSteps, SampledPlan, check_sampled, plain_plan
+from .wrappers import Wrapper
 
 
 class TrainStep:
@@ -136,13 +134,14 @@ class TrainStep:
         micro_batch_size: int | None = None,
         cuda_graph: bool = False,
         lagged: bool = False,
+        same_dropout: bool = False,
         sample: float = 0.25,
         sample_seed: int = 0,
         perturb_every: int = 1,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
-        optimizer = _unwrapped(optimizer)
+        given, optimizer = optimizer, unwrapped(optimizer)
         if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
             raise TypeError(
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
@@ -160,14 +159,15 @@ class TrainStep:
             )
         if micro_batch_size is not None:
             check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
-        _check_autocast(autocast)
+        check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
         check_bool("lagged", lagged)
-        check_whole_number("perturb_every", perturb_every, "an integer >= 1", 1)
+        check_bool("same_dropout", same_dropout)
         check_grad_scaler(grad_scaler)
+        self.wrapper = Wrapper(given, optimizer)
         check_max_norm(max_norm)
         self.ranks = Ranks(model, params_of(optimizer.param_groups))
-        _check_holds_some(optimizer, model)
+        check_holds_some(optimizer, model)
         check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
@@ -175,57 +175,61 @@ class TrainStep:
         self.plan = plan
         self.batch_norm = batch_norm
         self.autocast = autocast or nullcontext()
-        self.grad_scaler = grad_scaler
+        self.grad_scaler = self.wrapper.grad_scaler() if grad_scaler is None else grad_scaler
         self.max_norm = max_norm
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
         self.group = self.ranks.group
         self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
         self.lagged = lagged
-        self.perturb_every = perturb_every
-        self.counted_steps = 0
-        self.sampled_plan = self._sampled_plan(sample, sample_seed) if plan == "sampled" else None
+        self.cheaper = CheaperSteps(perturb_every)
+        if plan == "sampled":
+            check_sampled(batch_norm, lagged)
+            common = self.group is not None and perturbation == "global"
+            self.cheaper.sampled = SampledPlan(sample, sample_seed, common)
+        self.same_dropout = same_dropout
+        self.draws = Draws(Generators(model), same_dropout)
+        self.own_writes = OwnWrites(
+            model, criterion, self.draws.generators, same_everywhere=self.ranks.sharded
+        )
         self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):
             self._check_lean(cuda_graph)
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
-        _check_batch(inputs, targets)
+        check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
-        number = self.counted_steps + 1
-        perturbs = number % self.perturb_every == 0
-        if self.graphs is not None:
-            result = self.graphs[perturbs](inputs, targets)
-        else:
+        self.optimizer.require_no_gradient("a training step")
+        with self.wrapper.one_step():
+            if self.graphs is not None:
+                with self.cheaper.one_step(counts=True) as perturbs:
+                    return self.graphs[perturbs](inputs, targets)
             rows = self._rows(targets)
-            if not (rows.tail_rows or self._counts_every_step()):
-                number -= 1  # a step of SGD in any case
-            plan = self._planned(inputs, rows, number) if perturbs else plain_plan
-            result = self._run(plan, inputs, targets, rows)
-        self.counted_steps = number
-        return result
+            # Ranks have tail rows in different steps, and count alike.
+            together = self.group is not None or self.ranks.sharded
+            with self.cheaper.one_step(counts=rows.tail_rows > 0 or together) as perturbs:
+                plan = self._planned(inputs, rows) if perturbs else plain_plan
+                return self._run(plan, inputs, targets, rows)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps that `perturb_every` and the sample's drawing go by."""
-        return {"counted_steps": self.counted_steps}
+        return self.cheaper.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        if not isinstance(state_dict, dict) or "counted_steps" not in state_dict:
-            raise ValueError(f"state_dict is {state_dict!r}, expected what state_dict returned")
-        steps = state_dict["counted_steps"]
-        check_whole_number("state_dict['counted_steps']", steps, "an integer >= 0", 0)
-        self.counted_steps = steps
-
-    def _counts_every_step(self) -> bool:
-        """Whether ranks count alike, which have tail rows in different steps."""
-        return self.group is not None or self.ranks.sharded
+        self.cheaper.load_state_dict(state_dict)
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-        self.optimizer.zero_grad()
+        parts = (split_plan, lagged_split_plan) if rows.head_rows else (split_plan,)
+        may_restart = self.plan == "auto" and plan in parts  # from an unperturbed pass
+        self.own_writes.begin_step(may_restart, reads_again=rows.tail_rows > 0)
+        self.draws.begin_step()
         try:
             with self.ranks.one_step():
-                return plan(self, inputs, targets, rows)
+                try:
+                    return plan(self, inputs, targets, rows)
+                except ChangesItselfError:
+                    self.draws.begin_step()
+                    return self._planned(inputs, rows)(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
             raise
@@ -255,17 +259,6 @@ class TrainStep:
             if used:
                 raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
 
-    def _sampled_plan(self, sample: float, seed: int) -> SampledPlan:
-        check_number("sample", sample, "a number > 0 and <= 1", lambda x: 0 < x <= 1)
-        check_whole_number("sample_seed", seed, "an integer >= 0", 0)
-        for name, value, expected in (
-            ("batch_norm", self.batch_norm, "once"),  # statistics of a sample are not the batch's
-            ("lagged", self.lagged, False),  # there is no g_t of the sample then
-        ):
-            if value != expected:
-                raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan='sampled'")
-        return SampledPlan(sample, seed, self.group is not None and self.perturbation == "global")
-
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
         needs = {
@@ -275,13 +268,14 @@ class TrainStep:
             "grad_scaler": self.grad_scaler is None,
             "model": self.group is None,
             "lagged": not self.lagged,
+            "same_dropout": not self.same_dropout,
         }
         for name, fits in needs.items():
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
                     "plan, no micro-batches, no gradient scaler, no DistributedDataParallel, "
-                    "lagged=False"
+                    "lagged=False, same_dropout=False"
                 )
         groups = self.optimizer.param_groups
         device = groups[0]["params"][0].device
@@ -302,7 +296,7 @@ class TrainStep:
 
         Without tail rows the tail's gradient is zero, and so is the perturbation.
         """
-        all_rows = torch.ones(len(targets), dtype=torch.bool)
+        all_rows = torch.ones(len(targets), dtype=torch.bool, device="cpu")
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
         return self._run(plan, inputs, targets, rows)
 
@@ -311,19 +305,18 @@ class TrainStep:
         shared = self.group is not None
         return TailGradient(self.optimizer, self.group if common else None, shared)
 
-    def _planned(self, inputs: Any, rows: Rows, number: int) -> Plan:
-        if self.sampled_plan is not None:
-            self.sampled_plan.number = number
-            return self.sampled_plan
+    def _planned(self, inputs: Any, rows: Rows) -> Plan:
+        if self.cheaper.sampled is not None:
+            return self.cheaper.sampled
         lags = self.tail_gradient is not None and self.tail_gradient.is_known()
         if self.plan == "auto" and self.ranks.same_passes:  # ranks decide alike: not by rows
             split = (
                 self.micro_batch_size is None
                 and not parts_overlap(self.criterion.split)  # type: ignore[attr-defined]
-                and not has_batch_statistics(self.model)
+                and not self.sees_all_rows_at_once()
             )
         elif self.plan == "auto":
-            independent = not has_batch_statistics(self.model)
+            independent = not self.sees_all_rows_at_once()
             split = independent and (lags or split_is_cheaper(self.model, inputs, rows))
         else:
             split = self.plan == "split"
@@ -332,6 +325,10 @@ class TrainStep:
         return split_plan if split else joint_plan
 
     # ------------------------------------------------------------ what plans are made of
+
+    def sees_all_rows_at_once(self) -> bool:
+        """Whether the model gathers something over the rows of a batch, so that parts differ."""
+        return bool(self.own_writes.changing) or has_batch_statistics(self.model)
 
     def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The rows of a pass in pieces of at most micro_batch_size."""
@@ -346,16 +343,27 @@ class TrainStep:
 
     def forward(self, inputs: Any, targets: Tensor, counted: int | None) -> tuple[Any, SplitLoss]:
         """The model's outputs and their loss, as a part of a batch with `counted` rows."""
+        if not self.optimizer.is_perturbed:
+            self.draws.note(len(targets))
+        before = self.own_writes.before(inputs, targets)
         with self.autocast:
             outputs = self.model(inputs)
             loss = self.criterion(outputs, targets, batch_size=counted or None)
-            check_split_loss("criterion", loss)
-            return outputs, loss
+        check_split_loss("criterion", loss)
+        self.own_writes.after(before)
+        return outputs, loss
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         backward(loss, retain_graph)
+
+    def sample_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None:
+        """The tail loss of rows that have had their pass, at the same weights, and its gradient."""
+        with self._later_statistics(frozen=True):
+            for x, y in self.micro_batches(inputs, targets):
+                _, loss = self.forward(x, y, counted)
+                self.backward(loss.tail)
 
     def perturbed_backward(
         self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
@@ -367,21 +375,31 @@ class TrainStep:
         """
         # The backward is inside: under activation checkpointing it runs the model again.
         frozen = self.batch_norm == "once" and only is None
-        with self._perturbed_statistics(frozen):
-            for x, y in self.micro_batches(inputs, targets):
-                outputs, loss = self.forward(x, y, counted)
-                self.backward(loss.tail)
+        pieces = list(self.micro_batches(inputs, targets))
+        rows = [len(y) for _, y in pieces]
+        draws = self.draws.of_last(rows) if only is None else [None] * len(rows)
+        with self._later_statistics(frozen):
+            for (x, y), states in zip(pieces, draws):
+                with self.draws.generators.replayed(states):
+                    outputs, loss = self.forward(x, y, counted)
+                    self.backward(loss.tail)
                 if only is not None:
                     only.add(outputs, tail=loss.tail)
 
-    def _perturbed_statistics(self, frozen: bool) -> AbstractContextManager:
+    @contextmanager
+    def _later_statistics(self, frozen: bool) -> Iterator[None]:
         if frozen:
-            return frozen_batch_norm_statistics(self.model)
+            with frozen_batch_norm_statistics(self.model), self.own_writes.kept_out():
+                yield
+            return
         # A gradient that overflowed skips the step, and must not reach the statistics either.
         may_overflow = self.grad_scaler is not None and self.optimizer.is_perturbed
         if not may_overflow:
-            return nullcontext()
-        return statistics_where(self.optimizer.perturbation_is_finite(), self.model)
+            yield
+            return
+        finite, others = self.optimizer.perturbation_is_finite(), self.own_writes.changing_tensors()
+        with statistics_where(finite, self.model, others):
+            yield
 
     def perturb(self, has_tail: bool, subtract: bool = False) -> None:
         """Ranks without tail rows follow the others where the perturbation is a common one.
@@ -411,52 +429,8 @@ class TrainStep:
             self.optimizer.third_step(self.grad_scaler, self.max_norm)
             if self.tail_gradient is not None and seen is not None:
                 self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
+            found_inf = found_inf_of(self.grad_scaler, self.optimizer)
             if self.grad_scaler is not None:
                 self.grad_scaler.update()
+        self.wrapper.note_skipped(found_inf)
         self.ranks.gather_anew()
-
-
-def _unwrapped(optimizer: object) -> ImbSAM:
-    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, ImbSAM):
-        raise TypeError(f"optimizer is {type(optimizer).__name__}, expected an ImbSAM")
-    return inner
-
-
-def _check_autocast(autocast: object) -> None:
-    if autocast is not None and not isinstance(autocast, AbstractContextManager):
-        raise TypeError(f"autocast is {autocast!r}, expected a context manager")
-    if isinstance(autocast, contextlib._GeneratorContextManager):
-        raise TypeError(
-            f"autocast is {autocast!r}, expected one that can be entered for every pass, such "
-            "as torch.autocast"
-        )
-
-
-def _check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(map(id, model.parameters())):
-        raise ValueError("optimizer holds no parameter of model, expected those that are trained")
-
-
-def _check_batch(inputs: Any, targets: Tensor) -> None:
-    if not isinstance(targets, Tensor):
-        raise ValueError(f"targets is {type(targets).__name__}, expected int64 labels (N,)")
-    if targets.dim() != 1 or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets is {targets.dtype} {tuple(targets.shape)}, expected int64 labels (N,)"
-        )
-    if targets.shape[0] == 0:
-        raise ValueError("targets is empty, expected at least one row")
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-    if not tensors:
-        raise ValueError(
-            f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them"
-        )
-    for x in tensors:
-        if x.dim() == 0 or x.shape[0] != targets.shape[0]:
-            raise ValueError(
-                f"inputs holds a tensor of shape {tuple(x.shape)}, expected {len(targets)} rows "
-                "as in targets"
-            )

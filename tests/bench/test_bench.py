@@ -11,16 +11,16 @@ import torch
 
 from imbsam_fast import cli
 from imbsam_fast.bench import command
-from imbsam_fast.bench import measure as bench_measure
-from imbsam_fast.bench import optimizers as bench_optimizers
 from imbsam_fast.bench.measure import (
     LIMIT,
+    WARM_UP_ROUNDS,
     Contestant,
     Operation,
     Stopwatch,
     measure,
     warm_up,
 )
+from imbsam_fast.bench.optimizers import AUTHORS, AUTHORS_FUSED, STEP
 from imbsam_fast.bench.report import load
 
 # ---------------------------------------------------------------- the harness
@@ -67,7 +67,7 @@ def test_a_lap_inside_a_lap_counts_for_itself_alone():
 
 def test_medians_leave_out_warm_up_and_preparation():
     clock = FakeClock()
-    times = [50.0] * bench_measure.WARM_UP_ROUNDS + [0.4, 0.1, 0.2]
+    times = [50.0] * WARM_UP_ROUNDS + [0.4, 0.1, 0.2]
     group = [Operation("op", "size", {"x": sleeper(clock, *times)}, calls=10)]
     warm_up(group)
     (timing,) = measure(group, rounds=3, clock=clock)
@@ -102,7 +102,7 @@ def test_memory_is_looked_at_in_a_pass_of_its_own(monkeypatch):
         run()
         return 1000 + len(runs)
 
-    monkeypatch.setattr(bench_measure, "peak_memory", peak)
+    monkeypatch.setattr("imbsam_fast.bench.measure.peak_memory", peak)
     timings = measure([Operation("op", "", contestants, memory=True)], rounds=2, clock=clock)
     assert [t.peak_bytes for t in timings] == [1005, 1006]  # after 2 x 2 timed runs
     assert runs[4:] == list(contestants.values())
@@ -175,12 +175,13 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
     timings = report["timings"]
     assert {t["operation"] for t in timings} == {
         LIMIT,
+        WARM_UP_ROUNDS,
         "squared_norm",
         "perturb_",
         "sgd_update_",
         "merge_",
         "grad_check",
-        bench_optimizers.STEP,
+        STEP,
         "loss forward",
         "loss forward, head and tail backward",
     }
@@ -197,10 +198,10 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
         assert t["percent_of_limit"] == pytest.approx(100 * share)
         key = (t["operation"], t["size"], t["group"])
         assert t["ratio"] == pytest.approx(t["ms"] / first.setdefault(key, t["ms"]))
-    step = [t for t in timings if t["operation"] == bench_optimizers.STEP]
+    step = [t for t in timings if t["operation"] == STEP]
     assert all(set(t["laps_ms"]) == {"first_step", "second_step", "third_step"} for t in step)
     ratios = {t["contestant"]: t["ratio"] for t in step}
-    fused, default = (ratios[c] for c in (bench_optimizers.AUTHORS_FUSED, bench_optimizers.AUTHORS))
+    fused, default = (ratios[c] for c in (AUTHORS_FUSED, AUTHORS))
     assert f"{fused:.2f} times faster" in report["summary"][0]
     assert f"{default:.2f} times with default SGD" in report["summary"][0]
 

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("sklearn")
 
 from benchmarks import anomaly_rates, anomaly_report, bench_anomaly
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.report import load
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.recipes.anomaly import DevNet, data
 from imbsam_fast.recipes.anomaly.losses import deepsad_loss, deviation_loss
 from imbsam_fast.recipes.anomaly.networks import Encoder, Scorer

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import peers
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
-from imbsam_fast.bench import optimizers as bench_optimizers
+from imbsam_fast.bench import optimizers
 from imbsam_fast.bench.cases import limit_operations, long_tail_batch
 from imbsam_fast.bench.measure import Stopwatch
 from imbsam_fast.bench.optimizers import (
@@ -159,7 +159,7 @@ def test_every_call_of_a_step_finds_gradients(monkeypatch):
 
         first_step = second_step = third_step = record
 
-    monkeypatch.setattr(bench_optimizers, "ImbSAM", Recorder)
+    monkeypatch.setattr(optimizers, "ImbSAM", Recorder)
     data = StepData([(2, 3), (4,)], sets=2)
     operation = data.step_operation(IMBSAM, {"x": imbsam("reference")})
     watch = Stopwatch()

@@ -16,8 +16,8 @@ from benchmarks import bench_gpu, bench_gpu_steps, gpu_timing
 from benchmarks import report as documents
 from benchmarks.networks import batch_norm_resnet
 from imbsam_fast import ImbSAM, SplitCrossEntropy, TrainStep
-from imbsam_fast.bench import cases as bench_cases
 from imbsam_fast.bench import peers
+from imbsam_fast.bench.cases import long_tail_batch
 
 SHAPES = [(30, 4), (5,), (2, 3, 3)]
 
@@ -84,7 +84,7 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_one_batched_backward_steps_like_the_joint_plan(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = batch_norm_resnet(4).to(dtype)
-    split, targets = bench_cases.long_tail_batch(6, 4)
+    split, targets = long_tail_batch(6, 4)
     images = torch.randn(6, 3, 8, 8, dtype=dtype)
     stepped = []
     for batched in (True, False):

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from imbsam_fast.bench import command
-from imbsam_fast.bench import process as bench_process
+from imbsam_fast.bench import command, process
 from imbsam_fast.bench.process import OtherLoad, keep_freed_memory, peak_memory, return_freed_memory
 
 MB = 1_000_000
@@ -91,9 +90,9 @@ def test_load_of_other_processes_is_what_this_one_did_not_use(monkeypatch):
         "busy": iter([50.0, 65.0, 100.0, 101.0]),
         "own": iter([1.0, 6.0, 9.0, 10.0]),
     }
-    monkeypatch.setattr(bench_process.time, "perf_counter", lambda: next(times["perf_counter"]))
-    monkeypatch.setattr(bench_process, "_busy_seconds", lambda: next(times["busy"]))
-    monkeypatch.setattr(bench_process, "_own_seconds", lambda: next(times["own"]))
+    monkeypatch.setattr(process.time, "perf_counter", lambda: next(times["perf_counter"]))
+    monkeypatch.setattr(process, "_busy_seconds", lambda: next(times["busy"]))
+    monkeypatch.setattr(process, "_own_seconds", lambda: next(times["own"]))
     others = OtherLoad()
     assert others.cores is None
     with others:

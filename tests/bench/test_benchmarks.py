@@ -18,9 +18,9 @@ from benchmarks import (
 )
 from imbsam_fast import ImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.bench.cases import long_tail_batch
-from imbsam_fast.bench.command import run_script
 from imbsam_fast.bench.measure import LIMIT, Stopwatch, Timing
 from imbsam_fast.bench.report import Report, load
+from imbsam_fast.bench.script import run_script
 from imbsam_fast.bench.shapes import elements
 
 SCRIPTS = [bench_optimizer, bench_split_cross_entropy, bench_step, bench_growth]

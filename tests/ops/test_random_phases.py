@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from samples import doubles
 from torch import Tensor, nn
 
-from imbsam_fast import ImbSAM, ops
+from imbsam_fast import ImbSAM
+from imbsam_fast.ops.arguments import DTYPES
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -40,7 +41,7 @@ class Slot:
 slots = st.builds(
     Slot,
     shape=st.sampled_from([(7,), (), (0,), (3, 5), (1, 1), (4, 2, 3, 3), (300,)]),
-    dtype=st.sampled_from(ops.DTYPES),
+    dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["contiguous", "transposed"]),
     gradients=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     gradient_layout=st.sampled_from(["as the parameter", "contiguous", "transposed", "expanded"]),

@@ -18,8 +18,9 @@ from networks import COUNTS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep, ops
+from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.ops import dispatch
+from imbsam_fast.ops import operators as defined
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,7 +240,7 @@ class AtOperator(TorchDispatchMode):
         if func.namespace != "imbsam_fast":
             return func(*args, **(kwargs or {}))
         with self:
-            return getattr(ops, f"_{func.overloadpacket.__name__}")(*args, **(kwargs or {}))
+            return getattr(defined, f"_{func.overloadpacket.__name__}")(*args, **(kwargs or {}))
 
 
 def allocates(operator: Any) -> bool:

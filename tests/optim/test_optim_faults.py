@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from imbsam_fast import ImbSAM, ops
 from imbsam_fast.ops import reference
+from imbsam_fast.ops.arguments import DTYPES
 from imbsam_fast.optim import interrupts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.filterwarnings("ignore:bfloat16 parameters")
-@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_restore_is_bit_exact_and_ends_the_step(dtype):
     params = parameters(dtype)
     before = snapshot(params)

@@ -16,9 +16,8 @@ from torch import nn
 from torch.func import functional_call
 
 from imbsam_fast import cli
-from imbsam_fast.recipes.analysis import figures as analysis_figures
-from imbsam_fast.recipes.analysis.analysis import (
-    AnalysisSettings,
+from imbsam_fast.recipes.analysis.figures import lines_figure, planes_figure, spectrum_figure
+from imbsam_fast.recipes.analysis.measurements import (
     choose_classes,
     draw,
     finite,
@@ -27,8 +26,9 @@ from imbsam_fast.recipes.analysis.analysis import (
     landscape_analysis,
 )
 from imbsam_fast.recipes.analysis.runs import file_part
+from imbsam_fast.recipes.analysis.settings import AnalysisSettings
+from imbsam_fast.recipes.figures import styles_of
 from imbsam_fast.recipes.models.registry import make_model
-from imbsam_fast.recipes.report.figures import styles_of
 
 pytest.importorskip("torchvision")
 pytest.importorskip("yaml")
@@ -280,7 +280,7 @@ def test_spectra_of_runs_share_their_axes(analysed):
         run.name: json.loads((run / "analyses" / "hessian-few.json").read_text())
         for run in analysed.iterdir()
     }
-    figure = analysis_figures.spectrum_figure(found, styles_of(list(found)))
+    figure = spectrum_figure(found, styles_of(list(found)))
     first, second = figure.axes
     assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
     for axes, analysis in zip(figure.axes, found.values()):
@@ -293,9 +293,9 @@ def test_a_landscape_of_infinite_losses_can_be_drawn():
     line = {"steps": [-1, 0, 1], "tail": [None, 1.0, None]}
     plane = {"steps": [-1, 0, 1], "tail": [[None] * 3, [None, 1.0, None], [None] * 3]}
     analysis = {"groups": ["tail"], "line": line, "plane": plane}
-    figure = analysis_figures.lines_figure({"a": analysis}, styles_of(["a"]))
+    figure = lines_figure({"a": analysis}, styles_of(["a"]))
     figure.draw_without_rendering()
-    analysis_figures.planes_figure({"a": analysis}).draw_without_rendering()
+    planes_figure({"a": analysis}).draw_without_rendering()
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import torch
 pytest.importorskip("torchvision")
 
 from imbsam_fast import cli
-from imbsam_fast.recipes.data.datasets import DATASETS
 from imbsam_fast.recipes.run_directory import RunDirectory, find_runs
 from imbsam_fast.recipes.settings import arguments
 from imbsam_fast.recipes.settings.config import resolve
-from imbsam_fast.recipes.train import run as image_run
+from imbsam_fast.recipes.settings.datasets import DATASETS
 from imbsam_fast.recipes.train.ranks import Ranks, RanksError
+from imbsam_fast.recipes.train.run import run_to_the_end
 from tests import commands, recipe_data
 
 COUNTS = [8, 8, 8]
@@ -78,7 +78,6 @@ def weights(run: Path) -> torch.Tensor:
 def interrupt_after(steps: int, monkeypatch) -> None:
     """SIGTERM to this process after so many steps of a run."""
     left = [steps]
-    run = image_run.run_to_the_end
 
     def interrupted(training, directory, on_step, *others):
         def step(training):
@@ -87,7 +86,7 @@ def interrupt_after(steps: int, monkeypatch) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
             on_step(training)
 
-        return run(training, directory, step, *others)
+        return run_to_the_end(training, directory, step, *others)
 
     monkeypatch.setattr("imbsam_fast.recipes.train.command.run_to_the_end", interrupted)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import recipe_tables, report
-from imbsam_fast.recipes.data.datasets import DATASETS
 from imbsam_fast.recipes.report.comparison import ANALYSES
 from imbsam_fast.recipes.settings.config import resolve
+from imbsam_fast.recipes.settings.datasets import DATASETS
 from tests import tiny_runs
 
 COUNTS = [500, 50, 5]

@@ -16,12 +16,13 @@ from torch import nn
 pytest.importorskip("torchvision")
 
 from imbsam_fast.recipes import run_directory
-from imbsam_fast.recipes.data.datasets import DATASETS
 from imbsam_fast.recipes.data.images import LongTailImages, MemoryImages
-from imbsam_fast.recipes.models.registry import MODELS, classifier, make_model
+from imbsam_fast.recipes.models.names import MODELS
+from imbsam_fast.recipes.models.registry import classifier, make_model
 from imbsam_fast.recipes.run_directory import RunDirectory, RunDirectoryError, find_runs
 from imbsam_fast.recipes.settings import config
 from imbsam_fast.recipes.settings.config import RunConfig
+from imbsam_fast.recipes.settings.datasets import DATASETS
 from imbsam_fast.recipes.train import stages
 from imbsam_fast.recipes.train.epoch_sums import EpochSums
 from imbsam_fast.recipes.train.evaluation import evaluate

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from imbsam_fast import ClassSplit
 from imbsam_fast.recipes import metrics
 from imbsam_fast.recipes.data import digits
-from imbsam_fast.recipes.data.datasets import DATASETS
 from imbsam_fast.recipes.data.datasets import load as load_images
 from imbsam_fast.recipes.data.images import LongTailImages, generator
 from imbsam_fast.recipes.models.convnet import ConvNet
 from imbsam_fast.recipes.models.registry import make_model
 from imbsam_fast.recipes.settings.config import RunConfig, resolve
+from imbsam_fast.recipes.settings.datasets import DATASETS
 from imbsam_fast.recipes.train.evaluation import evaluate
 from imbsam_fast.recipes.train.methods import make_trainer
 from imbsam_fast.recipes.train.training import ORDER, ImageTraining, TrainingDivergedError

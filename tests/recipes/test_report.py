@@ -18,7 +18,7 @@ from tiny_runs import tiny_data_set, train, write_run
 from imbsam_fast import cli
 from imbsam_fast.recipes.data.digits import long_tail_counts
 from imbsam_fast.recipes.metrics import group_of
-from imbsam_fast.recipes.report import figures as compare_figures
+from imbsam_fast.recipes.report import figures
 from imbsam_fast.recipes.report.comparison import (
     Comparison,
     baseline,
@@ -299,7 +299,7 @@ def section(tmp_path):
 
 
 def test_gain_over_sgd_from_frequent_to_rare(section):
-    figure = compare_figures.gain_figure(section)
+    figure = figures.gain_figure(section)
     heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
     assert heights == [[-5, 10, 15], [-5, 10, 15], [-5, 10, 20]]
     assert figure.axes[0].get_title("left") == "ImbSAM, paper, eta 20, minus SGD"
@@ -309,14 +309,14 @@ def test_gain_of_many_classes_is_a_moving_average(tmp_path):
     counts = [2000 - k for k in range(400)]
     write_run(tmp_path / "a", [50.0] * 400, counts)
     write_run(tmp_path / "b", [50.0 + k // 8 for k in range(400)], counts, optimizer="sam")
-    (axes,) = compare_figures.gain_figure(one_section(tmp_path)).axes
+    (axes,) = figures.gain_figure(one_section(tmp_path)).axes
     vertices = axes.collections[0].get_paths()[0].vertices
     assert not axes.patches and vertices[:, 1].max() == pytest.approx(49.0)
 
 
 def test_no_gain_without_sgd(tmp_path):
     write_run(tmp_path / "a", [1, 2, 3], optimizer="sam")
-    assert compare_figures.gain_figure(one_section(tmp_path)) is None
+    assert figures.gain_figure(one_section(tmp_path)) is None
 
 
 def test_the_baseline_is_the_sgd_that_differs_least(tmp_path):
@@ -337,7 +337,7 @@ def test_families_differ_in_rho_and_eta_alone(section):
 
 
 def test_accuracy_against_rho_and_eta(section):
-    (figure,) = compare_figures.ablation_figures(section).values()
+    (figure,) = figures.ablation_figures(section).values()
     few = figure.axes[3]
     assert few.get_title("left") == "Few classes"
     lines = {line.get_label(): line for line in few.containers}
@@ -347,14 +347,14 @@ def test_accuracy_against_rho_and_eta(section):
 
 
 def test_curves_are_means_over_seeds(section):
-    figure = compare_figures.curves_figure(section)
+    figure = figures.curves_figure(section)
     titles = [axes.get_title("left") for axes in figure.axes if axes.get_visible()]
     assert titles == ["Training loss", "Training accuracy"]
     assert list(figure.axes[0].lines[0].get_ydata()) == [3.0, 1.5, 1.0]
 
 
 def test_many_groups_look_different():
-    looks = compare_figures.styles_of([str(i) for i in range(32)])
+    looks = figures.styles_of([str(i) for i in range(32)])
     assert len(set(looks.values())) == 32
 
 
@@ -477,10 +477,10 @@ def test_cost_is_the_time_of_an_epoch_in_those_of_sgd_and_the_peak_memory(tmp_pa
     }  # fmt: skip
     assert costs["ImbSAM"].texts() == ("2.50", "2.00")
     assert costs["SAM"].texts() == ("-", "-")
-    drawn = compare_figures.cost_figure(section)
+    drawn = figures.cost_figure(section)
     assert [len(axes.containers) for axes in drawn.axes] == [2] * 4
     assert "2.50" in shown(compare([tmp_path])) and "Accuracy against cost" in page(
         compare([tmp_path])
     )
     section.groups = [group for group in section.groups if group.label != "SGD"]
-    assert compare_figures.cost_figure(section) is None
+    assert figures.cost_figure(section) is None

@@ -14,7 +14,7 @@ from imbsam_fast.ops import dispatch, native
 from imbsam_fast.recipes.data.datasets import load
 from imbsam_fast.recipes.run_directory import find_runs
 from imbsam_fast.recipes.settings import arguments
-from imbsam_fast.recipes.train import command as train_images
+from imbsam_fast.recipes.train import command
 from imbsam_fast.recipes.train.evaluation import evaluate
 from imbsam_fast.recipes.train.options import configurations
 from imbsam_fast.recipes.train.run import load_model
@@ -164,7 +164,7 @@ def test_a_single_optimizer_with_group_norm(tmp_path, capsys):
 def test_threads_hold_for_the_run_only(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        train_images, "run_to_the_end", lambda *_: seen.append(torch.get_num_threads()) or RESULT
+        command, "run_to_the_end", lambda *_: seen.append(torch.get_num_threads()) or RESULT
     )
     before = torch.get_num_threads()
     argv = ["--optimizer", "sgd", "--threads", str(before + 1), "--save", str(tmp_path / "runs")]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep, frozen_batch_norm_statistics
+from imbsam_fast.optim.replicas import average_
 from imbsam_fast.training.batch_norm import has_batch_statistics
-from imbsam_fast.training.data_parallel import average_
 
 
 def train(model: nn.Module, rank: int, ranks: int, **settings) -> None:

@@ -11,6 +11,7 @@ from .settings import ANALYSES, BATCH_NORM_MODES, KINDS, AnalysisSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options on `parser`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="run directories of `imbsam-fast train`, or directories that hold "
                         "some")  # fmt: skip

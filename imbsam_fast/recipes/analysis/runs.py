@@ -23,12 +23,9 @@ from ..run_directory import RunDirectory, RunDirectoryError
 from ..settings.config import RunConfig
 from ..settings.datasets import DATASETS
 from ..train.run import load_model
-from . import figures as analysis_figures
-from .analysis import (
-    HESSIAN,
-    LANDSCAPE,
+from .figures import lines_figure, planes_figure, spectrum_figure
+from .measurements import (
     PARTS,
-    AnalysisSettings,
     Sample,
     choose_classes,
     draw,
@@ -36,6 +33,7 @@ from .analysis import (
     in_ranges,
     landscape_analysis,
 )
+from .settings import HESSIAN, LANDSCAPE, AnalysisSettings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -142,10 +140,10 @@ def figures(label: str, result: dict[str, Any]) -> dict[str, Figure]:
     """File name suffix -> picture of one analysis."""
     looks = styles_of([label])
     if result["analysis"] == HESSIAN:
-        return {"": analysis_figures.spectrum_figure({label: result}, looks)}
+        return {"": spectrum_figure({label: result}, looks)}
     return {
-        "-line": analysis_figures.lines_figure({label: result}, looks),
-        "-plane": analysis_figures.planes_figure({label: result}),
+        "-line": lines_figure({label: result}, looks),
+        "-plane": planes_figure({label: result}),
     }
 
 

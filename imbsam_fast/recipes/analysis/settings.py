@@ -32,4 +32,5 @@ class AnalysisSettings:
 
     @property
     def landscape_ticks(self) -> int:
+        """Losses that one landscape computes."""
         return self.line_points + self.plane_points**2

@@ -107,6 +107,7 @@ class Detector(BaseEstimator, ABC):
         torch.save(content, path)
 
     def restore_state(self, content: dict[str, Any]) -> None:
+        """Make this detector the fitted one whose state `content` is."""
         self.low_, self.span_ = content["low"].numpy(), content["span"].numpy()
         self.n_features_in_ = len(self.low_)
         self.network_ = self._make_network(self.n_features_in_).eval()

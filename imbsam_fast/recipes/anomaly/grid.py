@@ -109,6 +109,7 @@ def run_job(job: Job) -> list[Fit]:
 
 
 def detector_file(cell: Cell, method: str) -> str:
+    """The file name of a saved detector."""
     name = f"{cell.set}_{cell.detector}_{method}_{cell.protocol}_{cell.ratio:g}_{cell.seed}"
     return f"{name}.pt"
 

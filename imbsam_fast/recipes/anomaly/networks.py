@@ -64,4 +64,5 @@ class Scorer(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features (N, D) to scores (N,)."""
         return self.score(torch.relu(self.hidden(x))).squeeze(1)

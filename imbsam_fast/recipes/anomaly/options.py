@@ -12,6 +12,7 @@ from .settings import BASE_NAMES, DETECTOR_NAMES, OPTIMIZERS, PROTOCOLS, Setting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options on `parser`."""
     parser.description = (
         "Train DeepSAD and DevNet on ADBench's .npz sets with SGD, SAM and ImbSAM, labelled "
         "anomalies being the tail class, and show AUCROC and AUCPR beside the paper's Table 4."

@@ -50,6 +50,7 @@ class Settings:
     pretrain_epochs: int
 
     def label(self, method: str) -> str:
+        """The name of a method in tables."""
         optimizer, weight = parsed_method(method)
         name = {"sgd": BASE_NAMES[self.base], "sam": "SAM", "imbsam": "ImbSAM"}[optimizer]
         return name if weight == 1 else f"{name}, weight {weight:g}"
@@ -98,4 +99,5 @@ class Fit(NamedTuple):
 
     @property
     def cell(self) -> Cell:
+        """What was trained, without the method."""
         return Cell(*self[:5])

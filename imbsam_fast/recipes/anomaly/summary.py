@@ -32,6 +32,7 @@ Areas = dict[str, dict[int, float]]
 
 
 def areas(fits: Iterable[Fit], metric: str) -> Areas:
+    """The metric of every fit, by set and seed."""
     found: Areas = {}
     for fit in fits:
         found.setdefault(fit.set, {})[fit.seed] = getattr(fit, metric)

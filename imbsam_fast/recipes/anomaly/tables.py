@@ -55,6 +55,7 @@ class Table(NamedTuple):
 
     @property
     def title(self) -> str:
+        """The line above the table."""
         least, most = self.seeds
         seeds = f"{most} seed{'s' if most > 1 else ''}"
         if least < most:
@@ -81,6 +82,7 @@ def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
 
 
 def by_family(fits: Sequence[Fit]) -> Iterator[Family]:
+    """The fits of each family of sets, as the paper groups them."""
     for name in sorted({paper.family(f.set) for f in fits}):
         own = [f for f in fits if paper.family(f.set) == name]
         sets = {f.set for f in own}
@@ -121,8 +123,10 @@ def _paper(fit: Fit, method: str, family: str) -> str:
 
 
 def value(v: Value) -> str:
+    """Mean ± standard deviation, in %."""
     return f"{v.mean:.1f}" if v.std is None else f"{v.mean:.1f} ± {v.std:.1f}"
 
 
 def signed(d: Difference) -> str:
+    """A difference with its sign ± its standard error."""
     return f"{d.mean:+.2f}" if d.error is None else f"{d.mean:+.2f} ± {d.error:.2f}"

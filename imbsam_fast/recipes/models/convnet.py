@@ -32,6 +32,7 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(64, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) to logits (N, K)."""
         return self.classifier(self.features(images).mean(dim=(2, 3)))
 
 

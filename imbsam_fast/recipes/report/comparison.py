@@ -61,6 +61,7 @@ class Group:
 
     @property
     def finished(self) -> list[ComparedRun]:
+        """The runs that have a result."""
         return [run for run in self.runs if run.result is not None]
 
     def accuracy(self, checkpoint: str, view: str) -> dict[str, Value | None] | None:
@@ -119,10 +120,12 @@ class Section:
 
     @property
     def dataset(self) -> str:
+        """The data set's name."""
         return self.data["dataset"]
 
     @property
     def imbalance_factor(self) -> float | None:
+        """Images of the largest class over those of the smallest, where it was chosen."""
         return self.data["imbalance_factor"]
 
     @property
@@ -133,6 +136,7 @@ class Section:
 
     @property
     def title(self) -> str:
+        """The data set and the sizes of its classes."""
         if self.counts is None:
             return f"{self.dataset} (no finished run)"
         return (
@@ -142,10 +146,13 @@ class Section:
 
     @property
     def finished(self) -> list[Group]:
+        """The groups with at least one finished run."""
         return [group for group in self.groups if group.finished]
 
 
 class Comparison(NamedTuple):
+    """Runs that can be compared, one section for each data set, and what could not be read."""
+
     sections: list[Section]
     faults: list[Fault]
 

@@ -19,6 +19,7 @@ BARS_UP_TO = 200  # classes; more are drawn as a moving average
 
 
 def styles(groups: Sequence[Group]) -> dict[str, Style]:
+    """One colour and line style for each group."""
     return styles_of([group.label for group in groups])
 
 
@@ -198,6 +199,7 @@ def _curve(axes: Axes, points: list[tuple[int, float, float | None]], style: Sty
 
 
 def legend_below(figure: Figure, lines: dict[str, Any]) -> None:
+    """One legend for all axes, below them."""
     figure.legend(
         list(lines.values()),
         list(lines),

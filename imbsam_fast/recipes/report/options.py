@@ -9,6 +9,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options on `parser`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="run directories of `imbsam-fast train`, or directories that hold "
                         "some at any depth; runs that differ in their seed alone are one row, "

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..analysis import figures as analysis_figures
+from ..analysis.figures import lines_figure, planes_figure, spectrum_figure
 from ..metrics import COLUMNS, accuracy_cell
 from .comparison import CHECKPOINTS, VIEWS, ComparedRun, Comparison, Group, Section, differences
 from .figures import (
@@ -188,7 +188,7 @@ def _hessian_pictures(
         "Spectral density of the Hessian of the mean training loss, its largest eigenvalue and "
         f"its trace with the standard error (as Fig. 3 of the paper). {_describe(analyses)}"
     )
-    figure = analysis_figures.spectrum_figure(analyses, looks)
+    figure = spectrum_figure(analyses, looks)
     return f"Hessian on {first['classes']} classes", [_svg(figure, name, caption)]
 
 
@@ -196,8 +196,8 @@ def _landscape_pictures(
     analyses: dict[str, dict[str, Any]], looks: Any, name: str
 ) -> tuple[str, list[Picture]]:
     about = f"filter-normalised random directions (as Fig. 1 of the paper). {_describe(analyses)}"
-    lines = analysis_figures.lines_figure(analyses, looks)
-    planes = analysis_figures.planes_figure(analyses)
+    lines = lines_figure(analyses, looks)
+    planes = planes_figure(analyses)
     return "Loss landscapes", [
         _svg(lines, f"{name}-line", f"Loss along one of the {about}"),
         _svg(planes, f"{name}-plane", f"Loss over two {about}"),

@@ -192,6 +192,7 @@ class RunConfig:
         return ", ".join(long for _, long in self._name_parts() if long)
 
     def directory_name(self) -> str:
+        """The name of the run's directory: what differs from the defaults, and the seed."""
         return "-".join([*(short for short, _ in self._name_parts()), f"seed{self.seed}"])
 
     def _name_parts(self) -> list[tuple[str, str]]:

@@ -1,0 +1,54 @@
+"""Whose memory a gradient is: only what nobody else can reach is held, or becomes *saved* weights.
+
+DistributedDataParallel's bucket views, a flat gradient buffer, a gradient that a logger keeps:
+others write there in the next backward pass, or sooner. Such a gradient is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from operator import attrgetter
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from .buckets import Slots
+
+_ONLY_TENSORS = {Tensor}
+_address = attrgetter("_cdata")
+# A torch without it: every gradient counts as shared, and is copied.
+_uses = getattr(torch._C, "_storage_Use_Count", lambda address: 0)
+# What the two counts are of a tensor that only a list refers to, its storage looked at from here.
+_REFERENCES = max(map(sys.getrefcount, [torch.zeros((), device="cpu")]))
+_USES = 2
+
+
+def owned(gradients: Slots) -> Slots:
+    """`gradients`, with copies of those whose memory anything outside this list may reach.
+
+    That is a tensor that is referred to elsewhere, a view or a tensor with views, memory that
+    torch did not allocate (NumPy's, other processes', a CUDA graph's pool), and whatever a tensor
+    subclass wraps. The caller keeps no reference besides the list.
+    """
+    if torch.compiler.is_compiling():  # the compiled code will meet gradients of either kind
+        return [None if g is None else g.clone() for g in gradients]
+    references = [*map(sys.getrefcount, gradients)]
+    if set(map(type, gradients)) == _ONLY_TENSORS and max(references) <= _REFERENCES:
+        storages = [*map(Tensor.untyped_storage, gradients)]
+        if set(map(_uses, map(_address, storages))) == {_USES} and all(
+            map(UntypedStorage.resizable, storages)
+        ):
+            return gradients
+        del storages
+    return [
+        g if g is None or (count <= _REFERENCES and _is_alone(g)) else g.clone()
+        for g, count in zip(gradients, references)
+    ]
+
+
+def _is_alone(g: Tensor) -> bool:
+    """Whether this tensor is the only one on its memory, which torch's allocator gave it."""
+    if type(g) is not Tensor:
+        return False
+    storage = g.untyped_storage()
+    return _uses(storage._cdata) == _USES and storage.resizable()
