@@ -35,6 +35,7 @@ CLASSES = 100
 TAIL_FRACTION = 0.25
 LEAN_JOINT, LEAN_SPLIT = "LeanImbSAM, joint", "LeanImbSAM, split"
 LAGGED_SPLIT = "ImbSAM, lagged split"
+SAMPLED, LEAN_SAMPLED = "ImbSAM, sampled 0.25", "LeanImbSAM, sampled 0.25"
 
 Step = Callable[[Tensor, Tensor], object]
 # From the network, its SGD and the criterion of the batch; all but SGD's own need the last.
@@ -76,7 +77,7 @@ def authors(model: nn.Module, base: torch.optim.SGD, criterion: SplitCrossEntrop
     return peers.authors_training_step(model, masks, peers.AuthorsSequence(base))
 
 
-def planned(plan: str, kind: type[ImbSAM] = ImbSAM, **settings: bool) -> Contestant:
+def planned(plan: str, kind: type[ImbSAM] = ImbSAM, **settings: Any) -> Contestant:
     return lambda model, base, criterion: TrainStep(model, criterion, kind(base), plan, **settings)
 
 
@@ -86,14 +87,17 @@ CONTESTANTS: dict[str, Contestant] = {
     JOINT: planned("joint"),
     SPLIT: planned("split"),
     LAGGED_SPLIT: planned("split", lagged=True),
+    SAMPLED: planned("sampled", sample=0.25),
     LEAN_JOINT: planned("joint", LeanImbSAM),
     LEAN_SPLIT: planned("split", LeanImbSAM),
+    LEAN_SAMPLED: planned("sampled", LeanImbSAM, sample=0.25),
 }
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {  # and the rows of a batch
     "MLP, 8 layers of 1024": (lambda: networks.mlp(CLASSES, 1024, 8), 32),
     "LayerNorm ViT, 6 layers of 384": (lambda: networks.LayerNormViT(CLASSES, 384, 6), 8),
+    "BatchNorm ResNet": (lambda: networks.batch_norm_resnet(CLASSES), 128),
     "GroupNorm ResNet": (lambda: networks.group_norm_resnet(CLASSES), 32),
 }
 QUICK_NETWORKS = {"MLP, 2 layers of 64": (lambda: networks.mlp(CLASSES, 64, 2), 4)}

@@ -38,7 +38,7 @@ FORMAT = 1
 # Where runs may differ from their control: everything that makes the method.
 METHOD_KEYS = frozenset(
     ("label", "optimizer", "preset", "eta", "inclusive", "tail_weight", "batch_norm", "rho", "plan",
-     "lagged", "gamma", "lam")
+     "sample", "perturb_every", "lagged", "gamma", "lam")
 )  # fmt: skip
 NOT_RECORDED = PLACE_KEYS - {"seed"}
 LOGGED = ("epoch", "loss", "head", "tail", "train_accuracy")  # no times: other work ran beside

@@ -95,16 +95,17 @@ void squared_norm(int dtype, const Sizes& numel, const Pointers& g_t,
 }
 
 void perturb_(int dtype, const Sizes& numel, const Pointers& theta,
-              const Pointers& g_t, const Pointers& master, uintptr_t partials,
-              int64_t partial_count, double rho, bool adaptive, int threads) {
+              const Pointers& g_t, const Pointers& master, const Pointers& held,
+              uintptr_t partials, int64_t partial_count, double rho, bool adaptive, int threads) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
   lists.kept_with(master);
+  lists.optional("held", held);
   lists.disjoint();
   IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
-  cpu::perturb_(lists.table(), out(theta), out(g_t), in(master), (const double*)pointer(partials),
-                partial_count, rho, adaptive, threads);
+  cpu::perturb_(lists.table(), out(theta), out(g_t), in(master), out(held),
+                (const double*)pointer(partials), partial_count, rho, adaptive, threads);
 }
 
 // step: counts on the host, which a step that is not skipped advances; [] for none.
@@ -260,16 +261,17 @@ void cuda_squared_norm(int dtype, const Sizes& numel, const Pointers& g_t,
 }
 
 void cuda_perturb_(int dtype, const Sizes& numel, const Pointers& theta,
-                   const Pointers& g_t, const Pointers& master, uintptr_t partials,
-                   int64_t partial_count, double rho, bool adaptive, int device,
-                   uintptr_t stream) {
+                   const Pointers& g_t, const Pointers& master, const Pointers& held,
+                   uintptr_t partials, int64_t partial_count, double rho, bool adaptive,
+                   int device, uintptr_t stream) {
   Lists lists("perturb_", dtype, numel);
   lists.required("theta", theta);
   lists.required("g_t", g_t);
   lists.kept_with(master);
+  lists.optional("held", held);
   lists.disjoint();
   IMBSAM_CHECK(partials || partial_count == 0, "perturb_: partials is a null pointer");
-  cuda::perturb_(lists.table(), out(theta), out(g_t), in(master),
+  cuda::perturb_(lists.table(), out(theta), out(g_t), in(master), out(held),
                  (const double*)pointer(partials), partial_count, rho, adaptive,
                  on(device, stream));
 }

@@ -110,11 +110,11 @@ namespace cpu {
 void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
                   double* partials, int threads);
 
-// bytes: 2n read, 2n written (with master 2n read, 1n written). partials: those of squared_norm
-// over all parameters.
+// bytes: 2n read, 2n written (with master 2n read, 1n written; with held 1n more each). partials:
+// those of squared_norm over all parameters.
 void perturb_(const Table&, void* const* theta, void* const* g_t, const void* const* master,
-              const double* partials, int64_t partial_count, double rho, bool adaptive,
-              int threads);
+              void* const* held, const double* partials, int64_t partial_count, double rho,
+              bool adaptive, int threads);
 
 // The step of a base. steps[i]: the steps that tensor i took, this one included; null where the
 // base has no counts. bytes: see kBases
@@ -191,10 +191,11 @@ const char* reason_unavailable();
 void squared_norm(const Table&, const void* const* g_t, const void* const* theta,
                   double* partials, const Stream&);
 
-// bytes: 2n read, 2n written (with master 2n read, 1n written). Every block sums the partials.
+// bytes: 2n read, 2n written (with master 2n read, 1n written; with held 1n more each). Every block
+// sums the partials.
 void perturb_(const Table&, void* const* theta, void* const* g_t, const void* const* master,
-              const double* partials, int64_t partial_count, double rho, bool adaptive,
-              const Stream&);
+              void* const* held, const double* partials, int64_t partial_count, double rho,
+              bool adaptive, const Stream&);
 
 // The step of a base. step[i]: one float on the device, the steps that tensor i took before this
 // one; null where the base has no counts. bytes: see kBases

@@ -157,45 +157,53 @@ def scale_kernel(
 
 @triton.jit
 def perturb_block(
-    theta, g_t, master, offsets, n, scale, ADAPTIVE: tl.constexpr, MASTER: tl.constexpr,
-    DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+    theta, g_t, master, held, offsets, n, scale, ADAPTIVE: tl.constexpr, MASTER: tl.constexpr,
+    HELD: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     saved = read(master if MASTER else theta, offsets, n, WHOLE)
     direction = read(g_t, offsets, n, WHOLE).to(ARITHMETIC)
     start = saved.to(ARITHMETIC)
+    if HELD:
+        rest = read(held, offsets, n, WHOLE).to(ARITHMETIC) - direction
     if ADAPTIVE:
         direction = start * start * direction
     moved = start + scale * direction
     all_read(WHOLE)
+    if HELD:
+        write(held, offsets, n, rest.to(DTYPE), WHOLE)
     if not MASTER:
         write(g_t, offsets, n, saved, WHOLE)
     write(theta, offsets, n, moved.to(DTYPE), WHOLE)
 
 
-# LISTS: theta, g_t, master. bytes: 2n read, 2n written (with master 2n read, 1n written)
+# LISTS: theta, g_t, master, held. bytes: 2n read, 2n written (with master 2n read, 1n written; with
+# held 1n more each)
 @triton.jit
 def perturb_kernel(
     spans, addresses, scale,
-    ADAPTIVE: tl.constexpr, MASTER: tl.constexpr, DTYPE: tl.constexpr, ARITHMETIC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ADAPTIVE: tl.constexpr, MASTER: tl.constexpr, HELD: tl.constexpr, DTYPE: tl.constexpr,
+    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what squared_norm read last is still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     scale = tl.load(scale)
-    record, first, n, whole = span_of(program, spans, addresses, 3, BLOCK)
+    record, first, n, whole = span_of(program, spans, addresses, 4, BLOCK)
     theta = at(record, 0, first, DTYPE)
     g_t = at(record, 1, first, DTYPE)
     master = at(record, 2, first, ARITHMETIC)
+    held = at(record, 3, first, DTYPE)
     for block in range(whole, tl.cdiv(n, BLOCK)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         perturb_block(
-            theta, g_t, master, offsets, n, scale, ADAPTIVE, MASTER, DTYPE, ARITHMETIC, False
-        )
+            theta, g_t, master, held, offsets, n, scale, ADAPTIVE, MASTER, HELD, DTYPE,
+            ARITHMETIC, False,
+        )  # fmt: skip
     for back in range(whole):
         offsets = (whole - 1 - back) * BLOCK + tl.arange(0, BLOCK)
         perturb_block(
-            theta, g_t, master, offsets, n, scale, ADAPTIVE, MASTER, DTYPE, ARITHMETIC, True
-        )
+            theta, g_t, master, held, offsets, n, scale, ADAPTIVE, MASTER, HELD, DTYPE,
+            ARITHMETIC, True,
+        )  # fmt: skip
 
 
 def perturb_(
@@ -205,10 +213,11 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
+    held: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_. Two launches: the norm from the partials, then all tensors."""
     span, block, threads = CONFIGURATIONS["perturb_"]
-    spans, addresses, programs = table(span, (theta, g_t, master))
+    spans, addresses, programs = table(span, (theta, g_t, master, held))
     if not programs:
         return
     dtype = theta[0].dtype
@@ -221,7 +230,7 @@ def perturb_(
         )  # fmt: skip
         perturb_kernel[(programs,)](
             spans, addresses, scale,
-            ADAPTIVE=adaptive, MASTER=len(master) > 0, DTYPE=DTYPES[dtype],
+            ADAPTIVE=adaptive, MASTER=len(master) > 0, HELD=len(held) > 0, DTYPE=DTYPES[dtype],
             ARITHMETIC=DTYPES[arithmetic], BLOCK=block, **launch_options(threads),
         )  # fmt: skip
 

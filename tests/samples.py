@@ -113,10 +113,11 @@ def steps(count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -
     return [torch.tensor(float(i % 2), dtype=dtype, device=device) for i in range(count)]
 
 
-def _perturb(x: SimpleNamespace, adaptive: bool) -> list[Tensor]:
+def _perturb(x: SimpleNamespace, adaptive: bool, subtract: bool = False) -> list[Tensor]:
     partials = scalar(2.5, x.theta[0].device.type).reshape(1)
-    ops.perturb_(x.theta, x.g_p, partials, RHO, adaptive, master=getattr(x, "master", ()))
-    return [*x.theta, *x.g_p]
+    master, held = getattr(x, "master", ()), x.g_h if subtract else ()
+    ops.perturb_(x.theta, x.g_p, partials, RHO, adaptive, master, held)
+    return [*x.theta, *x.g_p, *held]
 
 
 def arguments_of(op: str, x: SimpleNamespace, variant: str = "") -> dict[str, Any]:
@@ -147,6 +148,7 @@ def _merge(x: SimpleNamespace) -> list[Tensor]:
 UPDATES: dict[str, Callable[[SimpleNamespace], list[Tensor]]] = {
     "perturb_": lambda x: _perturb(x, adaptive=False),
     "perturb_ adaptive": lambda x: _perturb(x, adaptive=True),
+    "perturb_ held": lambda x: _perturb(x, adaptive=False, subtract=True),
     **{
         f"{op} {variant}".rstrip(): functools.partial(_update, op, variant)
         for op, base in BASES.items()

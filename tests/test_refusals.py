@@ -22,7 +22,7 @@ Arguments = dict[str, Any]
 # The lists of every operation, in the order in which they are checked.
 LISTS = {
     "squared_norm": ("g_t", "theta"),
-    "perturb_": ("theta", "g_t"),
+    "perturb_": ("theta", "g_t", "held"),
     **{op: ("theta", "g_p", "saved", "g_h", *base.state) for op, base in BASES.items()},
     "merge_": ("theta", "g_p", "saved", "g_h"),
     "grad_check": ("g_p", "g_h"),
@@ -225,7 +225,9 @@ def half(op: str) -> Arguments:
 
 MASTER_CHANGES: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
     "float32 weights": (
-        lambda a: {n: [t.float() for t in a[n]] for n in ("theta", "g_p", "g_h", "g_t") if n in a},
+        lambda a: {
+            n: [t.float() for t in a[n]] for n in ("theta", "g_p", "g_h", "g_t", "held") if n in a
+        },
         r"theta\[0\] is torch.float32, expected with master weights torch.bfloat16 or",
     ),
     "half master": (
@@ -315,7 +317,7 @@ OK = [0, 0]  # replaced by real pointers
 # for one of them, "#x" for how many elements are there and a tuple for a list of lists.
 POINTER_CALLS: dict[str, tuple[Any, ...]] = {
     "squared_norm": ("g_t", "theta", "&partials", 1),
-    "perturb_": ("theta", "g_t", [], "&partials", "#partials", 0.1, False, 1),
+    "perturb_": ("theta", "g_t", [], "held", "&partials", "#partials", 0.1, False, 1),
     "merge_": ("theta", "saved", "g_h", "g_p", 1),
     "grad_check": ("g_h", "g_p", "&partials", 1),
     **{

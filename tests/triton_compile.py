@@ -67,7 +67,7 @@ def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
         ),
         "perturb_": (
             multi_tensor.perturb_kernel,
-            {**TABLE, "scale": "*arithmetic", "ADAPTIVE": True, "MASTER": False},
+            {**TABLE, "scale": "*arithmetic", "ADAPTIVE": True, "MASTER": False, "HELD": False},
         ),
         **{op: (update.kernel, update_arguments(update)) for op, update in updates.UPDATES.items()},
         "merge_": (multi_tensor.merge_kernel, {**TABLE, **LISTS}),
@@ -108,6 +108,8 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
             if "scale" in arguments:
                 arguments["scale"] = f"*{arithmetic.name}"
             yield op, dtype, kernel, arguments, threads
+            if op == "perturb_":
+                yield f"{op} held", dtype, kernel, {**arguments, "HELD": True}, threads
             if op in KEEPING and dtype in (tl.bfloat16, tl.float16):  # with master weights
                 arguments |= {"KEPT": arithmetic, "MASTER": True}
                 yield f"{op} master", dtype, kernel, arguments, threads

@@ -169,8 +169,8 @@ void squared_norm(const Table& table, const void* const* g_t, const void* const*
 }
 
 void perturb_(const Table& table, void* const* theta, void* const* g_t, const void* const* master,
-              const double* partials, int64_t partial_count, double rho, bool adaptive,
-              int threads) {
+              void* const* held, const double* partials, int64_t partial_count, double rho,
+              bool adaptive, int threads) {
   double squared_norm = 0;
   for (int64_t i = 0; i < partial_count; ++i) squared_norm += partials[i];
   const double scale = table.dtype == DType::float64
@@ -183,7 +183,8 @@ void perturb_(const Table& table, void* const* theta, void* const* g_t, const vo
     // Backwards: what squared_norm read last is still in the last-level cache.
     all.backward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
       spans.perturb_(at(theta, i, e, size), at(g_t, i, e, size),
-                     at(master, i, e, size_of_state(table, true)), n, scale, adaptive);
+                     at(master, i, e, size_of_state(table, true)), at(held, i, e, size), n, scale,
+                     adaptive);
     });
   });
 }

@@ -30,9 +30,9 @@ struct UpdateSpan {
 struct Spans {
   // Sum of squares of g, or of theta g where theta is not null.
   double (*squared_norm)(const void* g_t, const void* theta, int64_t n);
-  // Null master: absent, and below saved and g_h too.
-  void (*perturb_)(void* theta, void* g_t, const void* master, int64_t n, double scale,
-                   bool adaptive);
+  // Null master, held: absent, and below saved and g_h too.
+  void (*perturb_)(void* theta, void* g_t, const void* master, void* held, int64_t n,
+                   double scale, bool adaptive);
   // By Base. stream: write theta past the caches.
   void (*update_[kBaseCount])(const UpdateSpan&, const UpdateSettings&, bool stream);
   void (*merge_)(void* theta, const void* saved, const void* g_h, void* g_p, int64_t n,

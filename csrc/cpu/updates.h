@@ -34,31 +34,35 @@ IMBSAM_INLINE void with_bool(bool b, F f) {
 }
 
 template <class T>
-void perturb_(void* theta_, void* g_t_, const void* master_, int64_t n, double scale_,
-              bool adaptive) {
+void perturb_(void* theta_, void* g_t_, const void* master_, void* held_, int64_t n,
+              double scale_, bool adaptive) {
   typedef typename Lanes<T>::S S;
   constexpr int lanes = Lanes<T>::kLanes;
-  T *theta = (T*)theta_, *g_t = (T*)g_t_;
+  T *theta = (T*)theta_, *g_t = (T*)g_t_, *held = (T*)held_;
   const S* master = (const S*)master_;
   const S scale = (S)scale_;
   // With master weights theta is not read and g_t not written.
-  const auto line = [&](T* t, T* g, const S* from) {
+  const auto line = [&](T* t, T* g, const S* from, T* h) {
     const auto start = from ? load(from) : load(t);
     const auto moved = perturbed(start, load(g), scale, adaptive);
+    if (h) store(h, load(h) - load(g));
     if (!from) copy(g, t, lanes);
     store(t, moved);
   };
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) line(theta + i, g_t + i, master ? master + i : nullptr);
+  for (; i + lanes <= n; i += lanes)
+    line(theta + i, g_t + i, master ? master + i : nullptr, held ? held + i : nullptr);
   if (i < n) {
-    T t[lanes] = {}, g[lanes] = {};
+    T t[lanes] = {}, g[lanes] = {}, h[lanes] = {};
     S from[lanes] = {};
     copy(t, theta + i, n - i);
     copy(g, g_t + i, n - i);
     if (master) copy(from, master + i, n - i);
-    line(t, g, master ? from : nullptr);
+    if (held) copy(h, held + i, n - i);
+    line(t, g, master ? from : nullptr, held ? h : nullptr);
     copy(theta + i, t, n - i);
     copy(g_t + i, g, n - i);
+    if (held) copy(held + i, h, n - i);
   }
 }
 

@@ -141,12 +141,13 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
+    held: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
     partials = partials.contiguous()
     _C.perturb_(
-        *_table(theta), theta, g_t, master, partials.data_ptr(), len(partials), rho, adaptive,
-        torch.get_num_threads(),
+        *_table(theta), theta, g_t, master, held, partials.data_ptr(), len(partials), rho,
+        adaptive, torch.get_num_threads(),
     )  # fmt: skip
 
 

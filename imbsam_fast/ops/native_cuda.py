@@ -39,11 +39,12 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
+    held: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
     partials = partials.contiguous()
     _C.cuda_perturb_(
-        *_table(theta), theta, g_t, master, _pointer(partials), len(partials), rho, adaptive,
+        *_table(theta), theta, g_t, master, held, _pointer(partials), len(partials), rho, adaptive,
         *_on(theta[0].device),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from ..kernels.arithmetic import CHUNK, arithmetic_dtype
 from ..validation import check_batch_size
 from . import dispatch, reference
 from .arguments import DTYPES, check_lists, check_master, is_transformed, unobserved
-from .library import LIBRARY, NAMESPACE, define, fake, mutated, run
+from .library import LIBRARY, NAMESPACE, define, fake, mutated
 
 
 def computes_in_place(device: torch.device) -> bool:
@@ -57,9 +57,10 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
     master: Sequence[Tensor] = (),
+    held: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
-    read = check_lists("perturb_", theta=theta, g_t=g_t)
+    read = check_lists("perturb_", theta=theta, g_t=g_t, held=held)
     kept = check_master("perturb_", theta, master=master) if master else [master]
     if not isinstance(rho, (int, float)) or not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
@@ -71,17 +72,20 @@ def perturb_(
         raise ValueError(
             f"perturb_: partials is on {partials.device}, expected {theta[0].device} as theta"
         )
-    read = None if read is None or kept is None else [*read, *kept]
-    run(_perturb_, NAMESPACE.perturb_, read, (theta, g_t, partials, rho, adaptive, master))
+    if read is None or kept is None:
+        NAMESPACE.perturb_(theta, g_t, partials, rho, adaptive, master, held)
+        return
+    theta, g_t, held = read
+    _perturb_(theta, g_t, partials, rho, adaptive, kept[0], held)
 
 
 @define(
     "perturb_(Tensor(a!)[] theta, Tensor(b!)[] g_t, Tensor partials, float rho, bool adaptive,"
-    " Tensor[] master) -> ()"
+    " Tensor[] master, Tensor(c!)[] held) -> ()"
 )
-def _perturb_(theta, g_t, partials, rho, adaptive, master):
-    dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive, master)
-    mutated(theta, () if master else g_t)
+def _perturb_(theta, g_t, partials, rho, adaptive, master, held):
+    dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive, master, held)
+    mutated(theta, () if master else g_t, held)
 
 
 def merge_(

@@ -54,8 +54,9 @@ def perturb_(
     rho: float,
     adaptive: bool = False,
     master: Sequence[Tensor] = (),  # the float32 weights whose rounding theta is; else []
+    held: Sequence[Tensor] = (),  # what g_t is taken away from
 ) -> None:
-    """theta <- theta + rho g_t / ||g_t||; the buffer of g_t receives the unperturbed theta.
+    """theta <- theta + rho g_t / ||g_t||; held <- held - g_t; g_t <- the unperturbed theta.
 
     Adaptive (ASAM): theta <- theta + rho theta^2 g_t / ||theta g_t||. With master weights these
     stand for theta on the right, and g_t is left as it is: the master weights are the saved ones.
@@ -66,6 +67,8 @@ def perturb_(
     for w, g in zip(master or theta, g_t):
         direction = w.to(dtype).square() * g.to(dtype) if adaptive else g.to(dtype)
         perturbed.append(w.to(dtype) + scale * direction)
+    for h, g in zip(held, g_t):
+        h.copy_(h.to(dtype) - g.to(dtype))
     for t, g, new in zip(theta, g_t, perturbed):
         if not master:
             g.copy_(t)

@@ -127,8 +127,13 @@ class ImbSAM(torch.optim.Optimizer):
         self._pending.held = owned(self._take_gradients())
 
     @torch.no_grad()
-    def second_step(self) -> None:
-        """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`."""
+    def second_step(self, subtract: bool = False) -> None:
+        """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`.
+
+        Args:
+            subtract: take g_t away from what `first_step` held, where that is the gradient of
+                head and tail together.
+        """
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
@@ -138,11 +143,15 @@ class ImbSAM(torch.optim.Optimizer):
             g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
-            g_t = self._of_perturbed_groups(g_t)
+            perturbing = self._of_perturbed_groups(g_t)
+            held: Slots = [None] * len(g_t)
+            if subtract:
+                held = self._subtracted_from(g_t, perturbing)
+            g_t = perturbing
             saved: Slots = [None] * len(g_t)
             self._pending.saved = saved
             masters = self._masters.of(g_t)
-            buckets = self._buckets(masters, g_t)
+            buckets = self._buckets(masters, held, g_t)
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
@@ -158,10 +167,24 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.perturb_(
                     bucket.params, bucket.pick(g_t), sums,
                     -rho if bucket.group.get("maximize") else rho,
-                    bucket.group["adaptive"], bucket.pick(masters),
+                    bucket.group["adaptive"], bucket.pick(masters), bucket.pick(held),
                 )  # fmt: skip
                 # Without master weights, the buffers of g_t hold the unperturbed ones.
                 bucket.give(saved, g_t if masters[bucket.indices[0]] is None else masters)
+
+    def _subtracted_from(self, g_t: Slots, perturbing: Slots) -> Slots:
+        """What of the held the perturbation is to take g_t from; the rest of it is taken here.
+
+        That is where nothing is held, a zero, or the weight stays at theta.
+        """
+        held = self._pending.held
+        if held is None:
+            raise RuntimeError("second_step has nothing to subtract from; first_step comes first")
+        left = [h if p is not None else None for h, p in zip(held, perturbing)]
+        for i, (h, t) in enumerate(zip(held, g_t)):
+            if t is not None and left[i] is None:
+                held[i] = t.neg() if h is None else h.sub_(t)
+        return left
 
     def third_step(
         self,

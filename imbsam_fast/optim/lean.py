@@ -67,11 +67,11 @@ class LeanImbSAM(ImbSAM):
             self._absorb_all(g_h)
 
     @torch.no_grad()
-    def second_step(self) -> None:
+    def second_step(self, subtract: bool = False) -> None:
         """Perturb as ImbSAM does; from now on gradients go from autograd to the momentum."""
         self._check_alone()
         self._check_groups()
-        super().second_step()
+        super().second_step(subtract)
         with self._abandoned_on_failure():
             if self._pending.held is None:
                 self._pending.held = [None] * len(self._params())
@@ -140,12 +140,19 @@ class LeanImbSAM(ImbSAM):
         with torch.no_grad():
             self._absorb(group, [i], [p], [g])
 
-    def _absorb_all(self, gradients: Slots) -> None:
+    def _subtracted_from(self, g_t: Slots, perturbing: Slots) -> Slots:
+        """The momentum took up what was held, and gives g_t back now."""
+        if self._pending.held is None:
+            return super()._subtracted_from(g_t, perturbing)
+        self._absorb_all(g_t, sign=-1.0)
+        return [None] * len(g_t)
+
+    def _absorb_all(self, gradients: Slots, sign: float = 1.0) -> None:
         saved = self._pending.saved or [None] * len(gradients)
         held = self._pending.held or [None] * len(gradients)
         known = [self._buffer(p) for p in self._params()]
         for b in self._buckets(saved, held, known, gradients):
-            self._absorb(b.group, b.indices, b.params, b.pick(gradients))
+            self._absorb(b.group, b.indices, b.params, b.pick(gradients), sign)
 
     def _absorb(
         self,
@@ -153,8 +160,9 @@ class LeanImbSAM(ImbSAM):
         indices: Sequence[int],
         params: Sequence[Tensor],
         gradients: list[Tensor],
+        sign: float = 1.0,
     ) -> None:
-        """m <- m + (1 - dampening) g, for parameters of one kind; _begin before the first g."""
+        """m <- m + sign (1 - dampening) g, for parameters of one kind, after _begin."""
         held: Any = self._pending.held
         # The first step of torch.optim.SGD takes the gradient undampened.
         share = 1.0 if self._buffer(params[0]) is None else 1.0 - group["dampening"]
@@ -162,7 +170,7 @@ class LeanImbSAM(ImbSAM):
             for i, m in zip(indices, self._begin(group, indices, params, share)):
                 held[i] = m
         into = [held[i] for i in indices]
-        torch._foreach_add_(into, gradients, alpha=-share if group["maximize"] else share)
+        torch._foreach_add_(into, gradients, alpha=sign * (-share if group["maximize"] else share))
 
     def _begin(
         self, group: dict[str, Any], indices: Sequence[int], params: Sequence[Tensor], share: float

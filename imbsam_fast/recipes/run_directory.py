@@ -24,6 +24,8 @@
                                      of last.pt
                      best            the same of best.pt, or null; chosen on the validation set
                      seconds         wall time of training, interruptions left out
+                     peak_bytes      the most that was allocated on the GPU while training, rank
+                                     0's and since the last resume; null on a CPU
                      skipped_images  how many corrupt images were left out, 0 unless asked for
                      environment     imbsam_fast.env.environment()
 

@@ -1,5 +1,6 @@
 """What TrainStep's settings can be; without torch, so that a command line can list them."""
 
-PLANS = ("auto", "joint", "split")
+EXACT_PLANS = ("auto", "joint", "split")
+PLANS = (*EXACT_PLANS, "sampled")
 BATCH_NORM_UPDATES = ("once", "twice")
 PERTURBATIONS = ("global", "local")

@@ -71,10 +71,10 @@ class Ranks:
         lagged: bool,
     ) -> None:
         """Refuse settings of TrainStep that these ranks cannot have."""
-        if self.same_passes and plan == "split" and micro_batch_size is not None:
+        if self.same_passes and plan in ("split", "sampled") and micro_batch_size is not None:
             # A rank with more rows of a part would run more pieces than the others.
             raise ValueError(
-                f"micro_batch_size is {micro_batch_size}, expected None with plan='split' where "
+                f"micro_batch_size is {micro_batch_size}, expected None with plan={plan!r} where "
                 "ranks talk to each other in every pass (fully_shard, SyncBatchNorm)"
             )
         for name, value, expected in (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..losses import SplitLoss
@@ -40,6 +40,7 @@ class Rows(NamedTuple):
 class Passes(Protocol):
     """What plans are made of: a TrainStep."""
 
+    model: nn.Module
     optimizer: ImbSAM
 
     def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]: ...
@@ -50,7 +51,11 @@ class Passes(Protocol):
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None: ...
 
-    def perturb(self, has_tail: bool) -> None: ...
+    def perturb(self, has_tail: bool, subtract: bool = False) -> None: ...
+
+    def sees_all_rows_at_once(self) -> bool: ...
+
+    def sample_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None: ...
 
     def perturb_lagged(self) -> None: ...
 
@@ -90,7 +95,7 @@ def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(inputs, targets, rows.counted)
-    result = _result(seen.head, seen.tail, seen.outputs())
+    result = step_result(seen.head, seen.tail, seen.outputs())
     step.update()
     return result
 
@@ -99,7 +104,7 @@ def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
     head, tail = _head_rows(step, inputs, targets, rows), Seen()
     if rows.tail_rows:
-        tail_inputs, tail_targets = _take(rows.tail, inputs, targets)
+        tail_inputs, tail_targets = take_rows(rows.tail, inputs, targets)
         for x, y in step.micro_batches(tail_inputs, tail_targets):
             outputs, loss = step.forward(x, y, rows.counted)
             step.backward(loss.tail)
@@ -107,7 +112,7 @@ def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
-    result = _result(head.head, tail.tail, _assemble(rows, head, tail))
+    result = step_result(head.head, tail.tail, _assemble(rows, head, tail))
     step.update()
     return result
 
@@ -116,7 +121,7 @@ def _head_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
     """The head pass of the split plan: g_h is held."""
     seen = Seen()
     if rows.head_rows:
-        for x, y in step.micro_batches(*_take(rows.head, inputs, targets)):
+        for x, y in step.micro_batches(*take_rows(rows.head, inputs, targets)):
             outputs, loss = step.forward(x, y, rows.counted)
             step.backward(loss.head)
             seen.add(outputs, head=loss.head)
@@ -144,7 +149,7 @@ def lagged_joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
         step.perturb_lagged()
         only = None if rows.head_rows else seen
         step.perturbed_backward(inputs, targets, rows.counted, only)
-    result = _result(seen.head, seen.tail, seen.outputs())
+    result = step_result(seen.head, seen.tail, seen.outputs())
     step.update()
     return result
 
@@ -154,8 +159,8 @@ def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
     head, tail = _head_rows(step, inputs, targets, rows), Seen()
     if rows.tail_rows:
         step.perturb_lagged()
-        step.perturbed_backward(*_take(rows.tail, inputs, targets), rows.counted, tail)
-    result = _result(head.head, tail.tail, _assemble(rows, head, tail))
+        step.perturbed_backward(*take_rows(rows.tail, inputs, targets), rows.counted, tail)
+    result = step_result(head.head, tail.tail, _assemble(rows, head, tail))
     step.update()
     return result
 
@@ -218,7 +223,7 @@ class Seen:
 # ---------------------------------------------------------------- rows
 
 
-def _take(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+def take_rows(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
     """The rows of a batch where `mask` is set, in its order and memory format."""
     if mask.all():
         return inputs, targets
@@ -262,7 +267,8 @@ def _detached(outputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
 
-def _result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
+def step_result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
+    """What a step returns; a part that had no pass is 0."""
     known = next(part for part in (head, tail) if part is not None)
     head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
     return StepResult(head + tail, head, tail, outputs)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from ..losses import SplitLoss, check_split_loss
 from ..optim import ImbSAM
 from ..optim.buckets import params_of
-from ..optim.imbsam import wraps_imbsam
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
 from ..optim.replicas import average_
@@ -29,6 +28,8 @@ from ..validation import (
     check_no_gradient,
     check_whole_number,
 )
+from .arguments import check_autocast, check_batch, check_holds_some, unwrapped
+from .auto_plan import split_is_cheaper
 from .batch_norm import (
     check_batch_norm_is_visible,
     frozen_batch_norm_statistics,
@@ -51,6 +52,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .sampled import CheaperSteps, SampledPlan, check_sampled, plain_plan
 from .wrappers import Wrapper
 
 
@@ -73,9 +75,11 @@ class TrainStep:
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
-            of them for the batch, but joint where a BatchNorm layer uses batch statistics, or
+            for the batch and the size of the model, but joint where BatchNorm uses the batch's, or
             where a forward pass was seen to write to other buffers of the model or the criterion
             (spectral norm, observers of quantisation, statistics of a layer's own).
+            "sampled", NOT THE PAPER where a BatchNorm layer uses batch statistics, runs all rows
+            once and takes what the perturbation changes from a sample: 1 + 2 `sample` SGD steps.
         batch_norm: "once" updates running statistics, and all other buffers that a pass writes
             to, in the unperturbed passes only, "twice" in the perturbed pass too (the authors'
             released code).
@@ -110,6 +114,12 @@ class TrainStep:
         same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
             from torch's default generators, of the CPU and of the model's devices: a row has one
             dropout mask a step. The generators go on as if there had been one pass.
+        sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
+            are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
+            since running statistics see the pass of all rows alone, lagged and cuda_graph.
+        sample_seed: decides the drawing, with the number of the step.
+        perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
+            others are SGD steps on head + tail. Several ranks and cuda_graph count every step.
 
     Accelerate's and Lightning's optimizers count, profile and run their hooks around a step as
     around one of their own; Lightning's `on_before_optimizer_step` runs when step hooks do
@@ -118,6 +128,8 @@ class TrainStep:
     No gradient may stand in `p.grad` before a step, and none does afterwards. A forward pass that
     writes to inputs or targets which a later pass reads is refused; what it keeps elsewhere than
     in buffers cannot be seen, and is kept twice.
+
+    `state_dict` has the number of steps, which these two go by: a part of their checkpoints.
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
@@ -147,10 +159,13 @@ class TrainStep:
         cuda_graph: bool = False,
         lagged: bool = False,
         same_dropout: bool = False,
+        sample: float = 0.25,
+        sample_seed: int = 0,
+        perturb_every: int = 1,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
-        given, optimizer = optimizer, _unwrapped(optimizer)
+        given, optimizer = optimizer, unwrapped(optimizer)
         if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
             raise TypeError(
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
@@ -168,7 +183,7 @@ class TrainStep:
             )
         if micro_batch_size is not None:
             check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
-        _check_autocast(autocast)
+        check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
         check_bool("lagged", lagged)
         check_bool("same_dropout", same_dropout)
@@ -176,7 +191,7 @@ class TrainStep:
         self.wrapper = Wrapper(given, optimizer)
         check_max_norm(max_norm)
         self.ranks = Ranks(model, params_of(optimizer.param_groups))
-        _check_holds_some(optimizer, model)
+        check_holds_some(optimizer, model)
         check_batch_norm_is_visible(model)
         self.model = model
         self.criterion = criterion
@@ -191,6 +206,11 @@ class TrainStep:
         self.group = self.ranks.group
         self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
         self.lagged = lagged
+        self.cheaper = CheaperSteps(perturb_every)
+        if plan == "sampled":
+            check_sampled(batch_norm, lagged)
+            common = self.group is not None and perturbation == "global"
+            self.cheaper.sampled = SampledPlan(sample, sample_seed, common)
         self.same_dropout = same_dropout
         self.draws = Draws(Generators(model), same_dropout)
         self.own_writes = OwnWrites(
@@ -203,14 +223,27 @@ class TrainStep:
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         """One step on a batch: inputs with N rows and int64 targets (N,)."""
-        _check_batch(inputs, targets)
+        check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
         check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         with self.wrapper.one_step():
             if self.graphs is not None:
-                return self.graphs(inputs, targets)
+                with self.cheaper.one_step(counts=True) as perturbs:
+                    return self.graphs[perturbs](inputs, targets)
             rows = self._rows(targets)
-            return self._run(self._planned(rows), inputs, targets, rows)
+            # Ranks have tail rows in different steps, and count alike.
+            together = self.group is not None or self.ranks.sharded
+            with self.cheaper.one_step(counts=rows.tail_rows > 0 or together) as perturbs:
+                plan = self._planned(inputs, rows) if perturbs else plain_plan
+                return self._run(plan, inputs, targets, rows)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps taken: what `sample` and `perturb_every` go by."""
+        return self.cheaper.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.cheaper.load_state_dict(state_dict)
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
         parts = (split_plan, lagged_split_plan) if rows.head_rows else (split_plan,)
@@ -223,7 +256,7 @@ class TrainStep:
                     return plan(self, inputs, targets, rows)
                 except ChangesItselfError:
                     self.draws.begin_step()
-                    return self._planned(rows)(self, inputs, targets, rows)
+                    return self._planned(inputs, rows)(self, inputs, targets, rows)
         except BaseException:
             self.optimizer.restore()
             raise
@@ -253,7 +286,8 @@ class TrainStep:
             if used:
                 raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
 
-    def _graphs(self) -> GraphedSteps:
+    def _graphs(self) -> dict[bool, GraphedSteps]:
+        """By whether the step perturbs."""
         needs = {
             "plan": self.plan == "joint"
             or (self.plan == "auto" and has_batch_statistics(self.model)),
@@ -270,7 +304,10 @@ class TrainStep:
                     "same_dropout=False"
                 )
         device = check_capturable(self.optimizer, in_use(self.grad_scaler))
-        return GraphedSteps(self.unconditional, device, self._constants)
+        return {
+            perturbs: GraphedSteps(partial(self.unconditional, plan), device, self._constants)
+            for perturbs, plan in ((True, joint_plan), (False, plain_plan))
+        }
 
     def _constants(self) -> Constants:
         return constants_of(
@@ -278,43 +315,44 @@ class TrainStep:
             batch_norm=self.batch_norm, max_norm=self.max_norm,
         )  # fmt: skip
 
-    def unconditional(self, inputs: Any, targets: Tensor) -> StepResult:
-        """The joint plan with all its passes, whatever the labels say: they are not looked at.
+    def unconditional(self, plan: Plan, inputs: Any, targets: Tensor) -> StepResult:
+        """A plan with all its passes, whatever the labels say: they are not looked at.
 
         Without tail rows the tail's gradient is zero, and so is the perturbation.
         """
         all_rows = torch.ones(len(targets), dtype=torch.bool, device="cpu")
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
-        return self._run(joint_plan, inputs, targets, rows)
+        return self._run(plan, inputs, targets, rows)
 
     def _tail_gradient(self) -> TailGradient:
         common = self.perturbation == "global"
         shared = self.group is not None
         return TailGradient(self.optimizer, self.group if common else None, shared)
 
-    def _planned(self, rows: Rows) -> Plan:
+    def _planned(self, inputs: Any, rows: Rows) -> Plan:
+        if self.cheaper.sampled is not None:
+            return self.cheaper.sampled
         lags = self.tail_gradient is not None and self.tail_gradient.is_known()
         if self.plan == "auto" and self.ranks.same_passes:  # ranks decide alike: not by rows
             split = (
                 self.micro_batch_size is None
                 and not parts_overlap(self.criterion.split)  # type: ignore[attr-defined]
-                and not self._sees_all_rows_at_once()
+                and not self.sees_all_rows_at_once()
             )
         elif self.plan == "auto":
-            # In thirds of a row's forward and backward: joint is 2 forwards and 3 backwards.
-            cheaper = lags or 3 * (rows.head_rows + 2 * rows.tail_rows) <= 8 * rows.head.shape[0]
-            split = cheaper and not self._sees_all_rows_at_once()
+            independent = not self.sees_all_rows_at_once()
+            split = independent and (lags or split_is_cheaper(self.model, inputs, rows))
         else:
             split = self.plan == "split"
         if lags:
             return lagged_split_plan if split else lagged_joint_plan
         return split_plan if split else joint_plan
 
-    def _sees_all_rows_at_once(self) -> bool:
+    # ------------------------------------------------------------ what plans are made of
+
+    def sees_all_rows_at_once(self) -> bool:
         """Whether the model gathers something over the rows of a batch, so that parts differ."""
         return bool(self.own_writes.changing) or has_batch_statistics(self.model)
-
-    # ------------------------------------------------------------ what plans are made of
 
     def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The rows of a pass in pieces of at most micro_batch_size."""
@@ -345,6 +383,13 @@ class TrainStep:
             loss = self.grad_scaler.scale(loss)
         backward(loss, retain_graph)
 
+    def sample_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None:
+        """The tail loss of rows that have had their pass, at the same weights, and its gradient."""
+        with self._later_statistics(frozen=True):
+            for x, y in self.micro_batches(inputs, targets):
+                _, loss = self.forward(x, y, counted)
+                self.backward(loss.tail)
+
     def perturbed_backward(
         self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
     ) -> None:
@@ -358,7 +403,7 @@ class TrainStep:
         pieces = list(self.micro_batches(inputs, targets))
         rows = [len(y) for _, y in pieces]
         draws = self.draws.of_last(rows) if only is None else [None] * len(rows)
-        with self._perturbed_statistics(frozen):
+        with self._later_statistics(frozen):
             for (x, y), states in zip(pieces, draws):
                 with self.draws.generators.replayed(states):
                     outputs, loss = self.forward(x, y, counted)
@@ -367,7 +412,7 @@ class TrainStep:
                     only.add(outputs, tail=loss.tail)
 
     @contextmanager
-    def _perturbed_statistics(self, frozen: bool) -> Iterator[None]:
+    def _later_statistics(self, frozen: bool) -> Iterator[None]:
         if frozen:
             with frozen_batch_norm_statistics(self.model), self.own_writes.kept_out():
                 yield
@@ -381,13 +426,16 @@ class TrainStep:
         with statistics_where(finite, self.model, others):
             yield
 
-    def perturb(self, has_tail: bool) -> None:
-        """Ranks without tail rows follow the others where the perturbation is a common one."""
+    def perturb(self, has_tail: bool, subtract: bool = False) -> None:
+        """Ranks without tail rows follow the others where the perturbation is a common one.
+
+        `subtract` takes g_t away from the gradient that is held.
+        """
         if self.group is not None and self.perturbation == "global":
             average_(self.optimizer.gradients(), self.group)
         elif not has_tail:
             return
-        self.optimizer.second_step()
+        self.optimizer.second_step(subtract)
         self.ranks.gather_anew()
 
     def perturb_lagged(self) -> None:
@@ -412,70 +460,3 @@ class TrainStep:
                 self.grad_scaler.update()
         self.wrapper.note_skipped(found_inf)
         self.ranks.gather_anew()
-
-
-# Lightning's classes become subclasses of what they wrap.
-_WRAPPERS = {
-    ("accelerate", "AcceleratedOptimizer"),
-    ("lightning", "LightningOptimizer"),
-    ("lightning", "_FabricOptimizer"),
-    ("pytorch_lightning", "LightningOptimizer"),
-    ("lightning_fabric", "_FabricOptimizer"),
-}
-
-
-def _unwrapped(optimizer: object) -> ImbSAM:
-    """The ImbSAM itself; the wrappers of Accelerate and Lightning hold it as `optimizer`.
-
-    Anything else around it would expect its own `step()` to be called.
-    """
-    inner: Any = optimizer
-    while any((c.__module__.partition(".")[0], c.__name__) in _WRAPPERS for c in type(inner).mro()):
-        inner = inner.optimizer
-    if isinstance(inner, ImbSAM):
-        return inner
-    name = type(inner).__name__
-    if wraps_imbsam(inner):
-        raise TypeError(
-            f"optimizer is {name} around an ImbSAM, whose step() would never run, expected it the "
-            f"other way round: ImbSAM({name}(base))"
-        )
-    raise TypeError(f"optimizer is {name}, expected an ImbSAM")
-
-
-def _check_autocast(autocast: object) -> None:
-    if autocast is not None and not isinstance(autocast, AbstractContextManager):
-        raise TypeError(f"autocast is {autocast!r}, expected a context manager")
-    if isinstance(autocast, contextlib._GeneratorContextManager):
-        raise TypeError(
-            f"autocast is {autocast!r}, expected one that can be entered for every pass, such "
-            "as torch.autocast"
-        )
-
-
-def _check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(map(id, model.parameters())):
-        raise ValueError("optimizer holds no parameter of model, expected those that are trained")
-
-
-def _check_batch(inputs: Any, targets: Tensor) -> None:
-    if not isinstance(targets, Tensor):
-        raise ValueError(f"targets is {type(targets).__name__}, expected int64 labels (N,)")
-    if targets.dim() != 1 or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets is {targets.dtype} {tuple(targets.shape)}, expected int64 labels (N,)"
-        )
-    if targets.shape[0] == 0:
-        raise ValueError("targets is empty, expected at least one row")
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-    if not tensors:
-        raise ValueError(
-            f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them"
-        )
-    for x in tensors:
-        if x.dim() == 0 or x.shape[0] != targets.shape[0]:
-            raise ValueError(
-                f"inputs holds a tensor of shape {tuple(x.shape)}, expected {len(targets)} rows "
-                "as in targets"
-            )

@@ -172,6 +172,19 @@ def test_every_contestant_trains_a_network_of_its_own():
 def test_split_contestants_are_left_out_where_the_plan_is_another_algorithm():
     operation = bench_step.operation("x", small_network(), 8, 0.25, split_is_exact=False)
     assert not {bench_step.SPLIT, bench_step.SPLIT_BY_HAND} & set(operation.contestants)
+    cheaper = {*bench_step.SAMPLED.values(), bench_step.EVERY_4TH}
+    assert cheaper < set(operation.contestants)
+
+
+def test_where_steps_differ_a_contestant_takes_the_mean_of_several():
+    operation = bench_step.operation("x", small_network(), 8, 0.25, split_is_exact=False)
+    contestant = operation.contestants[bench_step.EVERY_4TH]
+    calls: list[None] = []
+    contestant.step = lambda *batch: calls.append(None)
+    ticks = iter([0.0, 8.0])
+    watch = Stopwatch(lambda: next(ticks))
+    contestant(watch)
+    assert len(calls) == 4 and watch.laps == {bench_step.PASSES: 2.0}
 
 
 # ---------------------------------------------------------------- memory

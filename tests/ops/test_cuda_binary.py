@@ -78,7 +78,8 @@ def _readable(mangled: str) -> str:
     base = re.search(rf"\d({'|'.join(('update_kernel', *OVER_ELEMENTS, *OTHERS))})I", mangled)
     assert base, mangled
     name = base[1]
-    arguments = re.search(name + r"I(f|d|6__half|13__nv_bfloat16)(?:Lb([01]))?E", mangled)
+    flags = r"(?:Lb([01]))?(?:ELb([01]))?"
+    arguments = re.search(rf"{name}I(f|d|6__half|13__nv_bfloat16){flags}E", mangled)
     assert arguments, mangled
     if name == "update_kernel":  # imbsam::Base is the number of the base
         which = re.search(r"Lb[01]ELNS_4BaseE(\d+)E", mangled)
@@ -86,7 +87,8 @@ def _readable(mangled: str) -> str:
         name = f"{UPDATES[int(which[1])]}kernel"
     element = {"f": "float", "d": "double"}.get(arguments[1], arguments[1].lstrip("0123456789"))
     flag = ", master" if name in KEEPING else ", smooth"
-    return f"{name}<{element}{flag if arguments[2] == '1' else ''}>"
+    held = ", held" if arguments[3] == "1" else ""
+    return f"{name}<{element}{flag if arguments[2] == '1' else ''}{held}>"
 
 
 @functools.cache
@@ -131,6 +133,8 @@ def test_every_kernel_in_every_dtype(compiled: dict[str, Kernel]) -> None:
     expected |= {f"row_losses_kernel<{dtype}, smooth>" for dtype in DTYPES}
     expected |= {f"{name}<{dtype}, master>" for name in KEEPING for dtype in DTYPES[2:]}
     expected |= {f"{name}<{dtype}>" for name in OTHERS for dtype in DTYPES[:2]}
+    expected |= {f"perturb_kernel<{dtype}, held>" for dtype in DTYPES}
+    expected |= {f"perturb_kernel<{dtype}, master, held>" for dtype in DTYPES[2:]}
     assert set(compiled) == expected
 
 

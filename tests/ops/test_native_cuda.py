@@ -64,11 +64,11 @@ LAST = (0, 0)  # device, stream
         (lambda c: c.cuda_squared_norm(9, [4], [A], [], A, *LAST), "squared_norm: dtype is 9"),
         (lambda c: c.cuda_squared_norm(0, [-1], [A], [], A, *LAST), r"squared_norm: numel\[0\] is"),
         (
-            lambda c: c.cuda_perturb_(0, [5], [A], [B], [], A, 1, 0.1, False, *LAST),
+            lambda c: c.cuda_perturb_(0, [5], [A], [B], [], [], A, 1, 0.1, False, *LAST),
             r"perturb_: theta\[0\] and g_t\[0\] overlap",
         ),
         (
-            lambda c: c.cuda_perturb_(0, [4], [A], [B, B], [], A, 1, 0.1, False, *LAST),
+            lambda c: c.cuda_perturb_(0, [4], [A], [B, B], [], [], A, 1, 0.1, False, *LAST),
             "perturb_: g_t has 2 tensors, expected 1",
         ),
         (

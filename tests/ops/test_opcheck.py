@@ -60,7 +60,7 @@ def perturb_master(dtype: torch.dtype, device: str) -> tuple:
     """With master weights where the dtype allows them."""
     half = dtype in (torch.bfloat16, torch.float16)
     x = with_master(few(dtype, device)) if half else few(dtype, device)
-    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, x.master if half else []
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, x.master if half else [], []
 
 
 def cross_entropy(dtype: torch.dtype, device: str, options: tuple, rows: int = 6) -> tuple:
@@ -82,7 +82,7 @@ def adaptive(op: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     x = few(dtype, device)
     if op == "squared_norm":
         return x.g_p, x.theta
-    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True, []
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, True, [], []
 
 
 SAMPLES: dict[str, Samples] = {
@@ -93,6 +93,7 @@ SAMPLES: dict[str, Samples] = {
     "perturb_": {
         "adaptive": lambda *on: adaptive("perturb_", *on),
         "master": perturb_master,
+        "held": lambda *on: (*adaptive("perturb_", *on)[:-1], few(*on).g_h),
     },
     **{
         op: {

@@ -83,6 +83,23 @@ def test_perturb(backend: Backend, case: str, dtype: torch.dtype, adaptive: bool
 
 
 @each_dtype
+@each_case
+@pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
+def test_perturb_takes_the_gradient_from_what_is_held(
+    backend: Backend, case: str, dtype: torch.dtype, adaptive: bool
+) -> None:
+    actual, without, start = (lists(case, dtype, backend.device) for _ in range(3))
+    partials = ops.squared_norm(start.g_p, start.theta if adaptive else ())
+
+    ops.perturb_(actual.theta, actual.g_p, partials, RHO, adaptive, held=actual.g_h)
+    ops.perturb_(without.theta, without.g_p, partials, RHO, adaptive)
+
+    assert_same_bits(actual.theta, without.theta)
+    assert_same_bits(actual.g_p, start.theta)
+    assert_same_bits(actual.g_h, [h - g for h, g in zip(start.g_h, start.g_p)])  # one rounding
+
+
+@each_dtype
 @pytest.mark.parametrize("adaptive", [False, True], ids=["plain", "adaptive"])
 def test_perturb_by_a_zero_gradient(backend: Backend, dtype: torch.dtype, adaptive: bool) -> None:
     theta, start = (tensors("odd", dtype, 0, backend.device) for _ in range(2))

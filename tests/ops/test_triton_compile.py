@@ -44,6 +44,7 @@ def kernels(
 READ_AND_WRITTEN = {
     "squared_norm": (2, 0),
     "perturb_": (2, 2),
+    "perturb_ held": (3, 3),
     "merge_": (3, 2),
     "grad_check": (2, 0),
     "row_losses": (2, 0),  # the logits, for label smoothing once more

@@ -179,7 +179,7 @@ def test_the_tail_weight_is_in_both_optimizers(kind):
     assert not np.allclose(light.decision_scores_, heavy.decision_scores_, rtol=5e-3)
 
 
-@pytest.mark.parametrize(("kind", "plan"), [(DeepSAD, "joint"), (DevNet, "split")])
+@pytest.mark.parametrize(("kind", "plan"), [(DeepSAD, "joint"), (DevNet, "joint")])
 def test_the_automatic_plan_is_the_exact_one(kind, plan):
     X, y = features()
     automatic, named = (quick(kind, plan=p).fit(X, y) for p in ("auto", plan))

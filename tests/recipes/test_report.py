@@ -26,6 +26,7 @@ from imbsam_fast.recipes.report.comparison import (
     differences,
     families,
 )
+from imbsam_fast.recipes.report.cost import Cost, cost
 from imbsam_fast.recipes.report.page import page
 from imbsam_fast.recipes.report.paper_results import REWEIGHTED_SAM, TABLES, paper_result
 from imbsam_fast.recipes.report.table import accuracy_rows, print_comparison
@@ -409,7 +410,7 @@ def test_the_page_is_whole_and_needs_nothing_else(section, tmp_path):
 
 def test_rows_of_a_table_have_its_columns(section, tmp_path):
     document = Document(page(compare([tmp_path])))
-    accuracy = 2 + 3 * 4  # label, seeds; plain, flip, paper
+    accuracy = 4 + 3 * 4  # label, seeds, time, memory; plain, flip, paper
     assert document.cells[:6] == [accuracy, 12, *[accuracy] * 4]
     assert document.cells[6:11] == [4] * 5  # settings: label, optimizer, rho, eta
 
@@ -452,3 +453,34 @@ def test_exit_codes(tmp_path, capsys):
     assert "expected a file in a directory that exists" in capsys.readouterr().err
     assert cli.main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_cost_is_the_time_of_an_epoch_in_those_of_sgd_and_the_peak_memory(tmp_path):
+    def log(*seconds: float) -> list[dict]:
+        return [{"epoch": i, "stage": "train", "seconds": s} for i, s in enumerate(seconds, 1)]
+
+    for seed in (0, 1):
+        write_run(tmp_path / f"sgd{seed}", [1, 2, 3], log=log(2, 2, 50), seed=seed)
+        imbsam = {"label": "ImbSAM", "optimizer": "imbsam", "seed": seed}
+        directory = write_run(tmp_path / f"imbsam{seed}", [1, 2, 4], log=log(5, 6, 3), **imbsam)
+        result = json.loads((directory.path / "result.json").read_text())
+        result["peak_bytes"] = 10**9 * (seed + 1)
+        (directory.path / "result.json").write_text(json.dumps(result))
+    write_run(tmp_path / "sam", [1, 2, 4], label="SAM", optimizer="sam")  # without a log
+    section = one_section(tmp_path)
+    costs = {group.label: cost(group, section.groups) for group in section.groups}
+    assert costs == {
+        "SGD": Cost(1.0, None), "SAM": Cost(None, None), "ImbSAM": Cost(2.5, 2 * 10**9)
+    }  # fmt: skip
+    assert costs["ImbSAM"].texts() == ("2.50", "2.00")
+    assert costs["SAM"].texts() == ("-", "-")
+    drawn = figures.cost_figure(section)
+    assert [len(axes.containers) for axes in drawn.axes] == [2] * 4
+    assert "2.50" in shown(compare([tmp_path])) and "Accuracy against cost" in page(
+        compare([tmp_path])
+    )
+    section.groups = [group for group in section.groups if group.label != "SGD"]
+    assert figures.cost_figure(section) is None

@@ -32,6 +32,9 @@ CASES = {
     "split": ("group", {"plan": "split"}),
     "pieces": ("group", {"plan": "joint", "max_norm": 0.05, "micro_batch_size": 3}),
     "local": ("group", {"plan": "split", "perturbation": "local"}),
+    "sampled": ("group", {"plan": "sampled", "micro_batch_size": 3}),
+    "every": ("group", {"plan": "joint", "perturb_every": 4}),
+    "sampled, local": ("group", {"plan": "sampled", "perturbation": "local", "perturb_every": 2}),
     "batch norm": ("batch", {"plan": "auto"}),
 }
 
@@ -74,7 +77,8 @@ def alone(case: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "case"), [(2, "joint"), (2, "split"), (4, "joint"), (4, "split")]
+    ("ranks", "case"),
+    [(2, "joint"), (2, "split"), (2, "sampled"), (2, "every"), (4, "joint"), (4, "split")],
 )
 def test_ranks_step_like_one_process(trained, ranks, case):
     expected = alone(case)
@@ -88,10 +92,11 @@ def test_clipping_and_micro_batches_span_the_ranks(trained):
         assert distance(model, expected) < 1e-7  # the factor is float32
 
 
-def test_a_local_perturbation_keeps_the_ranks_together(trained):
-    models = trained(2, "local")
+@pytest.mark.parametrize(("case", "exact"), [("local", "split"), ("sampled, local", "sampled")])
+def test_a_local_perturbation_keeps_the_ranks_together(trained, case, exact):
+    models = trained(2, case)
     assert distance(*models) == 0
-    assert 0 < distance(models[0], alone("split")) < 0.1
+    assert 0 < distance(models[0], alone(exact)) < 0.1
 
 
 def test_batch_norm_trains_under_the_joint_plan(trained):
@@ -144,12 +149,14 @@ class SyncBatchNormOnCPU(nn.SyncBatchNorm):
 
 def synchronised_statistics_are_those_of_the_whole_batch(rank: int, ranks: int) -> None:
     """Also where a rank has no tail row, or no head row: it runs the passes of the others."""
-    expected, model = network("batch"), network("batch")
+    expected = network("batch")
     train(expected, 0, 1)
-    wrapped = DistributedDataParallel(model)  # which refuses the layer on a CPU
-    model[1].__class__ = SyncBatchNormOnCPU
-    train(wrapped, rank, ranks)
-    assert distance(model, expected) < 1e-12
+    for settings in ({}, {"plan": "sampled", "sample": 1.0}):
+        model = network("batch")
+        wrapped = DistributedDataParallel(model)  # which refuses the layer on a CPU
+        model[1].__class__ = SyncBatchNormOnCPU
+        train(wrapped, rank, ranks, **settings)
+        assert distance(model, expected) < 1e-11
 
 
 def errors_in_the_perturbed_pass_restore_every_rank(rank: int, ranks: int) -> None:

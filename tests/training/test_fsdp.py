@@ -95,6 +95,14 @@ LIKE_ONE_PROCESS: dict[str, dict[str, Any]] = {
     "clipped pieces": {"max_norm": 0.05, "micro_batch_size": 3, "tolerance": CLIPPED},
     "AdamW": {"plan": "split", "base": adamw},
     "RMSprop, clipped": {"plan": "joint", "base": rmsprop, "max_norm": 0.05, "tolerance": 1e-6},
+    "sampled": {"plan": "sampled"},
+    "sampled, AdamW, clipped": {
+        "plan": "sampled",
+        "base": adamw,
+        "max_norm": 0.05,
+        "tolerance": 1e-6,
+    },
+    "every": {"plan": "split", "perturb_every": 4},
     "Focal-SAM": {"split": focal()},
     "SAM": {"split": ClassSplit.all_tail()},
     "SGD": {"split": ClassSplit.none()},
@@ -312,6 +320,8 @@ def settings_are_refused(rank: int, ranks: int) -> None:
             TrainStep(model, criterion, optimizer, "joint", **dict([settings]))
     with pytest.raises(ValueError, match="micro_batch_size is 2, expected None with plan='split'"):
         TrainStep(model, criterion, optimizer, "split", micro_batch_size=2)
+    with pytest.raises(ValueError, match="None with plan='sampled' where"):
+        TrainStep(model, criterion, optimizer, "sampled", micro_batch_size=2)
     with pytest.raises(ValueError, match="the parameters are sharded, expected those of one"):
         LeanImbSAM(sgd(model))
 

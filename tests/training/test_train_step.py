@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import imbsam_fast
 from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep, split_loss
 from imbsam_fast.ops import dispatch
+from imbsam_fast.training.auto_plan import split_is_cheaper
 from imbsam_fast.training.batch_norm import has_batch_statistics
+from imbsam_fast.training.plans import Rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -206,8 +208,36 @@ def test_auto_takes_split_unless_the_batch_is_normalised():
     for norm, rows in (("batch", [4, 4]), ("group", [3, 1, 1])):
         model = CountRows(network(norm))
         step = TrainStep(model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model))
-        step(torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 9]))
+        step(torch.randn(4, 3, 99, 99, dtype=torch.float64), torch.tensor([0, 1, 2, 9]))
         assert model.rows == rows
+
+
+def test_auto_takes_joint_where_passes_cost_more_than_rows():
+    model = CountRows(network("group"))
+    step = TrainStep(model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model))
+    step(torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 9]))
+    assert model.rows == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "tail_rows", "shape", "is_cheaper"),
+    [
+        ("DevNet", 128, 64, (512,), False),
+        ("GroupNorm ResNet", 128, 56, (3, 32, 32), True),
+        ("LayerNorm ViT", 128, 56, (3, 32, 32), True),
+        ("LayerNorm ViT", 128, 128, (3, 32, 32), True),
+    ],
+)
+def test_auto_takes_what_was_faster_where_both_plans_were_timed(
+    model, rows, tail_rows, shape, is_cheaper
+):
+    from benchmarks.bench_step import NETWORKS
+    from imbsam_fast.recipes.anomaly.networks import Scorer
+
+    made = Scorer(shape[0]) if model == "DevNet" else NETWORKS[model][0](100)
+    tail = torch.arange(rows) < tail_rows
+    parts = Rows(~tail, tail, rows - tail_rows, tail_rows, rows)
+    assert split_is_cheaper(made, torch.zeros(rows, *shape), parts) == is_cheaper
 
 
 @pytest.mark.parametrize("plan", ["joint", "split"])

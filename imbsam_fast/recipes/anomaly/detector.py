@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_array
 from torch import Tensor, nn
 
-from ...training.choices import PLANS
+from ...training.choices import EXACT_PLANS
 from .losses import PerSampleLoss
 from .settings import OPTIMIZERS
 from .training import BASES, Method, make_base, make_step
@@ -253,7 +253,7 @@ class Detector(BaseEstimator, ABC):
         return labels
 
     def _check_params(self) -> None:
-        for name, allowed in (("optimizer", OPTIMIZERS), ("base", BASES), ("plan", PLANS)):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("base", BASES), ("plan", EXACT_PLANS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}"

@@ -22,7 +22,7 @@ class DevNet(Detector):
     The score of an unlabelled row is drawn to the mean of 5,000 draws from N(0, 1), that of a
     labelled anomaly to 5 of their standard deviations above it. Batches hold unlabelled rows and
     anomalies in turn, drawn with replacement, so half of the rows are tail. No layer looks at
-    other rows, so plan "auto" is the split plan.
+    other rows, so both plans are exact; plan "auto" is the joint plan, which has fewer passes.
 
     Args:
         batches_per_epoch: how many batches make an epoch.

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ...training.choices import PLANS
+from ...training.choices import EXACT_PLANS
 from ..settings.arguments import MAX_THREADS, UsageError, number, require_extras
 from .settings import BASE_NAMES, DETECTOR_NAMES, OPTIMIZERS, PROTOCOLS, Settings, methods
 
@@ -58,7 +58,7 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tail-weight", nargs="+", type=positive, default=(), metavar="W",
         help="besides 1: ImbSAM with the anomalies' loss times W, and the base with the same, "
         "which is the control")  # fmt: skip
-    add("--plan", choices=PLANS, default="auto",
+    add("--plan", choices=EXACT_PLANS, default="auto",
         help="passes of SAM and ImbSAM; auto: joint for DeepSAD, which has BatchNorm, split for "
         "DevNet (default: %(default)s)")  # fmt: skip
     add("--epochs", type=count, default=50, metavar="N", help="default: %(default)s")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..figures import DASHES, GRID, MARKERS, PALETTE, Style, new_figure, plain_axes, styles_of
 from ..metrics import COLUMNS, GROUPS, group_of
 from .comparison import Family, Group, Section, baseline, families
+from .cost import cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,4 +234,32 @@ def groups_figure(section: Section, view: str = "plain") -> Figure | None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(groups)), [group.label for group in groups])
     panels[0].set_ylim(len(groups) - 0.4, -0.6)
+    return figure
+
+
+# ---------------------------------------------------------------- accuracy against cost
+
+
+def cost_figure(section: Section) -> Figure | None:
+    """Accuracy against the time of an epoch in SGD epochs; None for fewer than two such groups."""
+    times = {g.label: time for g in section.finished if (time := cost(g, section.groups).time)}
+    groups = [g for g in section.finished if g.label in times and g.accuracy("last", "plain")]
+    if len(groups) < 2:
+        return None
+    figure = new_figure(10, 6.4 + 0.2 * -(-len(groups) // 3))
+    look = styles(section.groups)
+    points: dict[str, Any] = {}
+    for axes, column in zip(figure.subplots(2, 2).flat, ("all", *GROUPS)):
+        for group in groups:
+            value = (group.accuracy("last", "plain") or {})[column]
+            if value is not None:
+                style = look[group.label]
+                points[group.label] = axes.errorbar(
+                    times[group.label], value[0], yerr=value[1], fmt=style.marker,
+                    color=style.colour, capsize=3,
+                )  # fmt: skip
+        axes.set_title(f"{column.capitalize()} classes", loc="left", fontsize="medium")
+        axes.set(xlabel="time of an epoch (SGD epochs)", ylabel="test accuracy (%)")
+        plain_axes(axes)
+    legend_below(figure, points)
     return figure

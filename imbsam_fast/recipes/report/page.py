@@ -14,6 +14,7 @@ from ..metrics import COLUMNS, accuracy_cell
 from .comparison import CHECKPOINTS, ComparedRun, Comparison, Group, Section, differences
 from .figures import (
     ablation_figures,
+    cost_figure,
     curves_figure,
     gain_figure,
     groups_figure,
@@ -86,6 +87,7 @@ def _tables(section: Section) -> Iterator[dict[str, Any]]:
                 {
                     "label": row.group.label,
                     "seeds": len(row.group.finished),
+                    "cost": row.cost.texts(),
                     "cells": _cells(row, has_paper),
                 }
                 for row in rows
@@ -132,6 +134,12 @@ def _pictures(section: Section, name: str) -> Iterator[tuple[str, list[Picture]]
     if figure := groups_figure(section):
         caption = "Test accuracy by group of classes; bars are one standard deviation over seeds."
         yield "Accuracy by group", [_svg(figure, f"{name}-groups", caption)]
+    if figure := cost_figure(section):
+        caption = (
+            "Test accuracy against the time of an epoch in epochs of SGD, images as they are, last "
+            "epoch; bars are one standard deviation over seeds. Up and to the left is better."
+        )
+        yield "Accuracy against cost", [_svg(figure, f"{name}-cost", caption)]
     if figure := gain_figure(section):
         caption = (
             "Test accuracy of every class minus that of SGD, means over the seeds, images as "

@@ -12,28 +12,33 @@ from rich.table import Table
 
 from ..metrics import COLUMNS, accuracy_cell
 from .comparison import CHECKPOINTS, Comparison, Group, Section, Value, differences
+from .cost import Cost, cost
 from .paper_results import SETTING, PaperResult, paper_result
 
 NOTES = {
     "last": "after the last epoch",
     "best": "of the epoch that was best on the validation set",
 }
-MEANING = "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds."
+MEANING = (
+    "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds. time: "
+    "of an epoch, the median, in epochs of SGD; memory: the peak on a GPU in GB."
+)
 FLIP_MEANING = "flip: the logits of an image and of its mirror image are averaged."
 
 
 def meaning(sections: Sequence[Section]) -> str:
-    """What the tables of `sections` show, in a sentence or two."""
+    """What the tables of `sections` show, in a few sentences."""
     flip = any("flip" in section.views for section in sections)
     return f"{MEANING} {FLIP_MEANING}" if flip else MEANING
 
 
 class AccuracyRow(NamedTuple):
-    """A group's test accuracies in %, by view and then by COLUMNS, and the paper's."""
+    """A group's test accuracies in %, by view and then by COLUMNS, the paper's, and the cost."""
 
     group: Group
     views: dict[str, dict[str, Value | None]]
     paper: PaperResult | None
+    cost: Cost
 
 
 def accuracy_rows(section: Section, checkpoint: str) -> list[AccuracyRow]:
@@ -45,7 +50,9 @@ def accuracy_rows(section: Section, checkpoint: str) -> list[AccuracyRow]:
             view: table for view in section.views if (table := group.accuracy(checkpoint, view))
         }
         if views:
-            rows.append(AccuracyRow(group, views, papers.get(group.label)))
+            rows.append(
+                AccuracyRow(group, views, papers.get(group.label), cost(group, section.groups))
+            )
     return rows
 
 
@@ -114,7 +121,8 @@ def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: st
     table.add_column("")
     for column in COLUMNS:
         table.add_column(headings[column], justify="right", no_wrap=True)
-    table.add_column("seeds", justify="right")
+    for heading in ("seeds", "time", "memory"):
+        table.add_column(heading, justify="right")
     for row in rows:
         views = row.views.values()
         lines = [[accuracy_cell(accuracies[c]) for c in COLUMNS] for accuracies in views]
@@ -124,7 +132,8 @@ def _accuracy_table(rows: list[AccuracyRow], headings: dict[str, str], title: st
             names.append("[dim]paper[/dim]")
         cells = ["\n".join(cell) for cell in zip(*lines)]
         seeds = str(len(row.group.finished))
-        table.add_row(escape(row.group.label), "\n".join(names), *cells, seeds)
+        label = escape(row.group.label)
+        table.add_row(label, "\n".join(names), *cells, seeds, *row.cost.texts())
     return table
 
 

@@ -46,6 +46,8 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "gamma": 1.0,
     "lam": 0.8,
     "plan": "auto",
+    "sample": 0.25,
+    "perturb_every": 1,
     "lagged": False,
     "norm": "batch",
     "epochs": 200,
@@ -134,6 +136,8 @@ class RunConfig:
     batch_norm: str
     rho: float
     plan: str
+    sample: float
+    perturb_every: int
     gamma: float
     lam: float
     lagged: bool
@@ -213,8 +217,14 @@ class RunConfig:
         if self.optimizer in PERTURBING:
             if self.rho != PAPER.rho:
                 parts.append((f"rho{self.rho:g}", f"rho {self.rho:g}"))
-            if self.plan != "auto":
+            if self.plan == "sampled":
+                parts.append((f"sampled{self.sample:g}", f"sampled {self.sample:g}"))
+            elif self.plan != "auto":
                 parts.append((self.plan, f"{self.plan} plan"))
+            if self.perturb_every != 1:
+                parts.append((f"every{self.perturb_every}", f"every {self.perturb_every}"))
+            if self.batch_norm != default_batch_norm(self.preset, self.plan):
+                parts.append((f"bn-{self.batch_norm}", f"statistics {self.batch_norm}"))
             if self.lagged:
                 parts.append(("lagged", "lagged"))
         return parts
@@ -227,6 +237,11 @@ def default_tail_weight(optimizer: str, preset: str) -> float:
     return PRESETS["released"].tail_weight if optimizer == "sgd-weighted" else 1.0
 
 
+def default_batch_norm(preset: str, plan: str) -> str:
+    """The preset's, but for the sampled plan, which knows "once" alone."""
+    return "once" if plan == "sampled" else PRESETS[preset].batch_norm
+
+
 def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
     """A full configuration: what is given, then the data set's settings, then the preset's.
 
@@ -235,7 +250,8 @@ def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
     values: dict[str, Any] = {**COMMON_DEFAULTS}
     preset = PRESETS[given.get("preset", PAPER.name)]
     values.update(preset=preset.name, eta=preset.eta, inclusive=preset.inclusive)
-    values.update(batch_norm=preset.batch_norm, rho=preset.rho)
+    plan = given.get("plan", values["plan"])
+    values.update(batch_norm=default_batch_norm(preset.name, plan), rho=preset.rho)
     values["tail_weight"] = default_tail_weight(given["optimizer"], preset.name)
     values.update(dataset.defaults)
     values.update(dataset.variants.get(given.get("images", values["images"]), {}))
@@ -253,6 +269,7 @@ def _check(config: RunConfig) -> None:
         raise ValueError(
             f"warmup_epochs is {config.warmup_epochs}, expected at most the {config.epochs} epochs"
         )
+    _check_sampled(config)
     if config.method == "ce":
         if config.stage1:
             raise ValueError(f"stage1 is '{config.stage1}', expected none: ce has no second stage")
@@ -262,3 +279,11 @@ def _check(config: RunConfig) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}, expected > 0 for {config.method}")
     if config.method == "wb" and config.beta >= 1:
         raise ValueError(f"beta is {config.beta:g}, expected below 1")
+
+
+def _check_sampled(config: RunConfig) -> None:
+    if config.plan != "sampled":
+        return
+    for name, expected in (("batch_norm", "once"), ("lagged", False)):
+        if (value := getattr(config, name)) != expected:
+            raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan 'sampled'")

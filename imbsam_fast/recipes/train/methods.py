@@ -23,7 +23,6 @@ class StepOptions(NamedTuple):
 
     autocast: AbstractContextManager | None = None
     grad_scaler: torch.amp.GradScaler | None = None
-    lagged: bool = False
 
 
 PLAIN_OPTIONS = StepOptions()
@@ -88,7 +87,10 @@ def make_trainer(
         config.batch_norm,
         autocast=options.autocast,
         grad_scaler=options.grad_scaler,
-        lagged=options.lagged,
+        lagged=config.lagged,
+        sample=config.sample,
+        sample_seed=config.seed,
+        perturb_every=config.perturb_every,
     )
     return Trainer(optimizer, step)
 

@@ -185,6 +185,10 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gamma", type=_not_negative, metavar="G", help="exponent of Focal-SAM")
     add("--lam", type=number(0, 1), metavar="L", help="lambda of Focal-SAM")
     add("--plan", choices=PLANS, help="passes of SAM, ImbSAM and Focal-SAM")
+    add("--sample", type=number(0, 1, above=True), metavar="S",
+        help="share of a batch in the sample of --plan sampled")  # fmt: skip
+    add("--perturb-every", type=_count, metavar="K",
+        help="perturb in every K-th step with tail rows alone")  # fmt: skip
     add("--lagged", action=argparse.BooleanOptionalAction,
         help="experimental: perturb along the previous step's tail gradient")  # fmt: skip
 

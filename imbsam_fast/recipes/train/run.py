@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...env import environment
@@ -36,6 +37,8 @@ def run_to_the_end(
     call this, and rank 0 writes.
     """
     ranks = training.ranks
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
     if directory.has_checkpoint():
         training.load_state_dict(directory.load_checkpoint())
     if ranks.writes:  # without a checkpoint too: it may have failed
@@ -59,7 +62,9 @@ def run_to_the_end(
     except DataError as error:
         _save(training, directory)
         raise DataError(f"{error}; '{directory.path}' goes on with --resume") from error
-    result = _result(training, directory, stop_if_asked)
+    on_gpu = ranks.device.type == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated(ranks.device) if on_gpu else None
+    result = _result(training, directory, stop_if_asked, peak_bytes)
     if ranks.writes:
         directory.write_result(result)
     return result
@@ -113,7 +118,10 @@ def _test(
 
 
 def _result(
-    training: ImageTraining, directory: RunDirectory, between: Callable[[], None]
+    training: ImageTraining,
+    directory: RunDirectory,
+    between: Callable[[], None],
+    peak_bytes: int | None,
 ) -> dict[str, Any]:
     """Test the last and the best checkpoint; run_directory.py describes the content."""
     data = training.data
@@ -134,6 +142,7 @@ def _result(
         "last": last,
         "best": best,
         "seconds": sum(row["seconds"] for row in log),
+        "peak_bytes": peak_bytes,
         "skipped_images": data.train.skipped + data.test.skipped,
         "ranks": training.ranks.world,
         "environment": environment(),

@@ -31,6 +31,8 @@ def plan_table(configs: Sequence[RunConfig], data: LongTailImages) -> Table:
     }
     if any(c.optimizer in PERTURBING for c in configs):
         facts["plan"] = f"{config.plan} ({_why_plan(config, has_batch_statistics(model))})"
+        if config.perturb_every > 1:
+            facts["plan"] += f", every {config.perturb_every} steps"
         facts["backend"] = _backend(config.device)
     seeds = len({c.seed for c in configs})
     facts["training"] = (
@@ -79,6 +81,8 @@ def _why_plan(config: RunConfig, batch_statistics: bool) -> str:
         return "the cheaper one for each batch: its rows do not influence each other"
     if config.plan == "split" and batch_statistics:
         return "asked for; under BatchNorm each part is normalised by its own statistics"
+    if config.plan == "sampled" and not batch_statistics:
+        return "asked for; without batch statistics the sample is the tail rows"
     return "asked for"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...training.train_step import TrainStep
 from ..data.images import LongTailImages, generator
 from ..models.registry import classifier, make_model
 from ..run_directory import RunDirectory, RunDirectoryError
@@ -111,7 +112,7 @@ class ImageTraining:
             config,
             self.data.counts,
             stage.class_weight(self.data.counts),
-            StepOptions(self._autocast(), self.grad_scaler, config.lagged),
+            StepOptions(self._autocast(), self.grad_scaler),
         )
         self.scheduler = cosine_with_warmup(
             self.trainer.optimizer,
@@ -202,12 +203,14 @@ class ImageTraining:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; under several ranks, all of them have to call it."""
         self.ranks.average_statistics(self.model)
+        step = self.trainer.step
         weights, optimizer = state_of(self.ranks.kind, self.model, self.trainer.optimizer)
         return {
             "model": weights,
             "optimizer": optimizer,
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "grad_scaler": self.grad_scaler.state_dict() if self.grad_scaler else None,
+            "step": step.state_dict() if isinstance(step, TrainStep) else None,
             "stage": self.stage_index,
             "epoch": self.epoch,
             "position": self.position,
@@ -229,6 +232,8 @@ class ImageTraining:
         self.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         if self.grad_scaler is not None:
             self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if isinstance(self.trainer.step, TrainStep) and state.get("step"):
+            self.trainer.step.load_state_dict(state["step"])
         self.epoch, self.position = state["epoch"], state["position"]
         self.sums.values.copy_(state["sums"])
         self.sums.seconds = state["seconds"]
