@@ -40,6 +40,8 @@ METHOD_KEYS = frozenset(
     ("label", "optimizer", "preset", "eta", "inclusive", "tail_weight", "batch_norm", "rho", "plan",
      "sample", "perturb_every", "lagged", "gamma", "lam")
 )  # fmt: skip
+# Where a cheaper step may differ from the paper's.
+STEP_KEYS = frozenset(("label", "plan", "sample", "perturb_every", "batch_norm", "lagged"))
 NOT_RECORDED = PLACE_KEYS - {"seed"}
 LOGGED = ("epoch", "loss", "head", "tail", "train_accuracy")  # no times: other work ran beside
 ANALYSED = ("analysis", "classes", "class_list", "rows", "checkpoint", "lambda_max", "trace")
@@ -152,7 +154,7 @@ def accuracy(report: RecipeReport) -> Lines:
 
 
 def paired(report: RecipeReport) -> Lines:
-    """Differences of a seed's runs: to the control and to SGD."""
+    """Differences of a seed's runs: to the control and to SGD, and to the paper's step."""
     rows = []
     for group in report.section.groups:
         for other in _compared_with(group, report.section):
@@ -182,16 +184,31 @@ def sharpness(report: RecipeReport) -> Lines:
 
 
 def _compared_with(group: Group, section: Section) -> Iterator[Group]:
-    """The control, SGD with the same class weights, and SGD, where it is another one."""
+    """The control, SGD with the same class weights, and SGD, where it is another one.
+
+    For a step that is not the paper's, that one too.
+    """
     weights = _class_weights(group, section)
     for other in section.groups:
-        if other is group or not other.config["optimizer"].startswith("sgd"):
+        if other is group:
+            continue
+        if not other.config["optimizer"].startswith("sgd"):
+            differing = set(differences([group, other]))
+            if differing <= STEP_KEYS and _is_papers(other) and not _is_papers(group):
+                yield other
             continue
         if set(differences([group, other])) - METHOD_KEYS:
             continue
         is_control = torch.equal(weights, _class_weights(other, section))
         if other.config["optimizer"] == "sgd" or is_control:
             yield other
+
+
+def _is_papers(group: Group) -> bool:
+    """Whether its steps have the passes of Algorithm 1."""
+    config = group.config
+    exact = config["plan"] in ("auto", "joint") and config.get("perturb_every", 1) == 1
+    return exact and not config.get("lagged")
 
 
 def _class_weights(group: Group, section: Section) -> torch.Tensor:
@@ -229,11 +246,14 @@ def provenance(report: RecipeReport) -> str:
 
 
 DIGITS = ("recipes/digits",)
+CHEAPER = ("recipes/digits_cheaper",)
 SMALL = ("recipes/cifar10_lt_small",)
 SHORT = ("recipes/cifar10_lt_small_60_epochs",)
 TABLES = {
     "digits": Table(DIGITS, accuracy),
     "digits-paired": Table(DIGITS, paired),
+    "digits-cheaper": Table(CHEAPER, accuracy),
+    "digits-cheaper-paired": Table(CHEAPER, paired),
     "cifar10-lt-small": Table(SMALL, accuracy),
     "cifar10-lt-small-paired": Table(SMALL, paired),
     "cifar10-lt-small-sharpness": Table(SMALL, sharpness),

@@ -81,6 +81,8 @@ CASES = {
     "sgd": {"optimizer": "sgd"},
     "focal": {"optimizer": "focal-sam", "amp": "bf16"},
     "lagged": {"lagged": True},
+    "sampled": {"plan": "sampled", "sample": 0.5},
+    "every": {"perturb_every": 2},
     "warm-up": {"warmup_epochs": 1, "norm": "group"},
     "wb": {"method": "wb"},
     "lws": {"method": "lws", "optimizer": "sam"},
@@ -403,6 +405,19 @@ def test_names_tell_runs_apart():
     assert len({run.label() for run in runs}) == len({run.directory_name() for run in runs}) == 10
     assert runs[0].label() == settings(seed=1).label()
     assert runs[0].directory_name() == "imbsam-paper-eta4-seed0"
+
+
+def test_cheaper_steps_are_a_part_of_the_name():
+    released = {"preset": "released"}
+    sampled = settings(**released, plan="sampled", perturb_every=2)
+    assert sampled.batch_norm == "once"  # the plan knows no other way, whatever the preset
+    assert sampled.label() == "ImbSAM, released, eta 4, sampled 0.25, every 2"
+    assert sampled.directory_name() == "imbsam-released-eta4-sampled0.25-every2-seed0"
+    once = settings(**released, batch_norm="once")
+    assert once.label() == "ImbSAM, released, eta 4, statistics once"
+    for given, named in (({"batch_norm": "twice"}, "batch_norm"), ({"lagged": True}, "lagged")):
+        with pytest.raises(ValueError, match=f"{named} is .*, expected .* with plan 'sampled'"):
+            settings(plan="sampled", **given)
 
 
 def test_a_tail_weight_is_named_once_and_only_where_there_is_one():
