@@ -5,9 +5,7 @@ It knows no model, no loss and no plan; the equations are those of docs/design.m
 
 from __future__ import annotations
 
-import warnings
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,29 +15,25 @@ from torch import Tensor
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
 from ..ops import native
-from ..ops.arguments import DTYPES, check_dense, in_layout_of, unobserved
+from ..ops.arguments import in_layout_of, unobserved
 from ..validation import check_bool, check_grad_scaler, check_max_norm, check_no_gradient
 from . import shards, updates
+from .around_base import AroundBase, check_base
 from .bases import check_fused, reason_not_fused
-from .buckets import Bucket, Slots, all_present, buckets, local_params_of, params_of
+from .buckets import Bucket, Slots, all_present, buckets
 from .groups import (
-    OWN_SETTINGS,
     check_group,
-    check_memory,
     check_own_settings,
     check_rho,
-    check_state_dict,
 )
 from .interrupts import uninterrupted
-from .loading import Loading, has_own_checkpoints, remove
-from .master_weights import MasterWeights
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
 from .scaling import joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
 
-class ImbSAM(torch.optim.Optimizer):
+class ImbSAM(AroundBase):
     """Class-aware sharpness-aware minimisation around a base optimizer (paper, Algorithm 1).
 
     One step is three calls, each after a backward pass that left gradients in `p.grad`:
@@ -85,9 +79,6 @@ class ImbSAM(torch.optim.Optimizer):
     fails inside its own step() leaves what it leaves without ImbSAM.
     """
 
-    base: torch.optim.Optimizer
-    master_weights: bool
-
     def __init__(
         self,
         base: torch.optim.Optimizer,
@@ -96,7 +87,7 @@ class ImbSAM(torch.optim.Optimizer):
         master_weights: bool = False,
         **unknown: object,
     ) -> None:
-        _check_base(base)
+        check_base(base)
         if unknown:
             raise TypeError(
                 f"ImbSAM got {', '.join(unknown)}, expected rho, adaptive and master_weights; the "
@@ -283,11 +274,6 @@ class ImbSAM(torch.optim.Optimizer):
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's hooks run around _end_step instead
 
-    @property
-    def is_perturbed(self) -> bool:
-        """Whether the weights are at theta + epsilon, between second_step and third_step."""
-        return self._pending.saved is not None
-
     @torch.no_grad()
     def perturbation_is_finite(self) -> Tensor:
         """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
@@ -327,86 +313,6 @@ class ImbSAM(torch.optim.Optimizer):
                 p.grad = g_h if p.grad is None else p.grad.add_(g_h)
         self._pending.held = None
 
-    # ------------------------------------------------------------ the base's groups and state
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The base's own list."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, param_groups: list[dict[str, Any]]) -> None:
-        self.base.param_groups = param_groups
-        self._fill_groups()
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The base's own state."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        self.base.state = state
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim.Optimizer; the base gets the group too."""
-        self.require_idle("add_param_group")
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
-        check_group("param_group", param_group, self.base)
-        if not hasattr(self.base, "add_param_group"):
-            raise TypeError(f"base is {type(self.base).__name__}, which takes no further group")
-        self.base.add_param_group(param_group)
-        try:
-            self._check_params(self.param_groups[-1]["params"])
-        except BaseException:
-            del self.param_groups[-1]
-            raise
-        self._fill_groups()
-        self._warn_of_rounding(self.param_groups[-1]["params"])
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim.Optimizer."""
-        if not set_to_none:
-            super().zero_grad(set_to_none)
-            return
-        for p in self._params():  # torch's own opens a profiler record, longer than a small step's
-            p.grad = None
-
-    def train(self) -> None:
-        """The base's own, where it has one: schedule-free optimizers move the weights."""
-        self._switch_base("train")
-
-    def eval(self) -> None:
-        """See `train`."""
-        self._switch_base("eval")
-
-    def _switch_base(self, mode: str) -> None:
-        self.require_idle(f"{mode}()")
-        if hasattr(self.base, mode):
-            getattr(self.base, mode)()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's, which plain training can load. RuntimeError inside a step."""
-        self.require_idle("state_dict", _TO_SAVE)
-        return self.unperturbed_state_dict()
-
-    def unperturbed_state_dict(self) -> dict[str, Any]:
-        """`state_dict`, also in the middle of a step, as from the handler of a signal.
-
-        The weights are no part of it; see `unperturbed_weights`. It is the state before the step,
-        that of a LeanImbSAM as after a step that failed here.
-        """
-        if not has_own_checkpoints(self.base):
-            return super().state_dict()
-        for before in self._optimizer_state_dict_pre_hooks.values():
-            before(self)
-        state_dict = self.base.state_dict()
-        for after in self._optimizer_state_dict_post_hooks.values():
-            replaced = after(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        return state_dict
-
     def unperturbed_weights(self, model: torch.nn.Module) -> dict[str, Any]:
         """`model.state_dict()` with the weights at theta, also while they are perturbed.
 
@@ -426,99 +332,12 @@ class ImbSAM(torch.optim.Optimizer):
             )
         return weights
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load one of `state_dict`, or of the base. RuntimeError inside a step."""
-        self.require_idle("load_state_dict")
-        if has_own_checkpoints(self.base):
-            self._load_into_base(state_dict)
-            return
-        if not isinstance(state_dict, dict):
-            check_state_dict(state_dict, self.base)
-        handles = [  # around the user's own, whose changes count
-            self.register_load_state_dict_pre_hook(self._loading.before),
-            self.register_load_state_dict_post_hook(self._loading.after, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _load_into_base(self, state_dict: dict[str, Any]) -> None:
-        """load_state_dict where the base has its own, around which the user's hooks run."""
-        for before in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = before(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        self._loading.note_settings()
-        self.base.load_state_dict(state_dict)
-        self._loading.give_back_settings()
-        self._fill_groups()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.require_idle("pickling or copying the optimizer", _TO_SAVE)
-        return {
-            "base": self.base, "defaults": self.defaults, "master_weights": self.master_weights
-        }  # fmt: skip
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "base" not in state:  # from load_state_dict; the base knows what its state needs
-            if hasattr(self.base, "__setstate__"):
-                self.base.__setstate__(state)
-            else:
-                self.base.state.clear()
-                self.base.state.update(state["state"])
-                self.base.param_groups[:] = state["param_groups"]
-            return
-        super().__setstate__(state)
-        self._pending = _Pending()
-        self._replicas = Replicas()
-        self._masters = MasterWeights(self.base, self.master_weights)
-        self._loading = Loading(self.base, self._masters)
-        weakref.finalize(self, remove, self._loading.hook_base()).atexit = False
-        self._fill_groups()
-
-    def _fill_groups(self) -> None:
-        for group in self.param_groups:
-            for name in OWN_SETTINGS:
-                group.setdefault(name, self.defaults[name])
-
     # ------------------------------------------------------------ internals
 
-    def _params(self) -> list[Tensor]:
-        return params_of(self.param_groups)
-
-    def _check_params(self, params: Sequence[Tensor]) -> None:
-        shards.check_placements(self._params())
-        for i, p in enumerate(shards.locals_of([*params])):
-            if not p.requires_grad:  # of whatever kind: nothing happens to it
-                continue
-            if p.dtype not in DTYPES or p.layout != torch.strided:
-                raise TypeError(
-                    f"parameter {i} is {p.dtype} {p.layout}, expected a strided tensor in one "
-                    f"of {', '.join(map(str, DTYPES))}"
-                )
-            check_dense(f"parameter {i}", p)
-        check_memory(local_params_of(self.param_groups))
-
-    def _warn_of_rounding(self, params: Sequence[Tensor]) -> None:
-        if not self.master_weights and any(p.dtype == torch.bfloat16 for p in params):
-            warnings.warn(
-                "bfloat16 parameters round away most of a perturbation of rho = 0.05: use "
-                "master_weights=True, or keep the weights in float32 and run the model under "
-                "torch.autocast",
-                stacklevel=3,
-            )
-
-    def require_idle(self, action: str, instead: str = "") -> None:
-        """RuntimeError, naming `action`, where a step has begun and not ended."""
-        if self._pending.held is not None or self._pending.saved is not None:
-            where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
-            raise RuntimeError(
-                f"{action} in the middle of a step, where {where}; "
-                f"finish it with third_step() or abandon it with restore(){instead}"
-            )
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "base" in state:
+            self._replicas = Replicas()
 
     @contextmanager
     def _abandoned_on_failure(self) -> Iterator[None]:
@@ -577,51 +396,3 @@ class ImbSAM(torch.optim.Optimizer):
             and not any(shards.local(p.grad).any() for p in self._params() if p.grad is not None)
             and any(p.grad is not None for p in self._params())
         )
-
-
-class _Pending:
-    """What lives between the calls of one step, never in a checkpoint.
-
-    An object of its own because torch.compile does not see assignments to an optimizer's
-    attributes.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self.held: Slots | None = None  # g_h
-        self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
-        self.partials: list[Tensor] = []  # the squared norm of g_t
-
-
-def wraps_imbsam(optimizer: object) -> bool:
-    """Whether an attribute of `optimizer` is an ImbSAM."""
-    return any(isinstance(value, ImbSAM) for value in getattr(optimizer, "__dict__", {}).values())
-
-
-_TO_SAVE = "; what can be saved now is unperturbed_state_dict() and unperturbed_weights(model)"
-
-_BASE_HAS = ("param_groups", "state", "step", "zero_grad")
-
-
-def _check_base(base: object) -> None:
-    if isinstance(base, ImbSAM) or not all(hasattr(base, name) for name in _BASE_HAS):
-        raise TypeError(
-            f"base is {type(base).__name__}, expected a plain torch optimizer, as in "
-            "ImbSAM(torch.optim.SGD(params, lr=0.1), rho=0.05), or a wrapper of one with "
-            f"{', '.join(_BASE_HAS)}"
-        )
-    if wraps_imbsam(base):
-        name = type(base).__name__
-        raise TypeError(
-            f"base is {name} around an ImbSAM, expected it the other way round: ImbSAM({name}(sgd))"
-        )
-    for name in OWN_SETTINGS:
-        if name in getattr(base, "defaults", ()):
-            raise ValueError(
-                f"base is {type(base).__name__}, which has a setting {name!r} of its own, expected "
-                "one without: it would be taken for ImbSAM's"
-            )
-    if isinstance(base, torch.optim.LBFGS):
-        raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")

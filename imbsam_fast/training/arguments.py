@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..optim import ImbSAM
-from ..optim.imbsam import wraps_imbsam
+from ..optim.around_base import wraps_imbsam
 
 # Lightning's classes become subclasses of what they wrap.
 _WRAPPERS = {
