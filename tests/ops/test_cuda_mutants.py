@@ -1,4 +1,4 @@
-"""Whether the checks of the PTX would see a wrong kernel: barriers and some other mutants of perturb_.
+"""Whether the checks of the PTX would see a wrong kernel: mutants of perturb_, all its barriers.
 
 All of them, of the sums and the loss too: `python -m cuda_on_host.mutants` in tests/, in minutes.
 """
