@@ -1,6 +1,6 @@
-"""Whether the checks of the PTX would see a wrong kernel: every barrier, and some other mutants.
+"""Whether the checks of the PTX would see a wrong kernel: mutants of perturb_, all its barriers.
 
-All of them: `python -m cuda_on_host.mutants` in tests/, which takes minutes.
+All of them, of the sums and the loss too: `python -m cuda_on_host.mutants` in tests/, in minutes.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ def is_drawn(mutation: ptx.Mutation) -> bool:
     return mutation.kind == "barrier" or zlib.crc32(text.encode()) % SHARE == 0
 
 
-@pytest.mark.parametrize("name", mutants.CHECKS)
-def test_mutants_are_caught(host: build.Host, name: str) -> None:
-    tried, unknown = 0, []
-    for mutation, survived in mutants.survivors(host, name, is_drawn):
-        tried += 1
+def test_mutants_are_caught(host: build.Host) -> None:
+    barriers, unknown = 0, []
+    for mutation, survived in mutants.survivors(host, "perturb", is_drawn):
+        barriers += mutation.kind == "barrier"
         if survived and mutants.reason_harmless(mutation) is None:
             unknown.append(f"{mutation} {mutants.source_line(mutation)}")
-    assert tried > 10
+    assert barriers == 3
     assert not unknown, "\n".join(unknown)
