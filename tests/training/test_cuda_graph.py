@@ -22,6 +22,7 @@ from imbsam_fast.training.cuda_graph import (
     GraphedSteps,
     check_capturable,
 )
+from imbsam_fast.training.plans import joint_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +123,7 @@ def test_replays_are_the_steps_of_the_joint_plan(stand_in):
     graphed, plain = train_step(model), train_step(expected)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = graphed.unconditional(x, y)
+        result = graphed.unconditional(joint_plan, x, y)
         return result.loss, result.logits
 
     steps = GraphedSteps(stand_in(step), CPU)
@@ -147,7 +148,7 @@ def test_every_shape_has_a_graph_after_its_own_warm_up(stand_in):
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(len(x))
-        result = train.unconditional(x, y)
+        result = train.unconditional(joint_plan, x, y)
         return result.loss, result.logits
 
     steps = GraphedSteps(stand_in(step), CPU)
@@ -195,7 +196,7 @@ def graphed(stand_in: Callable, model: nn.Module) -> tuple[TrainStep, GraphedSte
     train = train_step(model)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = train.unconditional(x, y)
+        result = train.unconditional(joint_plan, x, y)
         return result.loss, result.logits
 
     return train, GraphedSteps(stand_in(step), CPU, train._constants)
@@ -308,10 +309,10 @@ def test_the_unconditional_step_counts_rows_itself():
         split_loss(lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"), split),
     ):
         ends = []
-        for call in ("__call__", "unconditional"):
+        for arguments in ((), (joint_plan,)):
             model = network("group")
             step = TrainStep(model, criterion, imbsam(model), "joint")
-            getattr(step, call)(x, y)
+            (step.unconditional if arguments else step)(*arguments, x, y)
             ends.append(model)
         assert distance(*ends) < 1e-12
 
