@@ -1,4 +1,4 @@
-# make demo | test | lint | wheel | bench | clean; everything happens inside $(VENV).
+# make demo | quick | test | lint | wheel | bench | clean; everything happens inside $(VENV).
 # make gpu uses the environment of $(PYTHON) as it is.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,12 +11,16 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo test lint wheel wheel-test bench gpu gpu-dry-run clean
+.PHONY: demo quick test lint ptx wheel release-wheel wheel-test bench gpu gpu-wheels gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/imbsam-fast train digits --preset released --seeds 3 --save demo/runs --resume
 	$(BIN)/imbsam-fast report demo/runs --out demo/report.html
+
+# A few tests of every file, in less than a minute.
+quick: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m quick
 
 test: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
@@ -30,7 +34,26 @@ lint: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
+		IMBSAM_CUDA_ARCHITECTURES=$${IMBSAM_CUDA_ARCHITECTURES:-wheel} \
 		$(BIN)/python -m build --outdir dist
+
+# nvcc's PTX of three architectures run on the CPU, and all mutants of it (minutes); `make test` runs
+# that of one, and some mutants. Needs nvcc.
+ptx: $(VENV)/.installed
+	IMBSAM_PTX=all $(BIN)/python $(PYTEST) tests/ops/test_cuda_on_host.py
+	cd tests && $(CURDIR)/$(BIN)/python -m cuda_on_host.mutants
+
+# The wheel with CUDA kernels, in an image with CUDA 12.8: a module built with 12.x runs under every
+# driver from 12.1 on, one built with 13 only under 13 (docs/building.md). Needs docker.
+RELEASE_IMAGE ?= nvidia/cuda:12.8.1-devel-rockylinux8
+RELEASE_ARCHITECTURES := 75-real;80-real;90-real;100-real;120-real;75-virtual
+RELEASE_PYTHON ?= python3.11
+release-wheel:
+	docker run --rm --volume $(CURDIR):/source --workdir /source \
+		--env IMBSAM_CUDA=ON --env 'IMBSAM_CUDA_ARCHITECTURES=$(RELEASE_ARCHITECTURES)' \
+		--env PIP_BUILD_CONSTRAINT=/source/constraints.txt $(RELEASE_IMAGE) bash -ec \
+		'dnf install -y gcc-c++ $(RELEASE_PYTHON)-devel $(RELEASE_PYTHON)-pip && \
+		$(RELEASE_PYTHON) -m pip wheel --no-deps --wheel-dir dist .'
 
 # The tests against the installed wheel, under another torch than `make test` has. -P keeps the
 # checkout from being imported in its place. Of the recipes' packages torchvision is left out, each of
@@ -49,7 +72,7 @@ wheel-test: wheel
 # Everything at full size, for a quiet machine; `imbsam-fast bench` is the short form. Recorded
 # results are replaced at the end, all from one commit.
 BENCHMARKS := bench_optimizer bench_split_cross_entropy bench_step bench_growth bench_memory \
-	bench_distributed bench_anomaly
+	bench_host bench_input bench_distributed bench_anomaly
 bench: $(VENV)/.installed
 	rm -rf build/results
 	set -e; for name in $(BENCHMARKS); do \
@@ -59,29 +82,37 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.anomaly_report
 
-# For a machine with an NVIDIA GPU, also without a network: builds with the torch, setuptools,
-# cmake, ninja, pybind11 and nvcc that $(PYTHON) has, tests, looks for races and bad addresses,
-# measures, and writes the tables of docs/gpu.md.
-GPU_RESULTS ?= benchmarks/results/gpu
-SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+# For a machine with an NVIDIA GPU, also without a network: `make gpu PIECE=a` to e, each within
+# eight minutes, again where it says that time was up; without PIECE all of them, one after the
+# other. benchmarks/gpu_day.py says what they do. It takes the torch, setuptools, cmake, ninja,
+# pybind11 and nvcc that $(PYTHON) has, and what `make gpu-wheels PYTHON_VERSION=3.12` fetched before
+# into build/gpu_wheels, where there was a network. DATA: the packed CIFAR-100 of piece e.
+GPU_PIECES := a b c d e
+PIECE ?= $(GPU_PIECES)
+DATA  ?= data
 gpu:
-	IMBSAM_CUDA=ON $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m tests.gpu_small_run
-	$(PYTHON) -m pytest
-	$(SANITIZE) --tool memcheck $(PYTHON) -m tests.gpu_small_run
-	$(SANITIZE) --tool racecheck $(PYTHON) -m tests.gpu_small_run
-	$(PYTHON) -m benchmarks.bench_gpu --json $(GPU_RESULTS)/bench_gpu.json
-	$(PYTHON) -m benchmarks.bench_gpu_steps --json $(GPU_RESULTS)/bench_gpu_steps.json
+	set -e; for piece in $(PIECE); do \
+		code=75; while [ $$code -eq 75 ]; do \
+			code=0; $(PYTHON) -m benchmarks.gpu_day $$piece --data $(DATA) || code=$$?; \
+			[ "$(PIECE)" = "$(GPU_PIECES)" ] || break; done; \
+		[ $$code -eq 0 ] || exit $$code; done
 	$(PYTHON) -m benchmarks.report
 
+PYTHON_VERSION ?= 3.12
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python -m pip download --quiet --only-binary :all: --python-version $(PYTHON_VERSION) \
+		--dest build/gpu_wheels rich pytest hypothesis
+	du -sh build/gpu_wheels
+
 # What of `make gpu` a machine without a GPU can run: the build with nvcc, the tests (those that
-# need a GPU are skipped), and every script once, small, on the CPU. Not the sanitizer.
+# need a GPU are skipped), and every piece once, small, on the CPU. Not the sanitizer itself.
 gpu-dry-run: $(VENV)/.installed
 	IMBSAM_CUDA=ON $(PIP) install --quiet --no-deps --editable .
-	$(BIN)/python -m tests.gpu_small_run --dry-run
 	$(BIN)/python $(PYTEST)
-	$(BIN)/python -m benchmarks.bench_gpu --dry-run
-	$(BIN)/python -m benchmarks.bench_gpu_steps --dry-run
+	rm -rf build/gpu_dry_run
+	set -e; for piece in $(PIECE); do \
+		$(BIN)/python -m benchmarks.gpu_day $$piece --dry-run --minutes 60 --data $(DATA) \
+			--out build/gpu_dry_run; done
 	$(BIN)/python -m benchmarks.report --check
 
 $(VENV)/.installed: $(NATIVE)

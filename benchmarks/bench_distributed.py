@@ -40,7 +40,7 @@ from imbsam_fast.bench.measure import Group, Operation, Stopwatch, Timing, measu
 from imbsam_fast.bench.process import OtherLoad
 from imbsam_fast.bench.report import Report, save
 from imbsam_fast.env import environment
-from imbsam_fast.training.data_parallel import average_
+from imbsam_fast.optim.replicas import average_
 
 RANKS = (1, 2, 4)
 CLASSES = 100

@@ -55,6 +55,7 @@ def networks(device: str) -> Iterator[Network]:
     yield Network(
         "ConvNeXt-T", lambda: imagenet.convnext_tiny(num_classes=8142), 224, 8142, rows, True
     )
+    yield Network("ViT-B/16", lambda: imagenet.vit_b_16(num_classes=8142), 224, 8142, rows, True)
 
 
 # ---------------------------------------------------------------- the steps

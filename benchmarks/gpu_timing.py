@@ -40,7 +40,7 @@ class Contest:
 
     name: str
     contestants: dict[str, list[Phase]]
-    bytes: int | None = None  # that have to move, whoever moves them
+    bytes: int | None = None  # that cannot be avoided
     images: int | None = None  # in one batch
 
 
@@ -69,7 +69,9 @@ class GpuReport:
 
 def save(report: GpuReport, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(asdict(report), indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def load(path: Path) -> GpuReport:
@@ -163,6 +165,9 @@ def run_script(
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
     parser.add_argument(
+        "--resume", action="store_true", help="keep the contests that --json has, and go on"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="once, small, on the CPU: to see that it runs"
     )
     args = parser.parse_args(argv)
@@ -176,17 +181,32 @@ def run_script(
     reason = dispatch.available("cuda")["native"]
     if reason is not None:
         raise SystemExit(f"no GPU to measure on: {reason}")
-    limit = copy_gb_per_s(args.rounds)
-    print(f"device copy: {limit:.0f} GB/s")
-    results: list[Result] = []
+    report = _begun(args.json, args.rounds) if args.resume else None
+    if report is None:
+        report = GpuReport(environment(), args.rounds, copy_gb_per_s(args.rounds), [])
+    print(f"device copy: {report.copy_gb_per_s:.0f} GB/s")
+    measured = {result.contest for result in report.results}
     for contest in contests("cuda"):
-        print(contest.name)
-        for result in measure(contest, args.rounds, limit):
-            results.append(result)
-            show(result)
+        if contest.name not in measured:
+            print(contest.name)
+            results = [*measure(contest, args.rounds, report.copy_gb_per_s)]
+            for result in results:
+                show(result)
+            report.results += results
+            save(report, args.json)  # whatever comes next, this is measured
         del contest
         torch.cuda.empty_cache()
-    save(GpuReport(environment(), args.rounds, limit, results), args.json)
+
+
+def _begun(path: Path, rounds: int) -> GpuReport | None:
+    """What an earlier run on this device and from this commit has measured."""
+    if not path.exists():
+        return None
+    report, now = load(path), environment()
+    same = all(report.environment[key] == now[key] for key in ("devices", "versions", "git_commit"))
+    if not same or report.rounds != rounds:
+        raise SystemExit(f"{path} is of another machine, version or number of rounds: move it away")
+    return report
 
 
 def _dry_run(contests: Callable[[str], Iterator[Contest]]) -> None:

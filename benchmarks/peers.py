@@ -227,7 +227,7 @@ class OwnStep(torch.optim.AdamW):
 
 
 def imbsam_contenders(tensors: int) -> dict[str, Contender]:
-    """Everybody who can take an ImbSAM step on that many tensors, ours first."""
+    """Every contestant that can take an ImbSAM step on that many tensors, ours first."""
 
     def eager(base: torch.optim.SGD, _: Workspace) -> EagerForeach:
         return EagerForeach(base, RHO)

@@ -20,6 +20,7 @@ from benchmarks import (
     documents,
     gpu_tables,
     gpu_timing,
+    input_tables,
     plots,
     recipe_tables,
     tables,
@@ -31,6 +32,7 @@ TABLES = {
     **tables.TABLES,
     **gpu_tables.TABLES,
     **distributed_tables.TABLES,
+    **input_tables.TABLES,
     **recipe_tables.TABLES,
 }
 NOT_MEASURED = "Not measured."

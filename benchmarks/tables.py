@@ -36,7 +36,7 @@ def by_size(report: Report, operation: str) -> Rows:
 
 
 def contestants(rows: Rows) -> list[str]:
-    """Everybody who ran at any size; the first is whom the others are compared with."""
+    """Contestants that ran at any size; the others are compared with the first."""
     return list(dict.fromkeys(who for timings in rows.values() for who in timings))
 
 
@@ -92,7 +92,7 @@ def optimizer(report: Report) -> Lines:
 
 
 def traffic(report: Report) -> Lines:
-    """How near everybody is to the memory's speed with the bytes that each moves itself."""
+    """Bytes that each contestant moves itself, a second, as a share of the memory's speed."""
 
     def cell(t: Timing | None) -> str:
         if t is None or not (t.bytes and t.moved_bytes and t.percent_of_limit):
@@ -100,6 +100,25 @@ def traffic(report: Report) -> Lines:
         return percent(t.percent_of_limit * t.moved_bytes / t.bytes)
 
     return _step_table(report, "of the limit", cell)
+
+
+def host(report: Report) -> Lines:
+    """The main thread's microseconds, and those of each call."""
+    rows = []
+    sizes = list(by_size(report, IMBSAM.name))
+    for rules in (IMBSAM, peers.SAM, peers.SGD):
+        timings = by_size(report, rules.name)
+        for who in contestants(timings):
+            at = [timings.get(size, {}).get(who) for size in sizes]
+            rows.append((f"{rules.name}: {who}", *map(_microseconds, at)))
+    return markdown(("microseconds (of each call)", *sizes), rows)
+
+
+def _microseconds(t: Timing | None) -> str:
+    if t is None:
+        return NO_VALUE
+    calls = " + ".join(f"{1e3 * ms:.0f}" for ms in t.laps_ms.values())
+    return f"{1e3 * t.ms:.0f}" + (f" ({calls})" if len(t.laps_ms) > 1 else "")
 
 
 def _step_table(report: Report, what: str, cell: Callable[[Timing | None], str]) -> Lines:
@@ -323,6 +342,7 @@ TABLES = {
     "phases": Table(("bench_optimizer",), phases),
     "optimizer": Table(("bench_optimizer",), optimizer),
     "traffic": Table(("bench_optimizer",), traffic),
+    "host": Table(("bench_host",), host, optional=True),
     "loss": Table(("bench_split_cross_entropy",), loss),
     "training": Table(("bench_step",), training),
     "training-optimizer": Table(("bench_step",), training_optimizer),

@@ -16,14 +16,15 @@
 #include "cuda/tiles.h"
 #include "imbsam.h"
 #include "lists.h"
+#include "slots.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 using namespace imbsam;
 
-namespace {
+imbsam::TensorReader imbsam::reader;
 
-TensorReader reader;
+namespace {
 
 uintptr_t address_of(py::handle item) {
   dlpack::Tensor tensor;
@@ -39,6 +40,11 @@ struct pybind11::detail::type_caster<Pointers> {
   PYBIND11_TYPE_CASTER(Pointers, const_name("Sequence[Tensor | int]"));
 
   bool load(handle source, bool) {
+    make_caster<TensorList> read;  // also one that another build of this module has read
+    if (read.load(source, false)) {
+      value = cast_op<const TensorList&>(read).addresses;
+      return true;
+    }
     if (!PySequence_Check(source.ptr())) return false;
     value.reserve(len(source));
     for (handle item : source) value.push_back(address_of(item));
@@ -46,30 +52,23 @@ struct pybind11::detail::type_caster<Pointers> {
   }
 };
 
-namespace {
+template <>
+struct pybind11::detail::type_caster<Sizes> {
+  PYBIND11_TYPE_CASTER(Sizes, const_name("Sequence[int] | TensorList"));
 
-// Whether ops.check_lists accepts these lists; false where that cannot be told here.
-bool lists_match(const std::vector<py::sequence>& lists) {
-  const size_t count = lists.empty() ? 0 : lists[0].size();
-  if (count == 0) return false;
-  std::vector<dlpack::Tensor> first;
-  for (const py::sequence& list : lists) {
-    const bool is_first = &list == &lists[0];
-    if (list.size() != count && list.size() != 0) return false;
-    size_t i = 0;
-    for (py::handle item : list) {
-      dlpack::Tensor tensor;
-      if (!reader.read(item.ptr(), &tensor)) return false;
-      if (is_first) {
-        first.push_back(tensor);
-        if (!is_supported(tensor) || !is_dense(tensor) || !same_kind(tensor, first[0])) return false;
-      } else if (!alike(tensor, first[i++])) {
-        return false;
-      }
+  bool load(handle source, bool) {
+    make_caster<TensorList> read;
+    if (read.load(source, false)) {
+      value = *cast_op<const TensorList&>(read).numel;
+      return true;
     }
+    if (!PySequence_Check(source.ptr())) return false;
+    for (handle item : source) value.push_back(item.cast<int64_t>());
+    return true;
   }
-  return true;
-}
+};
+
+namespace {
 
 // Whether each tensor of a has the dtype, device, shape and memory order of its namesake in b;
 // None matches all. False where that cannot be told here.
@@ -86,20 +85,7 @@ bool pairs_match(const py::sequence& a, const py::sequence& b) {
   return true;
 }
 
-// Whether one launch can take all these tensors. False where that cannot be told here.
-bool one_kind(const py::sequence& tensors) {
-  dlpack::Tensor first, tensor;
-  bool is_first = true;
-  for (py::handle item : tensors) {
-    if (!reader.read(item.ptr(), &tensor)) return false;
-    if (is_first) first = tensor;
-    if (!same_kind(tensor, first)) return false;
-    is_first = false;
-  }
-  return !is_first;
-}
-
-void squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& g_t,
+void squared_norm(int dtype, const Sizes& numel, const Pointers& g_t,
                   const Pointers& theta, uintptr_t partials, int threads) {
   Lists lists("squared_norm", dtype, numel);
   lists.required("g_t", g_t);
@@ -108,7 +94,7 @@ void squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& 
   cpu::squared_norm(lists.table(), in(g_t), in(theta), (double*)pointer(partials), threads);
 }
 
-void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+void perturb_(int dtype, const Sizes& numel, const Pointers& theta,
               const Pointers& g_t, const Pointers& master, const Pointers& held,
               uintptr_t partials, int64_t partial_count, double rho, bool adaptive, int threads) {
   Lists lists("perturb_", dtype, numel);
@@ -122,36 +108,25 @@ void perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& thet
                 (const double*)pointer(partials), partial_count, rho, adaptive, threads);
 }
 
-void sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                 const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                 const Pointers& m, const Pointers& master, double lr, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize,
-                 double grad_scale, bool skip, int threads) {
-  Lists lists("sgd_update_", dtype, numel);
-  check_sgd_lists(lists, theta, saved, g_h, g_p, m, master);
-  cpu::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(master),
-                   {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
-                   threads);
-}
-
-// step: counts on the host, which a step that is not skipped advances.
-void adam_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                  const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                  const Pointers& m, const Pointers& v, const Pointers& v_max,
-                  const Pointers& master, const Pointers& step, int step_dtype, double lr,
-                  double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-                  bool maximize, double grad_scale, bool skip, int threads) {
-  Lists lists("adam_update_", dtype, numel);
-  check_adam_lists(lists, theta, saved, g_h, g_p, m, v, v_max, master);
-  const StepCounts counts(step, step_dtype, numel.size());
-  cpu::adam_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(v),
-                    out(v_max), out(master), counts.next(),
-                    {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, skip},
-                    threads);
+// step: counts on the host, which a step that is not skipped advances; [] for none.
+void update_(const std::string& op, int dtype, const Sizes& numel,
+             const Pointers& theta, const Pointers& saved, const Pointers& g_h,
+             const Pointers& g_p, const std::vector<Pointers>& state, const Pointers& master,
+             const Pointers& step, int step_dtype, double lr, const std::vector<double>& settings,
+             bool maximize, double grad_scale, bool skip, int threads) {
+  const Base base = base_of(op);
+  Lists lists(entry(base).op, dtype, numel);
+  const UpdateLists found = checked(lists, base, {theta, saved, g_h, g_p, state, master});
+  const UpdateSettings of_step = checked(base, lr, settings, maximize, grad_scale, skip);
+  const StepCounts counts(base, step, step_dtype, numel.size());
+  cpu::update_(base, lists.table(), found, counts.next(), of_step, threads);
   if (!skip) counts.advance();
 }
 
-void merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+// Whether the formula of the base needs the steps taken.
+bool needs_counts(const std::string& op) { return entry(base_of(op)).counts; }
+
+void merge_(int dtype, const Sizes& numel, const Pointers& theta,
             const Pointers& saved, const Pointers& g_h, const Pointers& g_p, int threads) {
   Lists lists("merge_", dtype, numel);
   lists.required("theta", theta);
@@ -162,7 +137,7 @@ void merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
   cpu::merge_(lists.table(), out(theta), in(saved), in(g_h), out(g_p), threads);
 }
 
-bool grad_check(int dtype, const std::vector<int64_t>& numel, const Pointers& g_h,
+bool grad_check(int dtype, const Sizes& numel, const Pointers& g_h,
                 const Pointers& g_p, uintptr_t partials, int threads) {
   Lists lists("grad_check", dtype, numel);
   lists.optional("g_h", g_h);
@@ -275,7 +250,7 @@ std::optional<std::string> cuda_reason_unavailable() {
 
 cuda::Stream on(int device, uintptr_t stream) { return {device, pointer(stream)}; }
 
-void cuda_squared_norm(int dtype, const std::vector<int64_t>& numel, const Pointers& g_t,
+void cuda_squared_norm(int dtype, const Sizes& numel, const Pointers& g_t,
                        const Pointers& theta, uintptr_t partials, int device, uintptr_t stream) {
   Lists lists("squared_norm", dtype, numel);
   lists.required("g_t", g_t);
@@ -285,7 +260,7 @@ void cuda_squared_norm(int dtype, const std::vector<int64_t>& numel, const Point
                      on(device, stream));
 }
 
-void cuda_perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+void cuda_perturb_(int dtype, const Sizes& numel, const Pointers& theta,
                    const Pointers& g_t, const Pointers& master, const Pointers& held,
                    uintptr_t partials, int64_t partial_count, double rho, bool adaptive,
                    int device, uintptr_t stream) {
@@ -301,42 +276,27 @@ void cuda_perturb_(int dtype, const std::vector<int64_t>& numel, const Pointers&
                  on(device, stream));
 }
 
-void cuda_sgd_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                      const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                      const Pointers& m, const Pointers& master, double lr, double momentum,
-                      double dampening, double weight_decay, bool nesterov, bool maximize,
-                      double grad_scale, bool skip, uintptr_t lr_at, uintptr_t grad_scale_at,
-                      uintptr_t found_inf_at, int device, uintptr_t stream) {
-  Lists lists("sgd_update_", dtype, numel);
-  check_sgd_lists(lists, theta, saved, g_h, g_p, m, master);
-  cuda::sgd_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(master),
-                    {lr, momentum, dampening, weight_decay, nesterov, maximize, grad_scale, skip},
-                    {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
-                    on(device, stream));
+// step: one float a tensor on the device, which is only read; [] where the base needs none.
+void cuda_update_(const std::string& op, int dtype, const Sizes& numel,
+                  const Pointers& theta, const Pointers& saved, const Pointers& g_h,
+                  const Pointers& g_p, const std::vector<Pointers>& state, const Pointers& master,
+                  const Pointers& step, double lr, const std::vector<double>& settings,
+                  bool maximize, double grad_scale, bool skip, uintptr_t lr_at,
+                  uintptr_t grad_scale_at, uintptr_t found_inf_at, int device, uintptr_t stream) {
+  const Base base = base_of(op);
+  Lists lists(entry(base).op, dtype, numel);
+  const UpdateLists found = checked(lists, base, {theta, saved, g_h, g_p, state, master});
+  const UpdateSettings of_step = checked(base, lr, settings, maximize, grad_scale, skip);
+  const size_t expected = entry(base).counts ? numel.size() : 0;
+  IMBSAM_CHECK(step.size() == expected && std::count(step.begin(), step.end(), 0) == 0,
+               op << ": step has " << step.size() << " tensors, expected " << expected
+                  << ", none of them a null pointer");
+  cuda::update_(base, lists.table(), found, in(step), of_step,
+                {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
+                on(device, stream));
 }
 
-// step: one float a tensor on the device, which is only read.
-void cuda_adam_update_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
-                       const Pointers& saved, const Pointers& g_h, const Pointers& g_p,
-                       const Pointers& m, const Pointers& v, const Pointers& v_max,
-                       const Pointers& master, const Pointers& step, double lr, double beta1,
-                       double beta2, double eps, double weight_decay, bool decoupled,
-                       bool maximize, double grad_scale, bool skip, uintptr_t lr_at,
-                       uintptr_t grad_scale_at, uintptr_t found_inf_at, int device,
-                       uintptr_t stream) {
-  Lists lists("adam_update_", dtype, numel);
-  check_adam_lists(lists, theta, saved, g_h, g_p, m, v, v_max, master);
-  IMBSAM_CHECK(step.size() == numel.size() && std::count(step.begin(), step.end(), 0) == 0,
-               "adam_update_: step has " << step.size() << " tensors, expected " << numel.size()
-                                         << ", none of them a null pointer");
-  cuda::adam_update_(lists.table(), out(theta), in(saved), in(g_h), in(g_p), out(m), out(v),
-                     out(v_max), out(master), in(step),
-                     {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, grad_scale, skip},
-                     {pointer(lr_at), pointer(grad_scale_at), pointer(found_inf_at)},
-                     on(device, stream));
-}
-
-void cuda_merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& theta,
+void cuda_merge_(int dtype, const Sizes& numel, const Pointers& theta,
                  const Pointers& saved, const Pointers& g_h, const Pointers& g_p, int device,
                  uintptr_t stream) {
   Lists lists("merge_", dtype, numel);
@@ -348,7 +308,7 @@ void cuda_merge_(int dtype, const std::vector<int64_t>& numel, const Pointers& t
   cuda::merge_(lists.table(), out(theta), in(saved), in(g_h), out(g_p), on(device, stream));
 }
 
-void cuda_grad_check(int dtype, const std::vector<int64_t>& numel, const Pointers& g_h,
+void cuda_grad_check(int dtype, const Sizes& numel, const Pointers& g_h,
                      const Pointers& g_p, uintptr_t partials, uintptr_t found_inf, int device,
                      uintptr_t stream) {
   Lists lists("grad_check", dtype, numel);
@@ -402,8 +362,7 @@ void define_cuda(py::module_& module) {
   module.def("cuda_reason_unavailable", &cuda_reason_unavailable, release);
   module.def("cuda_squared_norm", &cuda_squared_norm, release);
   module.def("cuda_perturb_", &cuda_perturb_, release);
-  module.def("cuda_sgd_update_", &cuda_sgd_update_, release);
-  module.def("cuda_adam_update_", &cuda_adam_update_, release);
+  module.def("cuda_update_", &cuda_update_, release);
   module.def("cuda_merge_", &cuda_merge_, release);
   module.def("cuda_grad_check", &cuda_grad_check, release);
   module.def("cuda_split_cross_entropy", &cuda_split_cross_entropy, release);
@@ -412,6 +371,24 @@ void define_cuda(py::module_& module) {
 
 #endif
 
+void define_slots(py::module_& module) {
+  py::class_<TensorList>(module, "TensorList", py::module_local())
+      .def("__len__", [](const TensorList& list) { return list.addresses.size(); })
+      .def("__getitem__", [](const TensorList& list, py::handle i) {
+        return py::object(list.tensors[i]);
+      })
+      .def("__iter__", [](const TensorList& list) { return py::iter(list.tensors); })
+      .def_property_readonly("dtype_code", [](const TensorList& list) { return (int)list.dtype; })
+      .def_property_readonly("chunks", [](const TensorList& list) {
+        return Lists("", (int)list.dtype, *list.numel).chunks();
+      });
+  module.def("read_lists", &read_lists);
+  module.def("take_gradients", &take_gradients);
+  module.def("state_of", &state_of);
+  module.def("partition", &partition);
+  module.def("occupancy", &occupancy);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -419,8 +396,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled operations of imbsam_fast on raw pointers; see csrc/imbsam.h.";
   module.def("squared_norm", &squared_norm, release);
   module.def("perturb_", &perturb_, release);
-  module.def("sgd_update_", &sgd_update_, release);
-  module.def("adam_update_", &adam_update_, release);
+  module.def("update_", &update_, release);
+  module.def("needs_counts", &needs_counts);
   module.def("merge_", &merge_, release);
   module.def("grad_check", &grad_check, release);
   module.def("split_cross_entropy", &split_cross_entropy, release);
@@ -434,9 +411,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("connect", [](py::type tensor, py::type parameter) {
     return reader.connect(tensor.ptr(), parameter.ptr());
   });
-  module.def("lists_match", &lists_match);
   module.def("pairs_match", &pairs_match);
-  module.def("one_kind", &one_kind);
+  define_slots(module);
   module.def("cuda_tiles", &cuda_tiles);
 #if defined(IMBSAM_CUDA)
   define_cuda(module);

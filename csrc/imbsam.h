@@ -5,8 +5,8 @@
 // list has numel[i] elements of one dtype in the same dense memory order. Arithmetic runs in
 // float for float32, bfloat16 and float16 data, in double for float64.
 //
-// `master`, for bfloat16 and float16 data, holds the weights in float, and so do m, v and v_max
-// where it is there: theta is then what is written of them, rounded, and there is no `saved`.
+// `master`, for bfloat16 and float16 data, holds the weights in float, and so does the state of the
+// base where it is there: theta is then what is written of them, rounded, and there is no `saved`.
 #pragma once
 
 #include <stdint.h>
@@ -29,19 +29,67 @@ struct Table {
   const int64_t* numel;  // elements of each
 };
 
-struct SgdSettings {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize;
-  double grad_scale;  // the gradients are this many times too large
-  bool skip;          // only restore theta
+// ---------------------------------------------------------------- the fused bases
+
+// A list of a base's state, kept like the weights.
+struct StateList {
+  const char* name;
+  bool required;  // else it may be absent
 };
 
-struct AdamSettings {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled;  // AdamW: weight_decay shrinks theta and is no part of the gradient
+constexpr int kMaxState = 3, kMaxSettings = 5;
+
+// What an update takes besides theta, saved, g_h, g_p, master and what UpdateSettings has.
+struct BaseEntry {
+  const char* op;  // in reference.py
+  int state_count;
+  StateList state[kMaxState];
+  int settings;  // how many, in the order of reference.py, without lr and maximize
+  bool counts;   // whether its formula needs the steps that each tensor took
+};
+
+// csrc/bases.h has the formula of each.
+enum class Base : int { sgd, adam, rmsprop };
+
+constexpr BaseEntry kBases[] = {
+    // momentum, dampening, weight_decay, nesterov
+    // bytes: 4n read, 2n written with all lists present (3n written with master)
+    {"sgd_update_", 1, {{"m", false}}, 4, false},
+    // beta1, beta2, eps, weight_decay, decoupled
+    // bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
+    {"adam_update_", 3, {{"m", true}, {"v", true}, {"v_max", false}}, 5, true},
+    // alpha, eps, weight_decay, momentum
+    // bytes: 4n read, 2n written (1n more of each with m and with g_avg; 1n written with master)
+    {"rmsprop_update_", 3, {{"v", true}, {"m", false}, {"g_avg", false}}, 4, false},
+};
+constexpr int kBaseCount = sizeof(kBases) / sizeof(kBases[0]);
+
+constexpr const BaseEntry& entry(Base base) { return kBases[(int)base]; }
+
+// A bit for each list of the state that must be there.
+constexpr unsigned required_state(Base base) {
+  unsigned bits = 0;
+  for (int k = 0; k < entry(base).state_count; ++k)
+    bits |= (unsigned)entry(base).state[k].required << k;
+  return bits;
+}
+
+// The lists of one update. state[k] is null where it is absent.
+struct UpdateLists {
+  void* const* theta;
+  const void* const* saved;
+  const void* const* g_h;
+  const void* const* g_p;
+  void* const* state[kMaxState];
+  void* const* master;
+};
+
+struct UpdateSettings {
+  double lr;
+  double own[kMaxSettings];  // those of BaseEntry; a flag is 0 or 1
   bool maximize;
-  double grad_scale;
-  bool skip;
+  double grad_scale;  // the gradients are this many times too large
+  bool skip;          // only restore theta
 };
 
 struct CrossEntropySettings {
@@ -68,17 +116,10 @@ void perturb_(const Table&, void* const* theta, void* const* g_t, const void* co
               void* const* held, const double* partials, int64_t partial_count, double rho,
               bool adaptive, int threads);
 
-// bytes: 4n read, 2n written with all lists present (3n written with master)
-void sgd_update_(const Table&, void* const* theta, const void* const* saved,
-                 const void* const* g_h, const void* const* g_p, void* const* m,
-                 void* const* master, const SgdSettings&, int threads);
-
-// steps[i]: the steps that tensor i took, this one included.
-// bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
-void adam_update_(const Table&, void* const* theta, const void* const* saved,
-                  const void* const* g_h, const void* const* g_p, void* const* m, void* const* v,
-                  void* const* v_max, void* const* master, const int64_t* steps,
-                  const AdamSettings&, int threads);
+// The step of a base. steps[i]: the steps that tensor i took, this one included; null where the
+// base has no counts. bytes: see kBases
+void update_(Base, const Table&, const UpdateLists&, const int64_t* steps, const UpdateSettings&,
+             int threads);
 
 // bytes: 3n read, 2n written with all lists present
 void merge_(const Table&, void* const* theta, const void* const* saved,
@@ -138,7 +179,7 @@ struct Stream {
 };
 
 // One element each on the device, in the arithmetic dtype, that replaces its namesake in
-// SgdSettings and AdamSettings (found_inf: skip, where it is not 0). Null: the setting counts.
+// UpdateSettings (found_inf: skip, where it is not 0). Null: the setting counts.
 struct DeviceScalars {
   const void *lr, *grad_scale, *found_inf;
 };
@@ -156,17 +197,10 @@ void perturb_(const Table&, void* const* theta, void* const* g_t, const void* co
               void* const* held, const double* partials, int64_t partial_count, double rho,
               bool adaptive, const Stream&);
 
-// bytes: 4n read, 2n written with all lists present (3n written with master)
-void sgd_update_(const Table&, void* const* theta, const void* const* saved,
-                 const void* const* g_h, const void* const* g_p, void* const* m,
-                 void* const* master, const SgdSettings&, const DeviceScalars&, const Stream&);
-
-// step[i]: one float on the device, the steps that tensor i took before this one.
-// bytes: 5n read, 3n written without v_max (6n and 4n with it; 1n more written with master)
-void adam_update_(const Table&, void* const* theta, const void* const* saved,
-                  const void* const* g_h, const void* const* g_p, void* const* m, void* const* v,
-                  void* const* v_max, void* const* master, const void* const* step,
-                  const AdamSettings&, const DeviceScalars&, const Stream&);
+// The step of a base. step[i]: one float on the device, the steps that tensor i took before this
+// one; null where the base has no counts. bytes: see kBases
+void update_(Base, const Table&, const UpdateLists&, const void* const* step,
+             const UpdateSettings&, const DeviceScalars&, const Stream&);
 
 // bytes: 3n read, 2n written with all lists present
 void merge_(const Table&, void* const* theta, const void* const* saved,

@@ -28,20 +28,38 @@ class TensorReader {
     if (!api_ || api_->major != dlpack::kMajor || !api_->tensor_from_python) api_ = nullptr;
     tensor_type_ = tensor_type;  // both live as long as the process
     parameter_type_ = parameter_type;
+    grad_ = PyObject_GetAttrString(tensor_type, "grad");  // the property, kept for ever
+    if (!grad_ || !Py_TYPE(grad_)->tp_descr_get || !Py_TYPE(grad_)->tp_descr_set) api_ = nullptr;
+    PyErr_Clear();
     return api_ != nullptr;
+  }
+
+  // Whether it is exactly a tensor or a parameter, no subclass of them.
+  bool is_plain(const PyObject* object) const {
+    const PyObject* type = (const PyObject*)Py_TYPE(object);
+    return type == tensor_type_ || type == parameter_type_;
   }
 
   // False where the object cannot be read; no Python error stays set.
   bool read(PyObject* object, dlpack::Tensor* tensor) const {
-    const PyObject* type = (const PyObject*)Py_TYPE(object);
-    if (!api_ || (type != tensor_type_ && type != parameter_type_)) return false;
+    if (!api_ || !is_plain(object)) return false;
     if (api_->tensor_from_python(object, tensor) == 0) return true;
     PyErr_Clear();
     return false;
   }
 
+  // tensor.grad of a tensor that could be read: a new reference, None where there is none, or null
+  // with a Python error. And tensor.grad = None, which returns whether it worked.
+  PyObject* gradient(PyObject* tensor) const {
+    return Py_TYPE(grad_)->tp_descr_get(grad_, tensor, (PyObject*)Py_TYPE(tensor));
+  }
+  bool forget_gradient(PyObject* tensor) const {
+    return Py_TYPE(grad_)->tp_descr_set(grad_, tensor, Py_None) == 0;
+  }
+
  private:
   const dlpack::ExchangeApi* api_ = nullptr;
+  PyObject* grad_ = nullptr;
   const PyObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
 };
 
@@ -65,8 +83,24 @@ inline bool alike(const dlpack::Tensor& a, const dlpack::Tensor& b) {
   return true;
 }
 
+inline int64_t numel_of(const dlpack::Tensor& t) {
+  int64_t numel = 1;
+  for (int i = 0; i < t.ndim; ++i) numel *= t.shape[i];
+  return numel;
+}
+
+inline bool is_contiguous(const dlpack::Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    if (t.shape[i] > 1 && t.strides[i] != expected) return false;
+    expected *= t.shape[i];
+  }
+  return true;
+}
+
 // Whether the elements fill one block of memory without overlap.
 inline bool is_dense(const dlpack::Tensor& t) {
+  if (is_contiguous(t)) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int i = t.ndim - 1; i >= 0; --i) {
     if (t.shape[i] == 0) return true;

@@ -1,9 +1,10 @@
 """ImbSAM in a LightningModule, by manual optimisation: Lightning knows one backward a step.
 
     python examples/lightning_module.py --precision bf16-mixed
+    python examples/lightning_module.py --accelerator cpu --devices 2
 
-On one device: under Lightning's `ddp` nothing would average the gradients of the ranks, which
-plain DistributedDataParallel and Accelerate do. Needs the extra `examples`.
+TrainStep takes Lightning's own optimizer, of `self.optimizers()`: so Lightning counts its steps,
+and `max_steps`, checkpoints every so many steps and the profiler work. Needs the extra `examples`.
 """
 
 from __future__ import annotations
@@ -36,28 +37,22 @@ class LongTailed(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        if self.trainer.world_size > 1:
-            raise RuntimeError(f"world_size is {self.trainer.world_size}, expected one device")
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # of precision 16-mixed
-        self.step = TrainStep(self.model, self.criterion, self.optimizers(), grad_scaler=scaler)
+        # Under the autocast of the Trainer's precision, and with its scaler.
+        self.step = TrainStep(self.model, self.criterion, self.optimizers())
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
-        # Lightning counts the steps of its own wrapper; global_step and checkpoints rely on it.
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        steps.increment_ready()
-        result = self.step(*batch)  # under the autocast of the Trainer's precision
-        steps.increment_completed()
-        self.log("loss", result.loss, on_epoch=True, batch_size=len(batch[1]))
+        result = self.step(*batch)
+        self.log("loss", result.loss, on_epoch=True, sync_dist=True, batch_size=len(batch[1]))
 
     def on_train_epoch_end(self) -> None:
         self.lr_schedulers().step()
         loss = self.trainer.callback_metrics["loss_epoch"]
-        print(f"epoch {self.current_epoch + 1}: loss {loss:.4f}")
+        self.print(f"epoch {self.current_epoch + 1}: loss {loss:.4f}")
 
     def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         images, targets = batch
         right = self.model(images).argmax(1) == targets
-        self.log("accuracy", right.float().mean(), batch_size=len(targets))
+        self.log("accuracy", right.float().mean(), sync_dist=True, batch_size=len(targets))
 
 
 def main() -> None:
@@ -65,21 +60,25 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--precision", default="32-true", help="as for lightning.Trainer")
     parser.add_argument("--accelerator", default="auto", help="as for lightning.Trainer")
+    parser.add_argument("--devices", type=int, default=1, help="each with its share of a batch")
     args = parser.parse_args()
 
     lightning.seed_everything(0, verbose=False)
     data = digits.load(imbalance_factor=50, seed=0)
-    train = DataLoader(TensorDataset(data.train_images, data.train_targets), 64, shuffle=True)
+    train = DataLoader(
+        TensorDataset(data.train_images, data.train_targets), 64 // args.devices, shuffle=True
+    )
     test = DataLoader(TensorDataset(data.test_images, data.test_targets), 500)
     module = LongTailed(data.counts)
     trainer = lightning.Trainer(
-        max_epochs=args.epochs, precision=args.precision, accelerator=args.accelerator, devices=1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_epochs=args.epochs, precision=args.precision, accelerator=args.accelerator,
+        devices=args.devices, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, train)
     accuracy = trainer.test(module, test, verbose=False)[0]["accuracy"]
-    print(f"{trainer.global_step} steps, accuracy {accuracy:.4f}")
+    if trainer.is_global_zero:
+        print(f"{trainer.global_step} steps, accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command `imbsam-fast`: train, anomaly, bench and info."""
+"""The command `imbsam-fast` and its subcommands."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ COMMANDS = {
     "anomaly": Command(
         "train anomaly detectors with SGD, SAM and ImbSAM", "imbsam_fast.recipes.anomaly.options"
     ),
+    "pack": Command(
+        "pack images so that they train from memory", "imbsam_fast.recipes.data.options"
+    ),
     "report": Command("compare training runs", "imbsam_fast.recipes.report.options"),
     "analyze": Command(
         "sharpness and loss landscape of a trained run", "imbsam_fast.recipes.analysis.options"
@@ -40,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser, run = _parser(argv)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse would show the usage of the whole command
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if run is None:
         parser.print_help()
         return 0
@@ -68,6 +73,7 @@ def _parser(
         subparser = subparsers.add_parser(
             name, help=command.help, description=f"{command.help}.", allow_abbrev=False
         )
+        subparser.set_defaults(parser=subparser)
         if name == chosen:
             module: Any = import_module(command.module)
             module.add_arguments(subparser)

@@ -12,19 +12,10 @@ from typing import Any
 
 import torch
 
-from .ops import dispatch, native
+from .ops import dispatch, library, native
 
 # The operations of reference.py, which every backend carries out.
-OPERATIONS = (
-    "squared_norm",
-    "perturb_",
-    "sgd_update_",
-    "adam_update_",
-    "merge_",
-    "grad_check",
-    "split_cross_entropy",
-    "split_cross_entropy_backward",
-)
+OPERATIONS = tuple(library.OPERATORS)
 
 
 def environment() -> dict[str, Any]:

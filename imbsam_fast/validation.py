@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +34,17 @@ def check_bool(name: str, value: object) -> bool:
     return value
 
 
+def check_no_gradient(action: str, params: Sequence[Tensor]) -> None:
+    """Refuse gradients in `p.grad` that a step would have to drop."""
+    for i, p in enumerate(params):
+        if p.grad is not None:
+            raise RuntimeError(
+                f"parameter {i} has a gradient before {action}, expected None: the step makes its "
+                "gradients itself; call optimizer.zero_grad() to drop it, or let the criterion add "
+                "to the losses what it is the gradient of"
+            )
+
+
 def check_weights(name: str, weights: object) -> Tensor:
     """`weights` where it is a floating point tensor (K,) of finite values >= 0."""
     if not isinstance(weights, Tensor):
@@ -53,77 +62,7 @@ def check_weights(name: str, weights: object) -> Tensor:
     return weights
 
 
-# ---------------------------------------------------------------- of ImbSAM and its calls
-
-
-def check_memory(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that share memory: one would be updated twice, the other never saved."""
-    spans = sorted(
-        (str(p.device), p.data_ptr(), i)
-        for i, p in enumerate(params)
-        if p.numel() and not p.is_meta and type(p) in (Tensor, torch.nn.Parameter)
-    )
-    for (device, start, i), (other_device, other_start, j) in itertools.pairwise(spans):
-        if params[i] is params[j]:
-            raise ValueError(f"parameter {j} is parameter {i} again, expected each of them once")
-        if device == other_device and other_start < start + params[i].nbytes:
-            raise ValueError(
-                f"parameters {i} and {j} share memory, expected each in its own; tie weights by "
-                "one nn.Parameter in both places"
-            )
-
-
-def check_rho(rho: object, name: str = "rho") -> None:
-    """A finite number >= 0; a model in its place is told apart, as the authors' code takes one."""
-    if isinstance(rho, torch.nn.Module):
-        raise ValueError(
-            f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model"
-        )
-    check_number(name, rho, "a finite number >= 0", _is_not_negative)
-
-
-def check_own_settings(name: str, group: dict[str, Any]) -> None:
-    """Refuse values of what ImbSAM adds to a group, where there are any."""
-    if "rho" in group:
-        check_rho(group["rho"], f"{name}['rho']")
-    for setting in ("adaptive", "perturb"):
-        if setting in group:
-            check_bool(f"{name}['{setting}']", group[setting])
-
-
-def check_group(name: str, group: dict[str, Any], base: torch.optim.Optimizer) -> None:
-    """Refuse settings that torch lets into a group and that no step could use."""
-    check_own_settings(name, group)
-    if group.get("differentiable"):
-        raise ValueError(f"{name}['differentiable'] is True, expected False")
-    if type(base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
-        return
-    for i, beta in enumerate(group.get("betas", ())):
-        if not isinstance(beta, Tensor):
-            where = f"{name}['betas'][{i}]"
-            check_number(where, beta, "a number >= 0 and < 1", lambda x: 0 <= x < 1)
-    for setting in ("lr", "momentum", "weight_decay", "dampening", "eps"):
-        value = group.get(setting, 0.0)
-        if setting == "lr" and isinstance(value, Tensor):
-            continue  # looked at on the device, by the step
-        if setting == "dampening":  # may be negative, as for torch.optim.SGD
-            check_number(f"{name}['dampening']", value, "a finite number")
-        else:
-            check_number(f"{name}['{setting}']", value, "a finite number >= 0", _is_not_negative)
-
-
-def check_state_dict(state_dict: object, base: torch.optim.Optimizer) -> None:
-    """The state_dict of an optimizer with groups that fit `base`."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise TypeError(
-            f"state_dict is {state_dict!r:.80}, expected a dict with 'state' and 'param_groups'"
-        )
-    for i, group in enumerate(state_dict["param_groups"]):
-        check_group(f"state_dict['param_groups'][{i}]", group, base)
-
-
-def _is_not_negative(x: float) -> bool:
-    return 0 <= x < math.inf
+# ---------------------------------------------------------------- of calls
 
 
 def check_batch_size(name: str, batch_size: object) -> None:

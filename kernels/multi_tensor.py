@@ -1,4 +1,4 @@
-"""The optimizer phases except the updates: one launch each over any number of tensors.
+"""The optimizer phases except the updates: a launch each over any number of tensors.
 
 Arguments and formulas are those of reference.py and csrc/arithmetic.h. A launch has one program
 per span of elements of one tensor. A program walks its span in blocks: whole blocks of tensors
@@ -33,18 +33,16 @@ class Configuration(NamedTuple):
 
 # Chosen from the sizes alone, not tuned on a GPU: a thread reads 8 or 16 elements of a list at a
 # step, which is one or two 16-byte accesses in a half dtype, two or four in float32. Sums need one
-# program per CHUNK, and in perturb_ each program adds up the partials: long spans. The others have
-# short ones, so that small models keep a whole GPU busy.
+# program per CHUNK. The others have short spans, so that small models keep a whole GPU busy. Those
+# of the updates are in updates.py.
 CONFIGURATIONS = {
     "squared_norm": Configuration(span=CHUNK, block=4096, threads=256),
     "grad_check": Configuration(span=CHUNK, block=4096, threads=256),
-    "perturb_": Configuration(span=CHUNK, block=2048, threads=256),
-    "sgd_update_": Configuration(span=8192, block=2048, threads=128),
-    "adam_update_": Configuration(span=8192, block=1024, threads=128),
+    "perturb_": Configuration(span=8192, block=2048, threads=256),
     "merge_": Configuration(span=8192, block=2048, threads=128),
 }
 
-PARTIALS_BLOCK = 1024  # partial sums that perturb_ adds at a time
+PARTIALS_BLOCK, PARTIALS_THREADS = 1024, 256  # partial sums that are added at a time
 
 
 # ---------------------------------------------------------------- a program's span
@@ -141,9 +139,11 @@ def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
 # ---------------------------------------------------------------- perturb_
 
 
-@triton.jit
-def perturbation_scale(partials, count, rho, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr):
-    """rho / (norm + guard), rounded as reference.perturbation_scale rounds."""
+@triton.jit(do_not_specialize=["count"])
+def scale_kernel(
+    partials, scale, count, rho: tl.float64, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """rho / (norm + guard), rounded as reference.perturbation_scale rounds. One program."""
     total = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, count, BLOCK):
         offsets = first + tl.arange(0, BLOCK)
@@ -151,7 +151,8 @@ def perturbation_scale(partials, count, rho, ARITHMETIC: tl.constexpr, BLOCK: tl
     norm = tl.sqrt(tl.sum(total, axis=0)).to(ARITHMETIC)
     guarded = norm + 1e-16  # reference.NORM_GUARD
     # In float64, where Triton divides exactly; the quotient of float32 numbers rounds the same.
-    return (1.0 / guarded.to(tl.float64)).to(ARITHMETIC) * tl.full((), rho, ARITHMETIC)
+    inverse = (1.0 / guarded.to(tl.float64)).to(ARITHMETIC)
+    tl.store(scale, inverse * tl.full((), rho, ARITHMETIC))
 
 
 @triton.jit
@@ -177,15 +178,15 @@ def perturb_block(
 
 # LISTS: theta, g_t, master, held. bytes: 2n read, 2n written (with master 2n read, 1n written; with
 # held 1n more each)
-@triton.jit(do_not_specialize=["partials_count"])
+@triton.jit
 def perturb_kernel(
-    spans, addresses, partials, partials_count, rho: tl.float64,
+    spans, addresses, scale,
     ADAPTIVE: tl.constexpr, MASTER: tl.constexpr, HELD: tl.constexpr, DTYPE: tl.constexpr,
-    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr, PARTIALS_BLOCK: tl.constexpr,
+    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Backwards: what squared_norm read last is still in the L2 cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
-    scale = perturbation_scale(partials, partials_count, rho, ARITHMETIC, PARTIALS_BLOCK)
+    scale = tl.load(scale)
     record, first, n, whole = span_of(program, spans, addresses, 4, BLOCK)
     theta = at(record, 0, first, DTYPE)
     g_t = at(record, 1, first, DTYPE)
@@ -214,18 +215,23 @@ def perturb_(
     master: Sequence[Tensor] = (),
     held: Sequence[Tensor] = (),
 ) -> None:
-    """See reference.perturb_."""
+    """See reference.perturb_. Two launches: the norm from the partials, then all tensors."""
     span, block, threads = CONFIGURATIONS["perturb_"]
     spans, addresses, programs = table(span, (theta, g_t, master, held))
     if not programs:
         return
     dtype = theta[0].dtype
+    arithmetic = arithmetic_dtype(dtype)
+    scale = torch.empty((), dtype=arithmetic, device=partials.device)
     with on(partials.device):
+        scale_kernel[(1,)](
+            partials.contiguous(), scale, len(partials), rho,
+            ARITHMETIC=DTYPES[arithmetic], BLOCK=PARTIALS_BLOCK, **launch_options(PARTIALS_THREADS),
+        )  # fmt: skip
         perturb_kernel[(programs,)](
-            spans, addresses, partials.contiguous(), len(partials), rho,
+            spans, addresses, scale,
             ADAPTIVE=adaptive, MASTER=len(master) > 0, HELD=len(held) > 0, DTYPE=DTYPES[dtype],
-            ARITHMETIC=DTYPES[arithmetic_dtype(dtype)], BLOCK=block, PARTIALS_BLOCK=PARTIALS_BLOCK,
-            **launch_options(threads),
+            ARITHMETIC=DTYPES[arithmetic], BLOCK=block, **launch_options(threads),
         )  # fmt: skip
 
 

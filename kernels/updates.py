@@ -1,4 +1,4 @@
-"""sgd_update_ and adam_update_: one launch each over any number of tensors, as in multi_tensor.py.
+"""The fused bases' updates: one launch each over any number of tensors, as in multi_tensor.py.
 
 KEPT is the dtype in which the weights and the state of the base are kept: that of the data, DTYPE,
 or with master weights the arithmetic dtype.
@@ -6,18 +6,19 @@ or with master weights the arithmetic dtype.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arithmetic import advance_, arithmetic_dtype, steps_on
+from .arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
 from .launch import DTYPES, launch_options, on, table
-from .multi_tensor import CONFIGURATIONS, all_read, at, read, span_of, write
+from .multi_tensor import Configuration, all_read, at, read, span_of, write
 
-# ---------------------------------------------------------------- what both need
+# ---------------------------------------------------------------- what all need
 
 
 @triton.jit
@@ -122,41 +123,6 @@ def sgd_update_kernel(
         sgd_update_block(
             theta, kept, g_h, g_p, m, offsets, n, lr, momentum, one_minus_dampening, weight_decay,
             factor, skip, SAVED, HEAD, MOMENTUM, NESTEROV, DTYPE, KEPT, ARITHMETIC, False,
-        )  # fmt: skip
-
-
-def sgd_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    """See reference.sgd_update_."""
-    span, block, threads = CONFIGURATIONS["sgd_update_"]
-    kept = master or saved
-    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, m))
-    if not programs:
-        return
-    device, dtype = theta[0].device, theta[0].dtype
-    arithmetic = DTYPES[arithmetic_dtype(dtype)]
-    with on(device):
-        sgd_update_kernel[(programs,)](
-            spans, addresses, *lr_arguments(lr, device), momentum, 1 - dampening, weight_decay,
-            on_device(grad_scale, device), on_device(found_inf, device),
-            NESTEROV=nesterov and len(m) > 0, MAXIMIZE=maximize,
-            SAVED=len(kept) > 0, HEAD=len(g_h) > 0, MOMENTUM=len(m) > 0, DTYPE=DTYPES[dtype],
-            KEPT=arithmetic if master else DTYPES[dtype], ARITHMETIC=arithmetic, BLOCK=block,
-            **launch_options(threads),
         )  # fmt: skip
 
 
@@ -265,40 +231,165 @@ def adam_update_kernel(
         )  # fmt: skip
 
 
-def adam_update_(
+# ---------------------------------------------------------------- rmsprop_update_
+
+
+@triton.jit
+def rmsprop_update_block(
+    theta, kept, g_h, g_p, v, m, g_avg, offsets, n, lr, alpha, one_minus_alpha, eps, weight_decay,
+    momentum, factor, skip, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr, NEAR: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
+    ARITHMETIC: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    start = read(kept if SAVED else theta, offsets, n, WHOLE)
+    d = read(g_p, offsets, n, WHOLE).to(ARITHMETIC)
+    if HEAD:
+        d = read(g_h, offsets, n, WHOLE).to(ARITHMETIC) + d
+    d = d * factor + weight_decay * start.to(ARITHMETIC)
+    squares_before = read(v, offsets, n, WHOLE)
+    squares = alpha * squares_before.to(ARITHMETIC) + one_minus_alpha * (d * d)
+    spread = squares
+    if CENTERED:
+        mean_before = read(g_avg, offsets, n, WHOLE)
+        mean = mean_before.to(ARITHMETIC)
+        mean = mean + one_minus_alpha * (d - mean) if NEAR else d - alpha * (d - mean)
+        spread = squares - mean * mean
+    direction = quotient_by_root(d, spread, 1.0, eps, ARITHMETIC)
+    if MOMENTUM:
+        before = read(m, offsets, n, WHOLE)
+        direction = momentum * before.to(ARITHMETIC) + direction
+    stepped = start.to(ARITHMETIC) - lr * direction
+    all_read(WHOLE)
+    write_weights(theta, kept, offsets, n, start, stepped, skip, DTYPE, KEPT, WHOLE)
+    write(v, offsets, n, tl.where(skip, squares_before, squares.to(KEPT)), WHOLE)
+    if MOMENTUM:
+        write(m, offsets, n, tl.where(skip, before, direction.to(KEPT)), WHOLE)
+    if CENTERED:
+        write(g_avg, offsets, n, tl.where(skip, mean_before, mean.to(KEPT)), WHOLE)
+
+
+# LISTS: theta, saved or master, g_h, g_p, v, m, g_avg.
+# bytes: 4n read, 2n written (1n more of each with m and with g_avg; 1n written with master)
+@triton.jit
+def rmsprop_update_kernel(
+    spans, addresses, lr: tl.float64, lr_tensor, alpha: tl.float64, one_minus_alpha: tl.float64,
+    eps: tl.float64, weight_decay: tl.float64, momentum: tl.float64, grad_scale, found_inf,
+    MAXIMIZE: tl.constexpr, SAVED: tl.constexpr, HEAD: tl.constexpr, MOMENTUM: tl.constexpr,
+    CENTERED: tl.constexpr, NEAR: tl.constexpr, DTYPE: tl.constexpr, KEPT: tl.constexpr,
+    ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    record, first, n, whole = span_of(tl.program_id(0), spans, addresses, 7, BLOCK)
+    theta = at(record, 0, first, DTYPE)
+    kept = at(record, 1, first, KEPT)
+    g_h = at(record, 2, first, DTYPE)
+    g_p = at(record, 3, first, DTYPE)
+    v = at(record, 4, first, KEPT)
+    m = at(record, 5, first, KEPT)
+    g_avg = at(record, 6, first, KEPT)
+
+    lr, factor, skip = step_scalars(lr, lr_tensor, grad_scale, found_inf, MAXIMIZE, ARITHMETIC)
+    alpha = tl.full((), alpha, ARITHMETIC)
+    one_minus_alpha = tl.full((), one_minus_alpha, ARITHMETIC)
+    eps = tl.full((), eps, ARITHMETIC)
+    weight_decay = tl.full((), weight_decay, ARITHMETIC)
+    momentum = tl.full((), momentum, ARITHMETIC)
+
+    for block in range(whole):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        rmsprop_update_block(
+            theta, kept, g_h, g_p, v, m, g_avg, offsets, n, lr, alpha, one_minus_alpha, eps,
+            weight_decay, momentum, factor, skip, SAVED, HEAD, MOMENTUM, CENTERED, NEAR, DTYPE,
+            KEPT, ARITHMETIC, True,
+        )  # fmt: skip
+    for block in range(whole, tl.cdiv(n, BLOCK)):
+        offsets = block * BLOCK + tl.arange(0, BLOCK)
+        rmsprop_update_block(
+            theta, kept, g_h, g_p, v, m, g_avg, offsets, n, lr, alpha, one_minus_alpha, eps,
+            weight_decay, momentum, factor, skip, SAVED, HEAD, MOMENTUM, CENTERED, NEAR, DTYPE,
+            KEPT, ARITHMETIC, False,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the launch of any of them
+
+
+class Update(NamedTuple):
+    """What one update has of its own."""
+
+    kernel: Any
+    configuration: Configuration
+    # The kernel's scalars after lr_tensor, from the settings.
+    scalars: Callable[..., tuple[float, ...]]
+    # Its own flags, from which lists of the state are there and from the settings.
+    flags: Callable[[Sequence[bool], Sequence[float]], dict[str, bool]]
+    counts: bool = False  # whether it takes the steps taken
+
+
+def _adam_scalars(
+    beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: float
+) -> tuple[float, ...]:
+    coupled, decoupled_decay = (0.0, weight_decay) if decoupled else (weight_decay, 0.0)
+    return beta1, 1 - beta1, beta2, 1 - beta2, eps, coupled, decoupled_decay
+
+
+UPDATES = {
+    "sgd_update_": Update(
+        sgd_update_kernel,
+        Configuration(span=8192, block=2048, threads=128),
+        lambda momentum, dampening, weight_decay, _: (momentum, 1 - dampening, weight_decay),
+        lambda has, settings: {"MOMENTUM": has[0], "NESTEROV": bool(settings[3]) and has[0]},
+    ),
+    "adam_update_": Update(
+        adam_update_kernel,
+        Configuration(span=8192, block=1024, threads=128),
+        _adam_scalars,
+        lambda has, settings: {"AMSGRAD": has[2]},
+        counts=True,
+    ),
+    "rmsprop_update_": Update(
+        rmsprop_update_kernel,
+        Configuration(span=8192, block=1024, threads=128),
+        lambda alpha, eps, weight_decay, momentum: (alpha, 1 - alpha, eps, weight_decay, momentum),
+        lambda has, settings: {
+            "MOMENTUM": has[1],
+            "CENTERED": has[2],
+            "NEAR": 1 - settings[0] < 0.5,
+        },
+    ),
+}
+
+
+def update_(
+    op: str,
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
     step: Sequence[Tensor],
     lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
 ) -> None:
-    """See reference.adam_update_."""
-    span, block, threads = CONFIGURATIONS["adam_update_"]
+    """See reference.update_."""
+    update = UPDATES[op]
+    span, block, threads = update.configuration
     kept = master or saved
-    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, m, v, v_max))
+    spans, addresses, programs = table(span, (theta, kept, g_h, g_p, *state))
     device, dtype = theta[0].device, theta[0].dtype
+    check_not_captured(op, device, step)
     arithmetic = DTYPES[arithmetic_dtype(dtype)]
     if programs:
+        counts = [steps_on(device, step)] if update.counts else []
         with on(device):
-            adam_update_kernel[(programs,)](
-                spans, addresses, steps_on(device, step), *lr_arguments(lr, device),
-                beta1, 1 - beta1, beta2, 1 - beta2, eps,
-                0.0 if decoupled else weight_decay, weight_decay if decoupled else 0.0,
+            update.kernel[(programs,)](
+                spans, addresses, *counts, *lr_arguments(lr, device), *update.scalars(*settings),
                 on_device(grad_scale, device), on_device(found_inf, device),
-                MAXIMIZE=maximize, SAVED=len(kept) > 0, HEAD=len(g_h) > 0, AMSGRAD=len(v_max) > 0,
+                **update.flags([len(list_) > 0 for list_ in state], settings),
+                MAXIMIZE=maximize, SAVED=len(kept) > 0, HEAD=len(g_h) > 0,
                 DTYPE=DTYPES[dtype], KEPT=arithmetic if master else DTYPES[dtype],
                 ARITHMETIC=arithmetic, BLOCK=block, **launch_options(threads),
             )  # fmt: skip

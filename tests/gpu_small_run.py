@@ -8,6 +8,7 @@ With PYTORCH_NO_CUDA_MEMORY_CACHING=1, memcheck sees where each tensor ends.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -62,11 +63,15 @@ def cross_entropy(
 
 
 def main() -> None:
-    device = "cpu" if sys.argv[1:] == ["--dry-run"] else "cuda"
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_small_run", allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true", help="with the CPU's kernels")
+    parser.add_argument("--dtype", choices=[str(dtype)[6:] for dtype in DTYPES], help="only this")
+    args = parser.parse_args()
+    device = "cpu" if args.dry_run else "cuda"
     reason = dispatch.available(device)["native"]
     if reason is not None:
         raise SystemExit(f"the compiled kernels cannot run on {device}: {reason}")
-    for dtype in DTYPES:
+    for dtype in [getattr(torch, args.dtype)] if args.dtype else DTYPES:
         for case in CASES:
             optimizer_phases(dtype, case, device)
         for rows, classes in ((1, 1), (3, 37), (5, 1003), (2, 8142)):

@@ -52,6 +52,18 @@ def packed(directory: Path, per_class: list[int], test_per_class: int = 2) -> Pa
     return directory
 
 
+def class_folders(directory: Path, counts: list[int], seed: int) -> Path:
+    """PNG files in a folder for each class."""
+    from PIL import Image
+
+    for label, n in enumerate(counts):
+        folder = directory / f"class {label:0{len(str(len(counts) - 1))}d}"
+        folder.mkdir(parents=True)
+        for i, image in enumerate(pixels(n, label, seed)):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return directory
+
+
 def cifar(directory: Path, num_classes: int, monkeypatch) -> Path:
     """A folder as torchvision unpacks it, and its checksums in torchvision's own tables."""
     from torchvision import datasets

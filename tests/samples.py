@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from bases import BASES, LR, settings_of
 from torch import Tensor
 
 from imbsam_fast import ops
@@ -59,23 +61,36 @@ def _values(case: str, dtype: torch.dtype, seed: int) -> list[Tensor]:
     ]
 
 
-# The lists of a phase; v and v_max are moments, not negative.
-NAMES = ("theta", "saved", "g_h", "g_p", "m", "v", "v_max")
+# The lists of a phase.
+STATE = tuple(dict.fromkeys(name for base in BASES.values() for name in base.state))
+NAMES = ("theta", "saved", "g_h", "g_p", *STATE)
 
 
 def lists(case: str, dtype: torch.dtype, device: str = "cpu") -> SimpleNamespace:
     """All lists of a phase, each call with the same values."""
-    x = SimpleNamespace(
-        **{name: tensors(case, dtype, seed, device) for seed, name in enumerate(NAMES)}
+    return as_state(
+        SimpleNamespace(
+            **{name: tensors(case, dtype, seed, device) for seed, name in enumerate(NAMES)}
+        )
     )
-    torch._foreach_abs_([*x.v, *x.v_max])
+
+
+def as_state(x: SimpleNamespace) -> SimpleNamespace:
+    """Makes what a base may have met of any lists: averages of squares are not negative."""
+    for squares in (getattr(x, name, []) for name in ("v", "v_max")):
+        for t in squares:
+            t.abs_()
+    # The square of an average is less than the average of the squares.
+    for v, g_avg in zip(getattr(x, "v", []), getattr(x, "g_avg", [])):
+        g_avg.copy_(g_avg.clamp(-1, 1) * v.sqrt() / 2)
     return x
 
 
 def with_master(x: SimpleNamespace) -> SimpleNamespace:
     """The same with master weights in place of the saved ones, and the state kept like them."""
     x.saved, x.master = [], [t.float() for t in x.saved]
-    x.m, x.v, x.v_max = ([t.float() for t in list_] for list_ in (x.m, x.v, x.v_max))
+    for name in STATE:
+        setattr(x, name, [t.float() for t in getattr(x, name)])
     for list_ in (x.master, x.m, x.v):
         torch._foreach_mul_(list_, 1 + 2**-12)  # which the half dtypes cannot hold
     return x
@@ -90,25 +105,7 @@ def scalar(value: float, device: str = "cpu") -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device=device)
 
 
-# The settings of sgd_update_ after lr.
-SGD = {
-    "momentum": 0.9,
-    "dampening": 0.1,
-    "weight_decay": 5e-4,
-    "nesterov": False,
-    "maximize": False,
-}
-
-
-# The settings of adam_update_ after lr.
-ADAM = {
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "decoupled": True,
-    "maximize": False,
-}
+SGD = BASES["sgd_update_"].settings  # of sgd_update_ after lr
 
 
 def steps(count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -123,22 +120,23 @@ def _perturb(x: SimpleNamespace, adaptive: bool, subtract: bool = False) -> list
     return [*x.theta, *x.g_p, *held]
 
 
-def _sgd_update(x: SimpleNamespace, **changes: bool) -> list[Tensor]:
-    lr = scalar(0.1, x.theta[0].device.type)
-    master = getattr(x, "master", ())
-    ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **{**SGD, **changes}, master=master)
-    return [*x.theta, *x.m, *master]
-
-
-def _adam_update(x: SimpleNamespace, amsgrad: bool = False, **changes: bool) -> list[Tensor]:
+def arguments_of(op: str, x: SimpleNamespace, variant: str = "") -> dict[str, Any]:
+    """The arguments of a fused base's operator, but for grad_scale and found_inf."""
+    base = BASES[op]
+    settings, without = settings_of(op, variant)
+    lists_ = {name: getattr(x, name) for name in ("theta", "saved", "g_h", "g_p", *base.state)}
+    lists_ |= {name: [] for name in without}
     device = x.theta[0].device.type
-    lr, step = scalar(0.01, device), steps(len(x.theta), device)
-    master = getattr(x, "master", ())
-    ops.adam_update_(
-        x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max if amsgrad else [], step, lr,
-        **{**ADAM, **changes}, master=master,
-    )  # fmt: skip
-    return [*x.theta, *x.m, *x.v, *x.v_max, *step, *master]
+    if base.has_step:
+        lists_["step"] = steps(len(x.theta), device)
+    return {**lists_, "lr": scalar(LR, device), **settings, "master": getattr(x, "master", ())}
+
+
+def _update(op: str, variant: str, x: SimpleNamespace) -> list[Tensor]:
+    arguments = arguments_of(op, x, variant)
+    getattr(ops, op)(**arguments)
+    written = ("theta", *BASES[op].state, "step", "master")
+    return [t for name in written for t in arguments.get(name, ())]
 
 
 def _merge(x: SimpleNamespace) -> list[Tensor]:
@@ -151,10 +149,11 @@ UPDATES: dict[str, Callable[[SimpleNamespace], list[Tensor]]] = {
     "perturb_": lambda x: _perturb(x, adaptive=False),
     "perturb_ adaptive": lambda x: _perturb(x, adaptive=True),
     "perturb_ held": lambda x: _perturb(x, adaptive=False, subtract=True),
-    "sgd_update_": _sgd_update,
-    "sgd_update_ nesterov": lambda x: _sgd_update(x, nesterov=True, maximize=True),
-    "adam_update_": _adam_update,
-    "adam_update_ amsgrad": lambda x: _adam_update(x, amsgrad=True, decoupled=False, maximize=True),
+    **{
+        f"{op} {variant}".rstrip(): functools.partial(_update, op, variant)
+        for op, base in BASES.items()
+        for variant in ("", *base.variants)
+    },
     "merge_": _merge,
 }
 # Those that take master weights, for half dtypes.

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from bases import BASES
 from checks import assert_same_bits
 from conftest import Backend
-from samples import ADAM, DTYPES, RHO, SGD, steps
+from samples import DTYPES, RHO, STATE, steps
 from torch import Tensor
 
 from imbsam_fast import ops
@@ -22,8 +23,7 @@ Arguments = dict[str, Any]
 LISTS = {
     "squared_norm": ("g_t", "theta"),
     "perturb_": ("theta", "g_t", "held"),
-    "sgd_update_": ("theta", "g_p", "saved", "g_h", "m"),
-    "adam_update_": ("theta", "g_p", "saved", "g_h", "m", "v", "v_max"),
+    **{op: ("theta", "g_p", "saved", "g_h", *base.state) for op, base in BASES.items()},
     "merge_": ("theta", "g_p", "saved", "g_h"),
     "grad_check": ("g_p", "g_h"),
 }
@@ -33,7 +33,7 @@ LISTS = {
 def where_lists_are_read(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch before 2.10 cannot tell _C what it needs to know."""
     if request.param == "in Python":
-        monkeypatch.setattr(native, "lists_match", lambda lists: False)
+        monkeypatch.setattr(native, "read_lists", lambda lists: None)
 
 
 def valid(op: str) -> Arguments:
@@ -45,10 +45,9 @@ def valid(op: str) -> Arguments:
     }
     if op == "perturb_":
         arguments |= {"partials": torch.ones(3, dtype=torch.float64), "rho": RHO}
-    if op == "sgd_update_":
-        arguments |= {"lr": torch.tensor(0.1), **SGD}
-    if op == "adam_update_":
-        arguments |= {"step": steps(3), "lr": torch.tensor(0.1), **ADAM}
+    if op in BASES:
+        arguments |= {"lr": torch.tensor(0.1), **BASES[op].settings}
+        arguments |= {"step": steps(3)} if BASES[op].has_step else {}
     return arguments
 
 
@@ -168,8 +167,9 @@ def test_empty_lists(op: str) -> None:
 @pytest.mark.parametrize(
     ("op", "name"),
     [("perturb_", "g_t"), ("merge_", "g_p")]
-    + [("sgd_update_", "g_p")]
-    + [("adam_update_", name) for name in ("g_p", "m", "v", "step")],
+    + [(op, "g_p") for op in BASES]
+    + [(op, "step") for op, base in BASES.items() if base.has_step]
+    + [(op, n) for op, base in BASES.items() for n in base.state if n not in base.optional],
 )
 def test_a_required_list_is_empty(op: str, name: str) -> None:
     assert_refused(op, {**valid(op), name: []}, ValueError, f"{name} ")
@@ -177,6 +177,13 @@ def test_a_required_list_is_empty(op: str, name: str) -> None:
 
 # ---------------------------------------------------------------- the other arguments
 
+NO_STEPS: list[list[Tensor]] = [
+    [torch.ones(()), torch.ones(2), torch.ones(())],
+    [torch.ones((), dtype=torch.int64)] * 3,
+    [torch.ones(()), torch.ones(()).double(), torch.ones(())],
+    [torch.ones((), device="meta")] * 3,
+    steps(2),
+]
 OTHERS: list[tuple[str, str, Any]] = [
     ("perturb_", "rho", -float("inf")),
     ("perturb_", "rho", float("nan")),
@@ -185,18 +192,11 @@ OTHERS: list[tuple[str, str, Any]] = [
     ("perturb_", "partials", torch.ones((), dtype=torch.float64)),
     ("perturb_", "partials", torch.ones(3, 1, dtype=torch.float64)),
     ("perturb_", "partials", torch.ones(3, dtype=torch.float64, device="meta")),
-    ("sgd_update_", "lr", torch.ones(2)),
-    ("sgd_update_", "lr", torch.ones(0)),
-    ("sgd_update_", "grad_scale", torch.ones(2)),
-    ("sgd_update_", "found_inf", torch.zeros(0)),
-    ("adam_update_", "lr", torch.ones(2)),
-    ("adam_update_", "grad_scale", torch.ones(2)),
-    ("adam_update_", "found_inf", torch.zeros(0)),
-    ("adam_update_", "step", [torch.ones(()), torch.ones(2), torch.ones(())]),
-    ("adam_update_", "step", [torch.ones((), dtype=torch.int64)] * 3),
-    ("adam_update_", "step", [torch.ones(()), torch.ones(()).double(), torch.ones(())]),
-    ("adam_update_", "step", [torch.ones((), device="meta")] * 3),
-    ("adam_update_", "step", steps(2)),
+    *((op, "lr", torch.ones(2)) for op in BASES),
+    *((op, "lr", torch.ones(0)) for op in BASES),
+    *((op, "grad_scale", torch.ones(2)) for op in BASES),
+    *((op, "found_inf", torch.zeros(0)) for op in BASES),
+    *((op, "step", step) for op, base in BASES.items() if base.has_step for step in NO_STEPS),
 ]
 
 
@@ -205,20 +205,19 @@ def test_other_arguments(op: str, name: str, value: Any) -> None:
     assert_refused(op, {**valid(op), name: value}, ValueError, rf"{name}(\[\d\])? ")
 
 
-def test_momentum_buffers_exactly_with_momentum() -> None:
-    arguments = valid("sgd_update_")
-    for changes in ({"m": []}, {"momentum": 0.0, "nesterov": False}):
-        assert_refused(
-            "sgd_update_", {**arguments, **changes}, ValueError, r"m has \d tensors with"
-        )
+@pytest.mark.parametrize("op", [op for op, base in BASES.items() if "momentum" in base.settings])
+def test_momentum_buffers_exactly_with_momentum(op: str) -> None:
+    arguments = valid(op)
+    changed = {"momentum": 0.0 if arguments["momentum"] else 0.9}
+    for changes in ({"m": []}, changed) if arguments["momentum"] else (changed, {"m": []}):
+        assert_refused(op, {**arguments, **changes}, ValueError, r"m has \d tensors with")
 
 
 def half(op: str) -> Arguments:
     """Valid arguments with master weights."""
     arguments = valid(op)
-    like_master = ("m", "v", "v_max")
     for name in LISTS[op]:
-        if name not in like_master:
+        if name not in STATE:
             arguments[name] = [t.bfloat16() for t in arguments[name]]
     arguments["master"] = [t.float() for t in arguments["theta"]]
     return arguments | ({} if op == "perturb_" else {"saved": []})
@@ -248,7 +247,7 @@ MASTER_CHANGES: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
 
 
 @pytest.mark.parametrize("change", MASTER_CHANGES)
-@pytest.mark.parametrize("op", ["perturb_", "sgd_update_", "adam_update_"])
+@pytest.mark.parametrize("op", ["perturb_", *BASES])
 def test_master_weights(backend_once: Backend, op: str, change: str) -> None:
     changed, message = MASTER_CHANGES[change]
     arguments = half(op)
@@ -256,21 +255,21 @@ def test_master_weights(backend_once: Backend, op: str, change: str) -> None:
     getattr(ops, op)(**half(op))
 
 
-@pytest.mark.parametrize("op", ["sgd_update_", "adam_update_"])
+@pytest.mark.parametrize("op", [*BASES])
 def test_state_unlike_the_master_weights(op: str) -> None:
     arguments = half(op)
     saved = [t.clone() for t in arguments["theta"]]
     named = "saved has 3 tensors, expected none beside master"
     assert_refused(op, {**arguments, "saved": saved}, ValueError, named)
-    arguments["m"][1] = arguments["m"][1].bfloat16()
-    assert_refused(
-        op, arguments, ValueError, r"m\[1\] is torch.bfloat16 .*, expected torch.float32"
-    )
+    name = BASES[op].state[0]
+    arguments[name][1] = arguments[name][1].bfloat16()
+    named = rf"{name}\[1\] is torch.bfloat16 .*, expected torch.float32"
+    assert_refused(op, arguments, ValueError, named)
 
 
 # ---------------------------------------------------------------- memory shared between tensors
 
-WRITING = ("perturb_", "sgd_update_", "adam_update_", "merge_")
+WRITING = ("perturb_", *BASES, "merge_")
 
 
 @pytest.mark.parametrize("op", WRITING)
@@ -315,19 +314,20 @@ NUMEL = [4, 2]
 OK = [0, 0]  # replaced by real pointers
 
 # Operation, arguments after the dtype and numel; "x" stands for a list of good pointers, "&x"
-# for one of them and "#x" for how many elements are there.
+# for one of them, "#x" for how many elements are there and a tuple for a list of lists.
 POINTER_CALLS: dict[str, tuple[Any, ...]] = {
     "squared_norm": ("g_t", "theta", "&partials", 1),
     "perturb_": ("theta", "g_t", [], "held", "&partials", "#partials", 0.1, False, 1),
-    "sgd_update_": (
-        "theta", "saved", "g_h", "g_p", "m", [], 0.1, 0.9, 0.0, 0.0, False, False, 1.0, False, 1,
-    ),
-    "adam_update_": (
-        "theta", "saved", "g_h", "g_p", "m", "v", "v_max", [], "step", 0, 0.1, 0.9, 0.999, 1e-8,
-        0.0, True, False, 1.0, False, 1,
-    ),
     "merge_": ("theta", "saved", "g_h", "g_p", 1),
     "grad_check": ("g_h", "g_p", "&partials", 1),
+    **{
+        op: (
+            "theta", "saved", "g_h", "g_p", base.state, [], "step" if base.has_step else [], 0, 0.1,
+            [float(v) for name, v in base.settings.items() if name != "maximize"], False, 1.0,
+            False, 1,
+        )
+        for op, base in BASES.items()
+    },
 }  # fmt: skip
 
 
@@ -336,23 +336,39 @@ class PointerCall:
 
     def __init__(self, op: str) -> None:
         self.op = op
-        self.names = [a for a in POINTER_CALLS[op] if isinstance(a, str) and a[0] != "#"]
+        self.names = [
+            name
+            for a in POINTER_CALLS[op]
+            for name in (a if isinstance(a, tuple) else (a,))
+            if isinstance(name, str) and name[0] != "#"
+        ]
         self.memory = {n: [torch.full((k,), 3.0) for k in NUMEL] for n in self.names}
         self.memory["&partials"] = [torch.full((2,), 3.0, dtype=torch.float64)]
 
     def __call__(self, changes: dict[str, Any]) -> None:
         arguments: list[Any] = [changes.get("dtype", FLOAT32), changes.get("numel", NUMEL)]
         for argument in POINTER_CALLS[self.op]:
+            if isinstance(argument, tuple):
+                arguments.append([self.pointers(name, changes) for name in argument])
+                continue
             if not isinstance(argument, str):
                 arguments.append(argument)
                 continue
             if argument.startswith("#"):
                 arguments.append(changes.get(argument, 2))
                 continue
-            pointers = [t.data_ptr() for t in self.memory[argument]]
-            good = pointers[0] if argument.startswith("&") else pointers
-            arguments.append(changes.get(argument, good))
-        getattr(native._C, self.op)(*arguments)
+            pointers = self.pointers(argument, changes)
+            arguments.append(pointers[0] if argument.startswith("&") else pointers)
+        if self.op in BASES:
+            native._C.update_(self.op, *arguments)
+        else:
+            getattr(native._C, self.op)(*arguments)
+
+    def pointers(self, name: str, changes: dict[str, Any]) -> list[int]:
+        """Good ones, or what is passed instead."""
+        if name in changes:
+            return [changes[name]] if name.startswith("&") else changes[name]
+        return [t.data_ptr() for t in self.memory[name]]
 
     def untouched(self) -> bool:
         return all(t.eq(3).all() for list_ in self.memory.values() for t in list_)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -48,7 +50,7 @@ def test_from_counts_of_every_integer_dtype(dtype: torch.dtype) -> None:
 
 
 def test_from_counts_of_one_class_is_not_any_number_of_classes() -> None:
-    split = ClassSplit.from_counts([5])
+    split = ClassSplit.from_counts([5], eta=float("inf"))
     assert split.num_classes == 1
     with pytest.raises(ValueError, match="the split has 1 classes, expected 3"):
         split.weights(3, torch.device("cpu"), torch.float32)
@@ -171,7 +173,7 @@ def test_tail_fraction_without_counts() -> None:
 
 
 def test_tail_fraction_of_no_images() -> None:
-    split = ClassSplit.from_counts([0, 0])
+    split = ClassSplit.from_counts([0, 0], eta=float("inf"))
     with pytest.raises(ValueError, match="counts"):
         _ = split.tail_fraction
 
@@ -330,3 +332,104 @@ def test_a_split_made_in_inference_mode() -> None:
     with torch.inference_mode():
         split = ClassSplit.from_counts([200, 10])
     assert split.tail_mask(torch.tensor([0, 1])).tolist() == [False, True]
+
+
+# ---------------------------------------------------------------- counts that are a mapping
+
+
+LABELS = [0] * 500 + [2] * 40 + [1] * 300 + [3] * 10  # in the order of a file, not of the classes
+
+
+class Series:
+    """What pandas' value_counts() returns: keys, ordered by value, and iteration over values."""
+
+    def __init__(self, counts: Counter) -> None:
+        self.counts = dict(counts.most_common())
+
+    def keys(self) -> Any:
+        return self.counts.keys()
+
+    def items(self) -> Any:
+        return self.counts.items()
+
+    def __iter__(self) -> Any:
+        return iter(self.counts.values())
+
+
+@pytest.mark.parametrize("kind", [Counter, lambda labels: dict(Counter(labels)),
+                                  lambda labels: Series(Counter(labels))])  # fmt: skip
+def test_a_mapping_is_read_by_its_keys(kind: Any) -> None:
+    counts = kind(LABELS)
+    for split in (ClassSplit.from_counts(counts), ClassSplit.focal(counts, 1, 0.5),
+                  ClassSplit(torch.ones(4), torch.ones(4), counts)):  # fmt: skip
+        assert split.counts is not None and split.counts.tolist() == [500, 300, 40, 10]
+    assert ClassSplit.from_counts(counts).sharp.tolist() == [0, 0, 1, 1]
+    longer = ClassSplit.from_counts(counts, num_classes=6)
+    assert longer.counts is not None and longer.counts.tolist() == [500, 300, 40, 10, 0, 0]
+    assert ClassSplit.focal(counts, 1, 0.5, num_classes=6).num_classes == 6
+
+
+def test_labels_may_be_counted_already() -> None:
+    for targets in (LABELS, Counter(LABELS), torch.tensor(LABELS)):
+        split = ClassSplit.from_targets(targets, num_classes=5)
+        assert split.counts is not None and split.counts.tolist() == [500, 300, 40, 10, 0]
+
+
+@pytest.mark.parametrize("take", [ClassSplit.from_counts, ClassSplit.from_targets,
+                                  lambda c: ClassSplit.focal(c, 1, 0.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "counts",
+    [{500, 3}, frozenset([1]), Counter(LABELS).keys(), Counter(LABELS).values(), b"ab", "12"],
+)
+def test_what_has_no_order_of_classes_is_refused(take: Any, counts: Any) -> None:
+    with pytest.raises(
+        TypeError, match=f"is {type(counts).__name__}, expected integers in the ord"
+    ):
+        take(counts)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({-100: 3, 0: 2}, "keys holds -100"),
+        ({"cat": 3}, "keys is"),
+        ({0: 1.5}, "values is"),
+        ({}, "keys is empty"),
+        ({7: 3}, "has class 7, expected classes below 4"),
+        (Counter(torch.tensor([1, 1])), "has class 1 twice"),  # tensors are each a key of their own
+        ([1, 2], "has 2 classes, expected 4"),
+    ],
+)
+def test_mappings_that_are_no_counts(counts: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassSplit.from_counts(counts, num_classes=4)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [([500, 300], "no class is tail: eta is 100, the smallest class has 300 images.*one of SGD"),
+     ([50, 3], "no class is head: eta is 100, the largest class has 50 images.*one of SAM")],
+)  # fmt: skip
+def test_a_split_with_one_part_warns_once_with_the_numbers(counts: Any, message: str) -> None:
+    labels = [k for k, n in enumerate(counts) for _ in range(n)]
+    for make in (lambda: ClassSplit.from_counts(counts), lambda: ClassSplit.from_targets(labels)):
+        with pytest.warns(UserWarning, match=message) as found:
+            make()
+        assert len(found) == 1 and found[0].filename == __file__
+
+
+def test_no_warning_where_one_part_is_what_was_asked_for() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ClassSplit.from_counts([500, 300], eta=0)
+        ClassSplit.from_counts([5, 3], eta=float("inf"))
+        ClassSplit.from_counts([500, 3])
+        ClassSplit.none(), ClassSplit.all_tail(), ClassSplit.focal([5, 3], 1, 0.5)
+
+
+def test_splits_are_made_on_the_cpu_whatever_the_default_device() -> None:
+    labels = [0] * 5 + [1] * 500
+    with torch.device("meta"):
+        splits = [ClassSplit.from_counts([5, 500]), ClassSplit.from_targets(labels)]
+        splits += [ClassSplit.none(), ClassSplit.all_tail()]
+    assert {split.plain.device.type for split in splits} == {"cpu"}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from imbsam_fast.recipes.data import datasets
-from imbsam_fast.recipes.data.images import CIFAR10_STATISTICS, LongTailImages, MemoryImages
+from imbsam_fast.recipes.data.images import CIFAR_STATISTICS, LongTailImages, MemoryImages
 from imbsam_fast.recipes.metrics import group_accuracies
 from imbsam_fast.recipes.run_directory import RunDirectory
 from imbsam_fast.recipes.settings.config import Dataset, RunConfig, resolve
@@ -29,7 +29,7 @@ def _images(counts: Sequence[int], seed: int) -> MemoryImages:
     targets = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     noise = torch.randint(0, 120, (len(targets), 3, 8, 8), generator=random)
     pixels = (noise + 40 * targets[:, None, None, None]).to(torch.uint8)
-    return MemoryImages(pixels, targets, CIFAR10_STATISTICS)
+    return MemoryImages(pixels, targets, CIFAR_STATISTICS[10])
 
 
 def tiny_images(config: RunConfig | None = None) -> LongTailImages:

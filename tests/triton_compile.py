@@ -36,24 +36,30 @@ LISTS = {"SAVED": True, "HEAD": True}
 
 
 # Operations that take master weights.
-KEEPING = ("perturb_", "sgd_update_", "adam_update_")
+KEEPING = ("perturb_", *updates.UPDATES)
 
 CROSS_ENTROPY = {
     "row_losses": split_cross_entropy.FORWARD,
     "backward": split_cross_entropy.BACKWARD,
 }
 
+CONFIGURATIONS = {
+    **multi_tensor.CONFIGURATIONS,
+    **{op: update.configuration for op, update in updates.UPDATES.items()},
+}
+
 Arguments = dict[str, Any]  # name -> a type, or a compile-time value
 
 
+def update_arguments(update: updates.Update) -> Arguments:
+    """Of a fused base, every list there: the scalars are annotated, the flags are its own."""
+    scalars = {p.name: "fp64" for p in update.kernel.params if p.annotation == "fp64"}
+    pointers = {"counts": "*fp32", "lr_tensor": "*fp64", "grad_scale": "*fp32"}
+    flags = {p.name: True for p in update.kernel.params if p.is_constexpr}
+    return {**flags, **scalars, **pointers, **TABLE, "found_inf": "*fp32"}
+
+
 def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
-    step = {"lr": "fp64", "lr_tensor": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32"}
-    step |= {**TABLE, **LISTS, "MAXIMIZE": True}
-    sgd = dict.fromkeys(("momentum", "one_minus_dampening", "weight_decay"), "fp64")
-    adam = dict.fromkeys(
-        ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps", "coupled", "decoupled"),
-        "fp64",
-    )
     return {
         "squared_norm": (
             multi_tensor.squared_norm_kernel,
@@ -61,18 +67,9 @@ def multi_tensor_kernels() -> dict[str, tuple[Any, Arguments]]:
         ),
         "perturb_": (
             multi_tensor.perturb_kernel,
-            {**TABLE, "partials": "*fp64", "partials_count": "i32", "rho": "fp64",
-             "ADAPTIVE": True, "MASTER": False, "HELD": False,
-             "PARTIALS_BLOCK": multi_tensor.PARTIALS_BLOCK},
+            {**TABLE, "scale": "*arithmetic", "ADAPTIVE": True, "MASTER": False, "HELD": False},
         ),
-        "sgd_update_": (
-            updates.sgd_update_kernel,
-            {**step, **sgd, "MOMENTUM": True, "NESTEROV": True},
-        ),
-        "adam_update_": (
-            updates.adam_update_kernel,
-            {**step, **adam, "counts": "*fp32", "AMSGRAD": True},
-        ),
+        **{op: (update.kernel, update_arguments(update)) for op, update in updates.UPDATES.items()},
         "merge_": (multi_tensor.merge_kernel, {**TABLE, **LISTS}),
         "grad_check": (
             multi_tensor.grad_check_kernel,
@@ -106,8 +103,10 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
         arithmetic = launch.DTYPES[arithmetic_dtype(torch_dtype)]
         types = {"DTYPE": dtype, "KEPT": dtype, "ARITHMETIC": arithmetic}
         for op, (kernel, arguments) in multi_tensor_kernels().items():
-            _, block, threads = multi_tensor.CONFIGURATIONS[op]
-            arguments = {**types, **arguments, "BLOCK": block}
+            _, block, threads = CONFIGURATIONS[op]
+            arguments = {**arguments, **types, "BLOCK": block}
+            if "scale" in arguments:
+                arguments["scale"] = f"*{arithmetic.name}"
             yield op, dtype, kernel, arguments, threads
             if op == "perturb_":
                 yield f"{op} held", dtype, kernel, {**arguments, "HELD": True}, threads
@@ -124,6 +123,15 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
         arguments |= {"batch_size": "fp64", "BLOCK": split_cross_entropy.TOTALS_BLOCK}
         kernel = split_cross_entropy.totals_kernel
         yield "totals", arithmetic, kernel, arguments, split_cross_entropy.TOTALS_THREADS
+        arguments = {"partials": "*fp64", "scale": f"*{arithmetic.name}", "count": "i32"}
+        arguments |= {"rho": "fp64", "ARITHMETIC": arithmetic, "BLOCK": multi_tensor.PARTIALS_BLOCK}
+        yield (
+            "scale",
+            arithmetic,
+            multi_tensor.scale_kernel,
+            arguments,
+            multi_tensor.PARTIALS_THREADS,
+        )
 
 
 def compiled(kernel: Any, arguments: Arguments, threads: int, target: GPUTarget) -> Any:

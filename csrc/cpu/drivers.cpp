@@ -189,36 +189,24 @@ void perturb_(const Table& table, void* const* theta, void* const* g_t, const vo
   });
 }
 
-void sgd_update_(const Table& table, void* const* theta, const void* const* saved,
-                 const void* const* g_h, const void* const* g_p, void* const* m,
-                 void* const* master, const SgdSettings& settings, int threads) {
+void update_(Base base, const Table& table, const UpdateLists& lists, const int64_t* steps,
+             const UpdateSettings& settings, int threads) {
   const Flattened all(table);
-  const int64_t size = size_of(table.dtype), state = size_of_state(table, master != nullptr);
-  const Spans& spans = spans_for(table.dtype);
-  const bool stream = exceeds_cache(table, all.total(), 5);
+  const int64_t size = size_of(table.dtype), kept = size_of_state(table, lists.master != nullptr);
+  const auto update = spans_for(table.dtype).update_[(int)base];
+  // theta, saved, g_h, g_p and the required state, or one list of it.
+  int required = 0;
+  for (unsigned bits = required_state(base); bits; bits >>= 1) required += bits & 1;
+  const bool stream = exceeds_cache(table, all.total(), 4 + std::max(required, 1));
   parallel(threads, all.total(), [&](int thread, int count) {
     all.forward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
-      spans.sgd_update_(at(theta, i, e, size), at(saved, i, e, size), at(g_h, i, e, size),
-                        at(g_p, i, e, size), at(m, i, e, state), at(master, i, e, state), n,
-                        settings, stream);
-    });
-  });
-}
-
-void adam_update_(const Table& table, void* const* theta, const void* const* saved,
-                  const void* const* g_h, const void* const* g_p, void* const* m, void* const* v,
-                  void* const* v_max, void* const* master, const int64_t* steps,
-                  const AdamSettings& settings, int threads) {
-  const Flattened all(table);
-  const int64_t size = size_of(table.dtype), state = size_of_state(table, master != nullptr);
-  const Spans& spans = spans_for(table.dtype);
-  const bool stream = exceeds_cache(table, all.total(), 6);
-  parallel(threads, all.total(), [&](int thread, int count) {
-    all.forward(Share(all.total(), thread, count), [&](int64_t i, int64_t e, int64_t n) {
-      spans.adam_update_(at(theta, i, e, size), at(saved, i, e, size), at(g_h, i, e, size),
-                         at(g_p, i, e, size), at(m, i, e, state), at(v, i, e, state),
-                         at(v_max, i, e, state), at(master, i, e, state), n, steps[i], settings,
-                         stream);
+      UpdateSpan span = {at(lists.theta, i, e, size), at(lists.saved, i, e, size),
+                         at(lists.g_h, i, e, size),   at(lists.g_p, i, e, size),
+                         {},                          at(lists.master, i, e, kept),
+                         n,                           steps ? steps[i] : 0};
+      for (int k = 0; k < entry(base).state_count; ++k)
+        span.state[k] = at(lists.state[k], i, e, kept);
+      update(span, settings, stream);
     });
   });
 }

@@ -68,6 +68,7 @@ double grad_check(const void* g_h, const void* g_p, int64_t n, bool* finite) {
   return total(sum);
 }
 
+#include "../bases.h"
 #include "updates.h"
 
 // ---------------------------------------------------------------- cross-entropy rows
@@ -228,11 +229,16 @@ bool supported() {
 #endif
 }
 
+// The updates of all bases, in the order of kBases.
+template <class T, int... kIndices>
+constexpr Spans spans(Indices<kIndices...>) {
+  return {squared_norm<T>, perturb_<T>, {update_<T, (Base)kIndices>...}, merge_<T>,
+          grad_check<T>,   row_sums<T>, softmax_gradient<T>,             element<T>};
+}
+
 template <class T>
 constexpr Spans spans() {
-  return {squared_norm<T>, perturb_<T>,   sgd_update_<T>, adam_update_<T>,
-          merge_<T>,       grad_check<T>, row_sums<T>,    softmax_gradient<T>,
-          element<T>};
+  return spans<T>(typename UpTo<kBaseCount>::type());
 }
 
 }  // namespace

@@ -17,18 +17,24 @@ struct RowSums {
   double weighted_sum;  // sum_k w_k (z_k - max)
 };
 
+// One span of the lists of an update, n elements; null: absent.
+struct UpdateSpan {
+  void* theta;
+  const void *saved, *g_h, *g_p;
+  void* state[kMaxState];
+  void* master;
+  int64_t n;
+  int64_t step;  // of this tensor, this one included; 0 where the base has no counts
+};
+
 struct Spans {
   // Sum of squares of g, or of theta g where theta is not null.
   double (*squared_norm)(const void* g_t, const void* theta, int64_t n);
-  // Null master, held: absent, and below saved, g_h, m and v_max too.
+  // Null master, held: absent, and below saved and g_h too.
   void (*perturb_)(void* theta, void* g_t, const void* master, void* held, int64_t n,
                    double scale, bool adaptive);
-  // stream: write theta past the caches.
-  void (*sgd_update_)(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
-                      void* master, int64_t n, const SgdSettings&, bool stream);
-  void (*adam_update_)(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
-                       void* v, void* v_max, void* master, int64_t n, int64_t step,
-                       const AdamSettings&, bool stream);
+  // By Base. stream: write theta past the caches.
+  void (*update_[kBaseCount])(const UpdateSpan&, const UpdateSettings&, bool stream);
   void (*merge_)(void* theta, const void* saved, const void* g_h, void* g_p, int64_t n,
                  bool stream);
   // Sum of squares of g_h + g_p; *finite is cleared where an element is not.

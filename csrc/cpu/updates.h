@@ -2,7 +2,7 @@
 // instruction set.
 //
 // W is the dtype in which the weights are kept: that of theta, T, or with master weights its
-// arithmetic dtype, in which m, v and v_max are kept too.
+// arithmetic dtype, in which the state of the base is kept too.
 
 // W of a pointer W*; std::remove_pointer would be shared between instruction sets' objects.
 template <class P>
@@ -10,6 +10,16 @@ struct Unqualified;
 template <class W>
 struct Unqualified<W*> {
   typedef W type;
+};
+
+// 0, 1 .. kCount - 1 as template arguments; std::integer_sequence would be shared likewise.
+template <int... kIndices>
+struct Indices {};
+template <int kCount, int... kIndices>
+struct UpTo : UpTo<kCount - 1, kCount - 1, kIndices...> {};
+template <int... kIndices>
+struct UpTo<0, kIndices...> {
+  typedef Indices<kIndices...> type;
 };
 
 // Calls f with a compile-time true or false.
@@ -79,41 +89,6 @@ IMBSAM_INLINE void store_weights(T* theta, W* master, typename Lanes<T>::V stepp
     store(theta, stepped);
 }
 
-template <class T, class W, bool kHead, bool kMomentum, bool kStream>
-void sgd_update_lines(T* theta, const W* from, const T* g_h, const T* g_p, W* m, W* master,
-                      int64_t n, const Sgd<typename Lanes<T>::S>& sgd) {
-  typedef typename Lanes<T>::V V;
-  constexpr int lanes = Lanes<T>::kLanes;
-  // Reads one vector of every input, writes the new m, returns the new theta.
-  const auto updated = [&](const W* start_, const T* h, const T* p, W* velocity) -> V {
-    const V start = load(start_);
-    const V d = sgd_direction(start, kHead ? load(h) + load(p) : load(p), sgd);
-    if (!kMomentum) return sgd_step(start, d, d, sgd);
-    const V moved = sgd_momentum(load(velocity), d, sgd);
-    store(velocity, moved);
-    return sgd_step(start, moved, d, sgd);
-  };
-  for_each_line(
-      theta, n, kStream,
-      [&](int64_t i) {
-        const V stepped = updated(from + i, g_h + i, g_p + i, m + i);
-        store_weights<kStream>(theta + i, master ? master + i : nullptr, stepped);
-      },
-      [&](int64_t i, int64_t count) {
-        W s[lanes] = {}, velocity[lanes] = {}, kept[lanes];
-        T h[lanes] = {}, p[lanes] = {}, stepped[lanes];
-        copy(s, from + i, count);
-        if (kHead) copy(h, g_h + i, count);
-        copy(p, g_p + i, count);
-        if (kMomentum) copy(velocity, m + i, count);
-        store_weights<false>(stepped, kept, updated(s, h, p, velocity));
-        copy(theta + i, stepped, count);
-        if (master) copy(master + i, kept, count);
-        if (kMomentum) copy(m + i, velocity, count);
-      });
-  if (kStream) stream_fence();
-}
-
 // One vector, rounded; the very bits where there is nothing to round.
 template <class T, class W>
 IMBSAM_INLINE void round_line(T* to, const W* from) {
@@ -157,117 +132,109 @@ IMBSAM_INLINE void with_weights(void* theta, const void* saved, void* master, F 
     f((const T*)(saved ? saved : theta), (T*)nullptr);
 }
 
-template <class T>
-void sgd_update_(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
-                 void* master, int64_t n, const SgdSettings& s, bool stream) {
-  typedef typename Lanes<T>::S S;
-  const S unscale = S(1) / (S)s.grad_scale;
-  const Sgd<S> sgd = {(S)s.lr, (S)s.momentum, (S)(1 - s.dampening), (S)s.weight_decay,
-                      s.maximize ? -unscale : unscale, m && s.nesterov};
-  // What was just read is in the cache and streaming does not pay.
-  const bool theta_is_read = !saved && !master;
-  with_weights<T>(theta, saved, master, [&](auto* from, auto* kept) {
-    typedef typename Unqualified<decltype(kept)>::type W;
-    if (s.skip) {
-      if (!theta_is_read) restore_lines<false>((T*)theta, from, n);
-      return;
-    }
-    with_bool(g_h != nullptr, [&](auto has_head) {
-      with_bool(m != nullptr, [&](auto has_momentum) {
-        with_bool(stream && !theta_is_read, [&](auto streams) {
-          sgd_update_lines<T, W, decltype(has_head)::value, decltype(has_momentum)::value,
-                           decltype(streams)::value>(
-              (T*)theta, from, (const T*)g_h, (const T*)g_p, (W*)m, kept, n, sgd);
-        });
-      });
-    });
-  });
-}
+// ---------------------------------------------------------------- the fused bases
 
-// ---------------------------------------------------------------- Adam
-
-template <class T, class W>
-struct AdamLists {
+template <class T, class W, int kState>
+struct UpdateLines {
   T* theta;
   const W* from;
-  const T *g_h, *g_p;  // null g_h, v_max, master: absent
-  W *m, *v, *v_max, *master;
+  const T *g_h, *g_p;  // null g_h, state, master: absent
+  W* state[kState];
+  W* master;
 };
 
-template <class T, class W, bool kStream>
-void adam_update_lines(const AdamLists<T, W>& x, int64_t n,
-                       const Adam<typename Lanes<T>::S>& adam,
-                       const BiasCorrections<typename Lanes<T>::S>& corrections) {
+// kHas: a bit for each list of the state that is there.
+template <Base kBase, unsigned kHas, bool kHead, bool kStream, class T, class W>
+void update_lines(const UpdateLines<T, W, entry(kBase).state_count>& x, int64_t n,
+                  const Formula<kBase, typename Lanes<T>::S>& formula,
+                  const OfTensor<kBase, typename Lanes<T>::S>& of_tensor) {
   typedef typename Lanes<T>::V V;
-  constexpr int lanes = Lanes<T>::kLanes;
-  // Reads one vector of every input, writes the new m, v and v_max, returns the new theta.
-  const auto updated = [&](const AdamLists<T, W>& at) -> V {
-    const V start = load(at.from);
-    const V d = adam_direction(start, at.g_h ? load(at.g_h) + load(at.g_p) : load(at.g_p), adam);
-    const V m = adam_first_moment(load(at.m), d, adam);
-    V v = adam_second_moment(load(at.v), d, adam);
-    store(at.m, m);
-    store(at.v, v);
-    if (at.v_max) {
-      v = larger(load(at.v_max), v);
-      store(at.v_max, v);
+  constexpr int lanes = Lanes<T>::kLanes, count = entry(kBase).state_count;
+  // Reads one vector of every input, writes the new state, returns the new theta.
+  const auto updated = [&](const W* from, const T* g_h, const T* g_p, W* const* at) -> V {
+    V state[count];
+    bool has[count];
+    const V start = load(from);
+    for (int k = 0; k < count; ++k) {
+      has[k] = kHas >> k & 1;
+      state[k] = has[k] ? load(at[k]) : V{};
     }
-    return adam_step(start, m, square_root(v), adam, corrections);
+    const V g = kHead ? load(g_h) + load(g_p) : load(g_p);
+    const V theta = stepped(formula, of_tensor, start, g, state, has);
+    for (int k = 0; k < count; ++k)
+      if (has[k]) store(at[k], state[k]);
+    return theta;
   };
   for_each_line(
       x.theta, n, kStream,
       [&](int64_t i) {
-        const AdamLists<T, W> at = {x.theta + i, x.from + i, x.g_h ? x.g_h + i : nullptr,
-                                    x.g_p + i,   x.m + i,    x.v + i,
-                                    x.v_max ? x.v_max + i : nullptr,
-                                    x.master ? x.master + i : nullptr};
-        store_weights<kStream>(at.theta, at.master, updated(at));
+        W* at[count];
+        for (int k = 0; k < count; ++k) at[k] = kHas >> k & 1 ? x.state[k] + i : nullptr;
+        const V theta = updated(x.from + i, x.g_h + i, x.g_p + i, at);
+        store_weights<kStream>(x.theta + i, x.master ? x.master + i : nullptr, theta);
       },
-      [&](int64_t i, int64_t count) {
-        T h[lanes] = {}, p[lanes] = {}, stepped[lanes];
-        W s[lanes] = {}, m[lanes] = {}, v[lanes] = {}, v_max[lanes] = {}, kept[lanes];
-        copy(s, x.from + i, count);
-        if (x.g_h) copy(h, x.g_h + i, count);
-        copy(p, x.g_p + i, count);
-        copy(m, x.m + i, count);
-        copy(v, x.v + i, count);
-        if (x.v_max) copy(v_max, x.v_max + i, count);
-        const AdamLists<T, W> at = {stepped, s, x.g_h ? h : nullptr,         p,
-                                    m,       v, x.v_max ? v_max : nullptr, kept};
-        store_weights<false>(stepped, kept, updated(at));
-        copy(x.theta + i, stepped, count);
-        if (x.master) copy(x.master + i, kept, count);
-        copy(x.m + i, m, count);
-        copy(x.v + i, v, count);
-        if (x.v_max) copy(x.v_max + i, v_max, count);
+      [&](int64_t i, int64_t m) {
+        W start[lanes] = {}, state[count][lanes] = {}, kept[lanes];
+        T h[lanes] = {}, p[lanes] = {}, theta[lanes];
+        W* at[count];
+        copy(start, x.from + i, m);
+        if (kHead) copy(h, x.g_h + i, m);
+        copy(p, x.g_p + i, m);
+        for (int k = 0; k < count; ++k) {
+          at[k] = state[k];
+          if (kHas >> k & 1) copy(at[k], x.state[k] + i, m);
+        }
+        store_weights<false>(theta, kept, updated(start, h, p, at));
+        copy(x.theta + i, theta, m);
+        if (x.master) copy(x.master + i, kept, m);
+        for (int k = 0; k < count; ++k)
+          if (kHas >> k & 1) copy(x.state[k] + i, at[k], m);
       });
   if (kStream) stream_fence();
 }
 
-template <class T>
-void adam_update_(void* theta, const void* saved, const void* g_h, const void* g_p, void* m,
-                  void* v, void* v_max, void* master, int64_t n, int64_t step,
-                  const AdamSettings& s, bool stream) {
+// Calls f with a compile-time Mask of the lists of the state that are there, from list k on.
+template <unsigned kBits>
+struct Mask { static constexpr unsigned value = kBits; };
+template <Base kBase, int k = 0, unsigned kHas = 0, class F>
+IMBSAM_INLINE void with_state(void* const* state, F f) {
+  if constexpr (k == entry(kBase).state_count)
+    f(Mask<kHas>());
+  else if (entry(kBase).state[k].required || state[k])
+    with_state<kBase, k + 1, kHas | 1u << k>(state, f);
+  else if constexpr (!entry(kBase).state[k].required)
+    with_state<kBase, k + 1, kHas>(state, f);
+}
+
+template <class T, Base kBase>
+void update_(const UpdateSpan& span, const UpdateSettings& s, bool stream) {
   typedef typename Lanes<T>::S S;
+  constexpr int count = entry(kBase).state_count;
   const S unscale = S(1) / (S)s.grad_scale;
-  const S decay = (S)s.weight_decay;
-  const Adam<S> adam = {(S)s.lr,    (S)s.beta1,
-                        (S)(1 - s.beta1), (S)s.beta2,
-                        (S)(1 - s.beta2), (S)s.eps,
-                        s.decoupled ? S(0) : decay, s.decoupled ? decay : S(0),
-                        s.maximize ? -unscale : unscale};
-  const BiasCorrections<S> corrections = bias_corrections<S>(s.beta1, s.beta2, step);
-  const bool theta_is_read = !saved && !master;
-  with_weights<T>(theta, saved, master, [&](auto* from, auto* kept) {
+  Formula<kBase, S> formula;
+  formula.lr = (S)s.lr;
+  formula.grad_factor = s.maximize ? -unscale : unscale;
+  fill_own(formula, s.own);
+  OfTensor<kBase, S> once;
+  of_tensor(once, formula, span.step);
+  // What was just read is in the cache and streaming does not pay.
+  const bool theta_is_read = !span.saved && !span.master;
+  with_weights<T>(span.theta, span.saved, span.master, [&](auto* from, auto* kept) {
     typedef typename Unqualified<decltype(kept)>::type W;
     if (s.skip) {
-      if (!theta_is_read) restore_lines<false>((T*)theta, from, n);
+      if (!theta_is_read) restore_lines<false>((T*)span.theta, from, span.n);
       return;
     }
-    const AdamLists<T, W> lists = {(T*)theta, from,   (const T*)g_h, (const T*)g_p,
-                                   (W*)m,     (W*)v, (W*)v_max,     kept};
-    with_bool(stream && !theta_is_read, [&](auto streams) {
-      adam_update_lines<T, W, decltype(streams)::value>(lists, n, adam, corrections);
+    UpdateLines<T, W, count> lines = {(T*)span.theta, from, (const T*)span.g_h,
+                                      (const T*)span.g_p, {}, kept};
+    for (int k = 0; k < count; ++k) lines.state[k] = (W*)span.state[k];
+    with_state<kBase>(span.state, [&](auto has) {
+      with_bool(span.g_h != nullptr, [&](auto has_head) {
+        with_bool(stream && !theta_is_read, [&](auto streams) {
+          update_lines<kBase, decltype(has)::value, decltype(has_head)::value,
+                       decltype(streams)::value>(lines, span.n, formula, once);
+        });
+      });
     });
   });
 }

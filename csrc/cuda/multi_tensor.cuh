@@ -90,14 +90,16 @@ struct Whole {
   }
 };
 
-// The access to the first `count` lanes, one by one; the others read as 0.
-struct Part {
-  int count;
+// The access to single elements kApart from each other, those before `left`; the others read as 0.
+// With the threads of a block next to each other its accesses coalesce.
+template <int kApart>
+struct Singles {
+  int left;
   template <int kCount, class T>
   __device__ __forceinline__ Pack<T, kCount> load_lanes(const T* p) const {
     Pack<T, kCount> pack;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) pack.lanes[j] = j < count ? p[j] : T(0.0f);
+    for (int j = 0; j < kCount; ++j) pack.lanes[j] = j * kApart < left ? p[j * kApart] : T(0.0f);
     return pack;
   }
   template <class T>
@@ -108,24 +110,34 @@ struct Part {
   __device__ __forceinline__ void store(T* p, const Pack<T, kCount>& pack) const {
 #pragma unroll
     for (int j = 0; j < kCount; ++j)
-      if (j < count) p[j] = pack.lanes[j];
+      if (j * kApart < left) p[j * kApart] = pack.lanes[j];
   }
 };
 
-// Calls f(first element, access) for this thread's packs of a span. Which packs those are does
-// not depend on the alignment, so that sums do not either.
+// Calls f(first element, access) for this thread's elements of a span, as many as a pack holds at
+// a time: packs where all lists are aligned, else single elements, as a whole block coalesced.
 template <class T, int kBlock, int kUnroll, class F>
 __device__ __forceinline__ void for_each_pack(int elements, bool aligned, F f) {
+  constexpr int lanes = Pack<T>::kLanes;
+  const int whole = aligned ? elements / lanes : 0;
+#pragma unroll kUnroll
+  for (int v = threadIdx.x; v < whole; v += kBlock) f(v * lanes, Whole());
+#pragma unroll 1
+  for (int e = whole * lanes + threadIdx.x; e < elements; e += kBlock * lanes)
+    f(e, Singles<kBlock>{elements - e});
+}
+
+// The same for sums, whose order must not depend on the alignment: the elements of a thread are
+// those of its packs in every case.
+template <class T, int kBlock, int kUnroll, class F>
+__device__ __forceinline__ void for_each_pack_in_order(int elements, bool aligned, F f) {
   constexpr int lanes = Pack<T>::kLanes;
   const int whole = aligned ? elements / lanes : 0;
   int v = threadIdx.x;
 #pragma unroll kUnroll
   for (; v < whole; v += kBlock) f(v * lanes, Whole());
 #pragma unroll 1
-  for (; v * lanes < elements; v += kBlock) {
-    const int left = elements - v * lanes;
-    f(v * lanes, Part{left < lanes ? left : lanes});
-  }
+  for (; v * lanes < elements; v += kBlock) f(v * lanes, Singles<1>{elements - v * lanes});
 }
 
 // ---------------------------------------------------------------- tiles

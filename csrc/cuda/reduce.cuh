@@ -1,4 +1,4 @@
-// Reductions over a block, in one fixed order.
+// Reductions over a block, in one fixed order, and what one of its threads computes for all.
 #pragma once
 
 namespace imbsam {
@@ -31,6 +31,31 @@ __device__ __forceinline__ V block_reduce(V x, V identity, Op op) {
 __device__ __forceinline__ double block_sum(double x) {
   return block_reduce(x, 0.0, [](double a, double b) { return a + b; });
 }
+
+// What one thread computes for its block, anew where the key is another one than before. To be
+// called by all threads of a block with the same key.
+template <class V>
+class OnceABlock {
+ public:
+  template <class F>
+  __device__ __forceinline__ const V& operator()(float key, F compute) {
+    __shared__ V computed;
+    if (!known_ || key != key_) {
+      __syncthreads();  // all have read the one before
+      if (threadIdx.x == 0) computed = compute(key);
+      __syncthreads();
+      value_ = computed;
+      known_ = true;
+      key_ = key;
+    }
+    return value_;
+  }
+
+ private:
+  V value_;
+  float key_;
+  bool known_ = false;
+};
 
 }  // namespace cuda
 }  // namespace imbsam

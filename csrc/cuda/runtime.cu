@@ -2,18 +2,13 @@
 // taken on a device that is not used.
 
 #include "launch.h"
+#include "served.h"
 
 namespace imbsam {
 namespace cuda {
 namespace {
 
-std::string version(int number) {
-  return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
-}
-
-std::string capability(int number) {
-  return std::to_string(number / 10) + "." + std::to_string(number % 10);
-}
+const Built kBuilt = {IMBSAM_CUDA_ARCHITECTURES, CUDART_VERSION};
 
 int capability_of(int device) {
   int major = 0, minor = 0;
@@ -36,18 +31,28 @@ std::string reason() {
     return std::string(cudaGetErrorString(error)) + " (built with CUDA " +
            version(CUDART_VERSION) + ", driver for CUDA " + version(driver) + ")";
   }
-  for (int device = 0; device < devices; ++device)
-    if (capability_of(device) < IMBSAM_CUDA_LOWEST)
+  for (int device = 0; device < devices; ++device) {
+    const std::string not_served = reason_not_served(kBuilt, capability_of(device), driver);
+    if (!not_served.empty())
       return "device " + std::to_string(device) + " has compute capability " +
-             capability(capability_of(device)) + ", this build needs " +
-             capability(IMBSAM_CUDA_LOWEST) + " (hide the device with CUDA_VISIBLE_DEVICES)";
+             capability(capability_of(device)) + ", " + not_served +
+             " (hide the device with CUDA_VISIBLE_DEVICES)";
+  }
   return "";
+}
+
+std::string reason_or_error() {
+  try {
+    return reason();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
 }
 
 }  // namespace
 
 const char* reason_unavailable() {
-  static const std::string found = reason();
+  static const std::string found = reason_or_error();
   return found.empty() ? nullptr : found.c_str();
 }
 

@@ -9,6 +9,14 @@
 #include "multi_tensor.cuh"
 #include "reduce.cuh"
 
+#if defined(__CUDACC__)
+static __device__ __forceinline__ float exp2_approx(float y) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(y));
+  return power;
+}
+#endif
+
 namespace imbsam {
 namespace cuda {
 namespace {
@@ -20,7 +28,16 @@ constexpr int kRowUnroll = 4;     // packs of a row that a thread has under way
 template <class T, bool kSmooth>
 constexpr int kRowBlocks = kSmooth || sizeof(T) == 8 ? 1 : 2;
 
-__device__ __forceinline__ float exp_(float x) { return expf(x); }
+// e^x for data of type T. For bfloat16 and float16, of which a GPU reads so many that instructions
+// count, the hardware's 2^y, y = x log2(e): off by its 2 ulp and by a rounding of y. Sums of
+// exponentials and gradients weigh that by e^x, which makes up for a large y. Plain torch's float
+// for float data.
+template <class T>
+__device__ __forceinline__ float exp_(float x) {
+  if (sizeof(T) == 2) return exp2_approx(x * 1.4426950408889634f);
+  return expf(x);
+}
+template <class T>
 __device__ __forceinline__ double exp_(double x) { return exp(x); }
 __device__ __forceinline__ float largest(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double largest(double a, double b) { return fmax(a, b); }
@@ -32,15 +49,16 @@ __device__ __forceinline__ S shift_of(S max) {
 }
 
 // The sums over the elements of a row that one thread has met so far.
-template <class S, bool kSmooth>
+template <class T, bool kSmooth>
 struct RowSums {
+  typedef typename Arithmetic<T>::S S;
   S max = -(S)INFINITY;
   S exp_sum = 0;                     // sum exp(z - shift)
   double weighted = 0, weights = 0;  // sum w (z - shift) and sum w, with smoothing only
 
   __device__ __forceinline__ void raise(S higher) {
     const S shift = shift_of(higher);
-    exp_sum *= exp_(max - shift);
+    exp_sum *= exp_<T>(max - shift);
     if (kSmooth) weighted += weights * ((double)shift_of(max) - (double)shift);
     max = higher;
   }
@@ -55,7 +73,7 @@ struct RowSums {
     const S shift = shift_of(max);
     S sum = 0;
 #pragma unroll
-    for (int j = 0; j < n; ++j) sum += exp_(z[j] - shift);
+    for (int j = 0; j < n; ++j) sum += exp_<T>(z[j] - shift);
     exp_sum += sum;
   }
 
@@ -78,11 +96,16 @@ template <class T>
 struct RowLayout {
   int before, packs, singles;
 
-  __device__ __forceinline__ RowLayout(const T* row, int classes, bool vectors) {
+  // `apart`: another row is read beside this one whose packs reach across two of its own, so that
+  // the first and the last pack of this row are left to single elements.
+  __device__ __forceinline__ RowLayout(const T* row, int classes, bool apart = false) {
+    constexpr int lanes = Pack<T>::kLanes;
     const int to_aligned = (int)((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
-    before = to_aligned < classes ? to_aligned : classes;
-    packs = vectors ? (classes - before) / Pack<T>::kLanes : 0;
-    singles = classes - packs * Pack<T>::kLanes;
+    before = to_aligned + (apart ? lanes : 0);
+    before = before < classes ? before : classes;
+    const int whole = (classes - before) / lanes - (apart ? 1 : 0);
+    packs = whole > 0 ? whole : 0;
+    singles = classes - packs * lanes;
   }
   __device__ __forceinline__ int first(int pack) const { return before + pack * Pack<T>::kLanes; }
   __device__ __forceinline__ int single(int i) const {
@@ -98,37 +121,62 @@ __device__ __forceinline__ void load_pack(typename Arithmetic<T>::S (&z)[Pack<T>
   for (int j = 0; j < Pack<T>::kLanes; ++j) z[j] = widened(pack.lanes[j]);
 }
 
+// The 16 bytes at p, `after` bytes behind a boundary, from the two aligned packs that they lie in.
+template <class T>
+__device__ __forceinline__ Pack<T> load_across(const T* p, unsigned after) {
+  const uint4* aligned = reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(p) - after);
+  const uint4 low = aligned[0], high = aligned[1];
+  unsigned words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) words[i] = after & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = after & 4 ? words[i + 1] : words[i];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], 8 * (after & 3));
+  Pack<T> pack;
+  memcpy(&pack, words, sizeof(pack));
+  return pack;
+}
+
 template <class T, bool kSmooth>
-__device__ __forceinline__ RowSums<typename Arithmetic<T>::S, kSmooth> thread_sums(
+__device__ __forceinline__ RowSums<T, kSmooth> thread_sums(
     const T* row, int classes, const typename Arithmetic<T>::S* w) {
   typedef typename Arithmetic<T>::S S;
   constexpr int lanes = Pack<T>::kLanes;
-  const RowLayout<T> layout(row, classes, true);
+  const RowLayout<T> layout(row, classes);
   const int stride = blockDim.x;
-  RowSums<S, kSmooth> sums;
-  int v = threadIdx.x;
-  for (; v + (kRowUnroll - 1) * stride < layout.packs; v += kRowUnroll * stride) {
+  RowSums<T, kSmooth> sums;
+  // Every thread has at most one element outside of packs; its load begins here.
+  const bool has_single = (int)threadIdx.x < layout.singles;
+  const int k = has_single ? layout.single(threadIdx.x) : 0;
+  const S single[1] = {has_single ? widened(row[k]) : -(S)INFINITY};
+  const auto add = [&](int v, auto is_last) {
+    constexpr bool kLast = decltype(is_last)::value;
     S z[kRowUnroll][lanes];
 #pragma unroll
-    for (int u = 0; u < kRowUnroll; ++u) load_pack<T>(z[u], row + layout.first(v + u * stride));
-    sums.add(reinterpret_cast<S(&)[kRowUnroll * lanes]>(z));
+    for (int u = 0; u < kRowUnroll; ++u) {
+      if (!kLast || v + u * stride < layout.packs) {
+        load_pack<T>(z[u], row + layout.first(v + u * stride));
+      } else {
 #pragma unroll
-    for (int u = 0; u < kRowUnroll; ++u)
-      sums.add_weighted(z[u], w ? w + layout.first(v + u * stride) : nullptr);
-  }
-#pragma unroll 1
-  for (; v < layout.packs; v += stride) {
-    S z[lanes];
-    load_pack<T>(z, row + layout.first(v));
-    sums.add(z);
-    sums.add_weighted(z, w ? w + layout.first(v) : nullptr);
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; i < layout.singles; i += stride) {
-    const int k = layout.single(i);
-    const S z[1] = {widened(row[k])};
-    sums.add(z);
-    sums.add_weighted(z, w ? w + k : nullptr);
+        for (int j = 0; j < lanes; ++j) z[u][j] = -(S)INFINITY;
+      }
+    }
+    sums.add(reinterpret_cast<S(&)[kRowUnroll * lanes]>(z));
+    if constexpr (kSmooth) {
+#pragma unroll
+      for (int u = 0; u < kRowUnroll; ++u)
+        if (!kLast || v + u * stride < layout.packs)
+          sums.add_weighted(z[u], w ? w + layout.first(v + u * stride) : nullptr);
+    }
+  };
+  int v = threadIdx.x;
+  for (; v + (kRowUnroll - 1) * stride < layout.packs; v += kRowUnroll * stride)
+    add(v, std::false_type());
+  if (v < layout.packs) add(v, std::true_type());
+  if (has_single) {
+    sums.add(single);
+    sums.add_weighted(single, w ? w + k : nullptr);
   }
   return sums;
 }
@@ -149,7 +197,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   typedef typename Arithmetic<T>::S S;
   const int64_t i = blockIdx.x;
   const T* row = logits + i * s.row_stride;
-  RowSums<S, kSmooth> sums = thread_sums<T, kSmooth>(row, (int)s.classes, class_weight);
+  RowSums<T, kSmooth> sums = thread_sums<T, kSmooth>(row, (int)s.classes, class_weight);
   const S max = block_reduce(sums.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
   sums.raise(max);
   const double exp_sum = block_sum((double)sums.exp_sum);
@@ -170,29 +218,67 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   losses[i] = loss;
 }
 
-// One block: adds the rows' losses in a fixed order.
+constexpr int kRowsSummed = 4096;  // by a block; by the last one up to twice as many
+
+// Sums a block of rows, in a fixed order.
+struct LossSums {
+  double head = 0, tail = 0, counted = 0;
+
+  __device__ __forceinline__ void add_up() {
+    head = block_sum(head);
+    tail = block_sum(tail);
+    counted = block_sum(counted);
+  }
+  template <class S>
+  __device__ __forceinline__ void write(double batch_size, S* head_at, S* tail_at, S* b) const {
+    const double divisor = batch_size < 0 ? counted : batch_size;
+    *head_at = (S)(head / fmax(divisor, 1.0));
+    *tail_at = (S)(tail / fmax(divisor, 1.0));
+    *b = (S)divisor;
+  }
+};
+
+// Adds the rows' losses. One of several blocks leaves its sums where the first of its rows had
+// their losses, for sum_blocks_kernel.
 template <class S>
 __global__ void __launch_bounds__(kRowThreads)
-    sum_losses_kernel(int64_t rows, int64_t ignore_index, const double* losses,
-                      const int64_t* targets, const S* plain, const S* sharp, double batch_size,
-                      S* head, S* tail, S* b) {
-  double head_sum = 0, tail_sum = 0, counted = 0;
-  for (int64_t i = threadIdx.x; i < rows; i += kRowThreads) {
+    sum_losses_kernel(int64_t rows, int64_t ignore_index, double* losses, const int64_t* targets,
+                      const S* plain, const S* sharp, double batch_size, S* head, S* tail, S* b) {
+  const int64_t first = (int64_t)blockIdx.x * kRowsSummed;
+  const int64_t end = blockIdx.x + 1 == gridDim.x ? rows : first + kRowsSummed;
+  LossSums sums;
+  for (int64_t i = first + threadIdx.x; i < end; i += kRowThreads) {
     const int64_t y = targets[i];
     if (y == ignore_index) continue;
-    counted += 1;
+    sums.counted += 1;
     // A row that carries no weight counts nothing whatever its loss is.
-    if (plain[y] != 0) head_sum += (double)plain[y] * losses[i];
-    if (sharp[y] != 0) tail_sum += (double)sharp[y] * losses[i];
+    if (plain[y] != 0) sums.head += (double)plain[y] * losses[i];
+    if (sharp[y] != 0) sums.tail += (double)sharp[y] * losses[i];
   }
-  head_sum = block_sum(head_sum);
-  tail_sum = block_sum(tail_sum);
-  counted = block_sum(counted);
+  sums.add_up();  // and so all losses are read
   if (threadIdx.x != 0) return;
-  const double divisor = batch_size < 0 ? counted : batch_size;
-  *head = (S)(head_sum / fmax(divisor, 1.0));
-  *tail = (S)(tail_sum / fmax(divisor, 1.0));
-  *b = (S)divisor;
+  if (gridDim.x == 1) {
+    sums.write(batch_size, head, tail, b);
+  } else {
+    losses[first] = sums.head;
+    losses[first + 1] = sums.tail;
+    losses[first + 2] = sums.counted;
+  }
+}
+
+// One block: adds what the blocks of sum_losses_kernel left.
+template <class S>
+__global__ void __launch_bounds__(kRowThreads)
+    sum_blocks_kernel(int blocks, const double* losses, double batch_size, S* head, S* tail, S* b) {
+  LossSums sums;
+  for (int i = threadIdx.x; i < blocks; i += kRowThreads) {
+    const double* left = losses + (int64_t)i * kRowsSummed;
+    sums.head += left[0];
+    sums.tail += left[1];
+    sums.counted += left[2];
+  }
+  sums.add_up();
+  if (threadIdx.x == 0) sums.write(batch_size, head, tail, b);
 }
 
 // What the gradient of a row takes, the same for all its elements.
@@ -251,8 +337,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, false>)
   const int classes = (int)a.s.classes, stride = blockDim.x;
   const T* z = logits + i * a.s.row_stride;
   T* dz = grad_logits + i * a.s.classes;
-  // Only one of two rows can be aligned where they are misaligned differently.
-  const bool alike = (reinterpret_cast<uintptr_t>(z) - reinterpret_cast<uintptr_t>(dz)) % 16 == 0;
+  // Bytes by which packs of dz's alignment begin after a boundary in z.
+  const unsigned after = (unsigned)((reinterpret_cast<uintptr_t>(z) - reinterpret_cast<uintptr_t>(dz)) % 16);
 
   __shared__ RowGradient<S> shared;
   if (threadIdx.x == 0) shared = row_gradient(a, i);
@@ -260,7 +346,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, false>)
   const RowGradient<S> g = shared;
 
   if (g.zero) {
-    const RowLayout<T> layout(dz, classes, true);
+    const RowLayout<T> layout(dz, classes);
     for (int v = threadIdx.x; v < layout.packs; v += stride)
       Whole().store(dz + layout.first(v), Pack<T>{});
     for (int j = threadIdx.x; j < layout.singles; j += stride) dz[layout.single(j)] = T(0.0f);
@@ -268,11 +354,12 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, false>)
   }
   const S* w = g.smooth != 0 ? a.class_weight : nullptr;
   const auto gradient = [&](T z_k, int k) {
-    S d = exp_(widened(z_k) - g.max - g.log_sum) * g.soft;
+    S d = exp_<T>(widened(z_k) - g.max - g.log_sum) * g.soft;
     d -= w ? g.smooth * w[k] : g.smooth;
     return narrowed<T>(k == g.y ? d - g.hard : d);
   };
-  const RowLayout<T> layout(dz, classes, alike);
+  const RowLayout<T> layout(dz, classes, after != 0);
+  const auto read = [&](int k) { return after ? load_across(z + k, after) : Whole().load(z + k); };
   const auto write = [&](Pack<T> pack, int k) {
 #pragma unroll
     for (int j = 0; j < lanes; ++j) pack.lanes[j] = gradient(pack.lanes[j], k + j);
@@ -282,11 +369,11 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, false>)
 #pragma unroll 1
   for (; v + stride < layout.packs; v += 2 * stride) {  // two packs under way
     const int first = layout.first(v), second = layout.first(v + stride);
-    const Pack<T> a_pack = Whole().load(z + first), b_pack = Whole().load(z + second);
+    const Pack<T> a_pack = read(first), b_pack = read(second);
     write(a_pack, first);
     write(b_pack, second);
   }
-  if (v < layout.packs) write(Whole().load(z + layout.first(v)), layout.first(v));
+  if (v < layout.packs) write(read(layout.first(v)), layout.first(v));
 #pragma unroll 1
   for (int j = threadIdx.x; j < layout.singles; j += stride) {
     const int k = layout.single(j);
@@ -331,9 +418,13 @@ void split_cross_entropy(DType dtype, const CrossEntropySettings& s, const void*
       launch(op, s.label_smoothing > 0 ? row_losses_kernel<T, true> : row_losses_kernel<T, false>,
              (int)s.rows, row_threads<T>(s.classes), stream, s, as<T>(logits), targets,
              as<S>(weights.class_weight), static_cast<S*>(lse), losses);
-    launch(op, sum_losses_kernel<S>, 1, kRowThreads, stream, s.rows, s.ignore_index, losses,
+    const int blocks = (int)std::max<int64_t>(1, s.rows / kRowsSummed);
+    launch(op, sum_losses_kernel<S>, blocks, kRowThreads, stream, s.rows, s.ignore_index, losses,
            targets, as<S>(weights.plain), as<S>(weights.sharp), batch_size,
            static_cast<S*>(head), static_cast<S*>(tail), static_cast<S*>(b));
+    if (blocks > 1)
+      launch(op, sum_blocks_kernel<S>, 1, kRowThreads, stream, blocks, losses, batch_size,
+             static_cast<S*>(head), static_cast<S*>(tail), static_cast<S*>(b));
   });
 }
 

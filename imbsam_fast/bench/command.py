@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def run(
     title: str,
     groups: Callable[[bool], Iterator[Group]],  # called with args.quick
     summary: Callable[[Report], list[str]],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Measure, print the table and write the JSON: what all benchmarks share.
 
@@ -51,7 +53,7 @@ def run(
     for group in groups(args.quick):  # not enumerate, which would hold on to the last one
         warm_up(group)
         with others:
-            timings = measure(group, args.rounds)
+            timings = measure(group, args.rounds, clock)
         del group
         gc.collect()
         return_freed_memory()

@@ -52,7 +52,7 @@ class Operation:
     name: str
     size: str
     contestants: dict[str, Contestant]
-    bytes: int | None = None  # that one call has to move, whoever does it
+    bytes: int | None = None  # that one call cannot avoid to move
     moved: dict[str, int] = field(default_factory=dict)  # bytes that a contestant does move
     calls: int = 1  # that a contestant makes each time it runs
     memory: bool = False  # whether to look at the peak memory too

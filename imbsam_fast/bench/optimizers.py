@@ -1,4 +1,4 @@
-"""Optimizer steps and phases as contestants: ours, the authors' and whoever else is compared.
+"""Optimizer steps and phases as contestants: ours, the authors' and others.
 
 What returns operations also makes their data, before a clock starts.
 """
@@ -44,7 +44,7 @@ def backends() -> dict[str, str]:
 
 
 def running_on(backend: str) -> AbstractContextManager[None]:
-    """`use_backend` for another than the chosen one, which users do not force either."""
+    """`use_backend` for a backend other than the chosen one; nothing for that, as users run it."""
     return nullcontext() if backend == backend_name("cpu") else use_backend(backend)
 
 

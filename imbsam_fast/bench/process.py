@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what is free now, whatever `keep_freed_memory` asked for."""
+    """Give the system back what is free now, after `keep_freed_memory` too."""
     with suppress(AttributeError, OSError, TypeError):  # where the C library is not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def run_script(
     script: str,
     groups: Callable[[bool], Iterator[Group]],
     summary: Callable[[Report], list[str]],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """`run` for one of benchmarks/: full-size results go to results/<script>.json beside it."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -24,4 +26,4 @@ def run_script(
     path = Path(script)
     if args.json is None and not args.quick:
         args.json = path.parent / "results" / f"{path.stem}.json"
-    return run(args, path.stem, groups, summary)
+    return run(args, path.stem, groups, summary, clock)

@@ -3,18 +3,34 @@
 See csrc/imbsam.h for what each function does. Raises ValueError for lists that cannot be right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
+class TensorList:  # stands for a sequence of tensors wherever Pointers or Sizes are taken
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> Tensor: ...
+    def __iter__(self) -> Iterator[Tensor]: ...
+    dtype_code: int
+    chunks: int
+
 # One tensor or address a parameter.
-Pointers = Sequence[Tensor | int]
+Pointers = Sequence[Tensor | int] | TensorList
+Sizes = list[int] | TensorList
 
 has_cuda: bool
 
 def connect(tensor: type, parameter: type) -> bool: ...
-def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool: ...
-def one_kind(tensors: Sequence[Tensor]) -> bool: ...
+def read_lists(lists: Sequence[Sequence[Tensor]]) -> list[TensorList] | None: ...
+def take_gradients(params: list[Tensor]) -> list[Tensor | None] | None: ...
+def state_of(
+    state: dict[Tensor, Any], params: list[Tensor], name: str, needed: Sequence[Tensor | None]
+) -> list[Tensor | None] | None: ...
+def partition(
+    sizes: list[int], params: list[Tensor], lists: Sequence[Sequence[Tensor | None]]
+) -> list[tuple[int, Sequence[int]]] | None: ...
+def occupancy(slots: Sequence[Tensor | None]) -> bool | None: ...
 def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool: ...
 def isas() -> list[str]: ...
 def isa_in_use() -> str: ...
@@ -22,11 +38,11 @@ def use_isa(name: str) -> None: ...
 def has_openmp() -> bool: ...
 def last_level_cache_bytes() -> int: ...
 def squared_norm(
-    dtype: int, numel: list[int], g_t: Pointers, theta: Pointers, partials: int, threads: int
+    dtype: int, numel: Sizes, g_t: Pointers, theta: Pointers, partials: int, threads: int
 ) -> None: ...
 def perturb_(
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     theta: Pointers,
     g_t: Pointers,
     master: Pointers,
@@ -37,44 +53,23 @@ def perturb_(
     adaptive: bool,
     threads: int,
 ) -> None: ...
-def sgd_update_(
+def needs_counts(op: str) -> bool: ...
+
+# op: the operator of a base, such as "sgd_update_"; settings: those after lr, without maximize.
+def update_(
+    op: str,
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     theta: Pointers,
     saved: Pointers,
     g_h: Pointers,
     g_p: Pointers,
-    m: Pointers,
-    master: Pointers,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: float,
-    skip: bool,
-    threads: int,
-) -> None: ...
-def adam_update_(
-    dtype: int,
-    numel: list[int],
-    theta: Pointers,
-    saved: Pointers,
-    g_h: Pointers,
-    g_p: Pointers,
-    m: Pointers,
-    v: Pointers,
-    v_max: Pointers,
+    state: Sequence[Pointers],
     master: Pointers,
     step: Pointers,
     step_dtype: int,
     lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
     grad_scale: float,
     skip: bool,
@@ -82,7 +77,7 @@ def adam_update_(
 ) -> None: ...
 def merge_(
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     theta: Pointers,
     saved: Pointers,
     g_h: Pointers,
@@ -90,7 +85,7 @@ def merge_(
     threads: int,
 ) -> None: ...
 def grad_check(
-    dtype: int, numel: list[int], g_h: Pointers, g_p: Pointers, partials: int, threads: int
+    dtype: int, numel: Sizes, g_h: Pointers, g_p: Pointers, partials: int, threads: int
 ) -> bool: ...
 def split_cross_entropy(
     dtype: int,
@@ -139,7 +134,7 @@ def cuda_tiles(numel: list[int], tile_elements: int) -> list[tuple[int, int, int
 def cuda_reason_unavailable() -> str | None: ...
 def cuda_squared_norm(
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     g_t: Pointers,
     theta: Pointers,
     partials: int,
@@ -148,7 +143,7 @@ def cuda_squared_norm(
 ) -> None: ...
 def cuda_perturb_(
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     theta: Pointers,
     g_t: Pointers,
     master: Pointers,
@@ -160,47 +155,19 @@ def cuda_perturb_(
     device: int,
     stream: int,
 ) -> None: ...
-def cuda_sgd_update_(
+def cuda_update_(
+    op: str,
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     theta: Pointers,
     saved: Pointers,
     g_h: Pointers,
     g_p: Pointers,
-    m: Pointers,
-    master: Pointers,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: float,
-    skip: bool,
-    lr_at: int,
-    grad_scale_at: int,
-    found_inf_at: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def cuda_adam_update_(
-    dtype: int,
-    numel: list[int],
-    theta: Pointers,
-    saved: Pointers,
-    g_h: Pointers,
-    g_p: Pointers,
-    m: Pointers,
-    v: Pointers,
-    v_max: Pointers,
+    state: Sequence[Pointers],
     master: Pointers,
     step: Pointers,
     lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
     grad_scale: float,
     skip: bool,
@@ -212,7 +179,7 @@ def cuda_adam_update_(
 ) -> None: ...
 def cuda_merge_(
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     theta: Pointers,
     saved: Pointers,
     g_h: Pointers,
@@ -222,7 +189,7 @@ def cuda_merge_(
 ) -> None: ...
 def cuda_grad_check(
     dtype: int,
-    numel: list[int],
+    numel: Sizes,
     g_h: Pointers,
     g_p: Pointers,
     partials: int,

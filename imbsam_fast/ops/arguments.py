@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,20 +82,17 @@ def in_layout_of(
     ]
 
 
-def one_kind(tensors: Sequence[Tensor]) -> bool:
-    """Whether one launch can take all of them."""
-    if unobserved() and native.one_kind(tensors):
-        return True
-    return all((t.device, t.dtype) == (tensors[0].device, tensors[0].dtype) for t in tensors)
+# The lists of an operator as they go straight to a backend, each read once.
+Lists = list[Any]
 
 
-def check_lists(op: str, **lists: Sequence[Tensor]) -> bool:
+def check_lists(op: str, **lists: Sequence[Tensor]) -> Lists | None:
     """Refuse lists that do not match the first one tensor by tensor; [] is always allowed.
 
-    Returns whether the operator need not go through torch's dispatcher.
+    Returns what stands for them where the operator need not go through torch's dispatcher.
     """
-    if unobserved() and native.lists_match([*lists.values()]):
-        return True  # else what follows finds out what is wrong, or that nothing is
+    if unobserved() and (read := native.read_lists([*lists.values()])) is not None:
+        return read  # else what follows finds out what is wrong, or that nothing is
     (first_name, first), *others = lists.items()
     if not first:
         raise ValueError(f"{op}: {first_name} is empty, expected at least one tensor")
@@ -120,7 +118,7 @@ def check_lists(op: str, **lists: Sequence[Tensor]) -> bool:
             )
         if tensors and _signatures(tensors) != expected:
             _check_pairs(op, name, tensors, first_name, first)
-    return False
+    return None
 
 
 def _signatures(tensors: Sequence[Tensor]) -> list[tuple]:
@@ -141,7 +139,7 @@ def _check_pairs(
             )
 
 
-def check_master(op: str, theta: Sequence[Tensor], **kept: Sequence[Tensor]) -> bool:
+def check_master(op: str, theta: Sequence[Tensor], **kept: Sequence[Tensor]) -> Lists | None:
     """Refuse lists that differ from theta in more than their dtype, float32; [] is allowed.
 
     They are the master weights of half-precision parameters and the state kept with them.
@@ -166,7 +164,7 @@ def check_master(op: str, theta: Sequence[Tensor], **kept: Sequence[Tensor]) -> 
                     f"{op}: {name}[{i}] is {_describe(t)}, expected torch.float32 and otherwise "
                     f"{_describe(p)} as theta[{i}]"
                 )
-    return unobserved() and native.lists_match([*kept.values()])
+    return native.read_lists([*kept.values()]) if unobserved() else None
 
 
 def check_scalars(op: str, **scalars: Tensor | None) -> None:

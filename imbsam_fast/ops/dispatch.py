@@ -7,7 +7,9 @@ first backend that works on the device. A forced one (environment variable IMBSA
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -58,12 +60,30 @@ def backend_name(device_type: str) -> str:
 
 
 def _automatic(device_type: str) -> str:
-    if _reason_unavailable("native", device_type) is None:
+    native_reason = _reason_unavailable("native", device_type)
+    if native_reason is None:
         return "native"
-    # On the CPU Triton only interprets: for tests, by force.
-    if device_type != "cpu" and _reason_unavailable("triton", device_type) is None:
+    if device_type == "cpu":  # there Triton only interprets: for tests, by force
+        return "reference"
+    triton_reason = _reason_unavailable("triton", device_type)
+    if triton_reason is None:
         return "triton"
+    if device_type == "cuda" and not torch.compiler.is_compiling():
+        _warn_of_reference(native_reason, triton_reason)
     return "reference"
+
+
+@functools.cache
+def _warn_of_reference(native_reason: str, triton_reason: str) -> None:
+    """Once, since whatever runs there is right and slow."""
+    warnings.warn(
+        "imbsam_fast runs in pure torch on this GPU, with many small kernels in place of few. "
+        f"The compiled kernels: {native_reason}. The Triton kernels: {triton_reason}. Install "
+        "imbsam-fast from source where nvcc 12.1 or newer is on PATH (IMBSAM_CUDA=ON makes a build "
+        "without it fail), or a torch that brings Triton 3.4 or newer (2.8 does); "
+        "IMBSAM_BACKEND=reference says that it is meant so",
+        stacklevel=2,
+    )
 
 
 def select(device: torch.device) -> ModuleType:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch  # first, so that _C shares torch's OpenMP runtime
 from torch import Tensor
@@ -71,9 +72,12 @@ def use_isa(name: str):
         _C.use_isa(previous)
 
 
-def lists_match(lists: Sequence[Sequence[Tensor]]) -> bool:
-    """Whether check_lists accepts these lists; False also where that takes a closer look."""
-    return _C is not None and _C.lists_match(lists)
+# What follows is None where _C cannot tell: subclasses of Tensor, torch older than 2.10.
+
+
+def read_lists(lists: Sequence[Sequence[Tensor]]) -> list[Any] | None:
+    """The lists with their addresses, where check_lists accepts them."""
+    return None if _C is None else _C.read_lists(lists)
 
 
 def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
@@ -81,31 +85,52 @@ def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
     return _C is not None and _C.pairs_match(a, b)
 
 
-def one_kind(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors share their dtype and device; False if unsure."""
-    return _C is not None and _C.one_kind(tensors)
+def take_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
+    """`p.grad` of each, where all of them are laid out as their parameters; it is None then."""
+    return None if _C is None else _C.take_gradients(params)
+
+
+def state_of(
+    state: Any, params: list[Tensor], name: str, needed: Sequence[Tensor | None]
+) -> list[Tensor | None] | None:
+    """`state[p][name]` where it is and `needed` has a tensor, all laid out as the parameters."""
+    return None if _C is None else _C.state_of(state, params, name, needed)
+
+
+def partition(
+    sizes: list[int], params: list[Tensor], lists: Sequence[Sequence[Tensor | None]]
+) -> list[tuple[int, Sequence[int]]] | None:
+    """What one launch takes of `params`, groups of so many: the group and the indices."""
+    return None if _C is None else _C.partition(sizes, params, lists)
+
+
+def occupancy(slots: Sequence[Tensor | None]) -> bool | None:
+    """True where all entries are tensors, False where none is."""
+    return None if _C is None else _C.occupancy(slots)
 
 
 def _value(scalar: Tensor | None, default: float = 0.0) -> float:
     return default if scalar is None else scalar.item()
 
 
-def _table(tensors: Sequence[Tensor]) -> tuple[int, list[int]]:
+def _table(tensors: Any) -> tuple[int, Any]:
+    """The dtype and the sizes, as the compiled operations take them."""
+    if type(tensors) is _C.TensorList:
+        return tensors.dtype_code, tensors
     return _DTYPE_CODES[tensors[0].dtype], [t.numel() for t in tensors]
 
 
-def _chunks(numel: list[int]) -> int:
-    """The partial sums over tensors of these sizes."""
-    return sum((n + CHUNK - 1) // CHUNK for n in numel)
+def _chunks(tensors: Any) -> int:
+    """The partial sums over these tensors."""
+    if type(tensors) is _C.TensorList:
+        return tensors.chunks
+    return sum((t.numel() + CHUNK - 1) // CHUNK for t in tensors)
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
-    dtype, numel = _table(g_t)
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
-    _C.squared_norm(
-        dtype, numel, g_t, theta, partials.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    """See reference.squared_norm."""
+    partials = torch.empty(_chunks(g_t), dtype=torch.float64, device="cpu")
+    _C.squared_norm(*_table(g_t), g_t, theta, partials.data_ptr(), torch.get_num_threads())
     return partials
 
 
@@ -118,6 +143,7 @@ def perturb_(
     master: Sequence[Tensor] = (),
     held: Sequence[Tensor] = (),
 ) -> None:
+    """See reference.perturb_."""
     partials = partials.contiguous()
     _C.perturb_(
         *_table(theta), theta, g_t, master, held, partials.data_ptr(), len(partials), rho,
@@ -125,54 +151,26 @@ def perturb_(
     )  # fmt: skip
 
 
-def sgd_update_(
+def update_(
+    op: str,
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    _C.sgd_update_(
-        *_table(theta), theta, saved, g_h, g_p,
-        m, master, lr.item(), momentum, dampening, weight_decay, nesterov, maximize,
-        _value(grad_scale, default=1.0), _value(found_inf) != 0,
-        torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def adam_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
     step: Sequence[Tensor],
     lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
 ) -> None:
-    _C.adam_update_(
-        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master,
-        step, _DTYPE_CODES[step[0].dtype], lr.item(), beta1, beta2, eps, weight_decay, decoupled,
-        maximize, _value(grad_scale, default=1.0), _value(found_inf) != 0,
+    """See reference.update_."""
+    _C.update_(
+        op, *_table(theta), theta, saved, g_h, g_p, state, master,
+        step, _DTYPE_CODES[step[0].dtype] if step else 0, lr.item(), settings, maximize,
+        _value(grad_scale, default=1.0), _value(found_inf) != 0,
         torch.get_num_threads(),
     )  # fmt: skip
 
@@ -183,6 +181,7 @@ def merge_(
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
 ) -> None:
+    """See reference.merge_."""
     _C.merge_(
         *_table(theta), theta, saved, g_h, g_p,
         torch.get_num_threads(),
@@ -190,9 +189,9 @@ def merge_(
 
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    dtype, numel = _table(g_p)
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device="cpu")
-    finite = _C.grad_check(dtype, numel, g_h, g_p, partials.data_ptr(), torch.get_num_threads())
+    """See reference.grad_check."""
+    partials = torch.empty(_chunks(g_p), dtype=torch.float64, device="cpu")
+    finite = _C.grad_check(*_table(g_p), g_h, g_p, partials.data_ptr(), torch.get_num_threads())
     return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
 
 
@@ -217,6 +216,7 @@ def split_cross_entropy(
     ignore_index: int,
     batch_size: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.split_cross_entropy."""
     logits, rows = _rows(logits)
     dtype = arithmetic_dtype(logits.dtype)
     head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
@@ -244,6 +244,7 @@ def split_cross_entropy_backward(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
+    """See reference.split_cross_entropy_backward."""
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.arithmetic import advance_, arithmetic_dtype, steps_on
+from ..kernels.arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
 from .native import _C, _chunks, _pointer, _rows, _table, _value
 
 
@@ -25,10 +25,10 @@ def _on(device: torch.device) -> tuple[int, int]:
 
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
-    dtype, numel = _table(g_t)
+    """See reference.squared_norm."""
     device = g_t[0].device
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
-    _C.cuda_squared_norm(dtype, numel, g_t, theta, _pointer(partials), *_on(device))
+    partials = torch.empty(_chunks(g_t), dtype=torch.float64, device=device)
+    _C.cuda_squared_norm(*_table(g_t), g_t, theta, _pointer(partials), *_on(device))
     return partials
 
 
@@ -41,6 +41,7 @@ def perturb_(
     master: Sequence[Tensor] = (),
     held: Sequence[Tensor] = (),
 ) -> None:
+    """See reference.perturb_."""
     partials = partials.contiguous()
     _C.cuda_perturb_(
         *_table(theta), theta, g_t, master, held, _pointer(partials), len(partials), rho, adaptive,
@@ -57,62 +58,31 @@ def _scalar(
     return default, scalar.to(like.device, arithmetic_dtype(like.dtype))
 
 
-def sgd_update_(
+def update_(
+    op: str,
     theta: Sequence[Tensor],
     saved: Sequence[Tensor],
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    lr_value, lr_there = _scalar(lr, theta[0])
-    scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
-    inf_value, inf_there = _scalar(found_inf, theta[0])
-    _C.cuda_sgd_update_(
-        *_table(theta), theta, saved, g_h, g_p,
-        m, master, lr_value, momentum, dampening, weight_decay, nesterov, maximize,
-        scale_value, inf_value != 0,
-        _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(theta[0].device),
-    )  # fmt: skip
-
-
-def adam_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],
     step: Sequence[Tensor],
     lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
+    settings: Sequence[float],
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
 ) -> None:
+    """See reference.update_."""
     device = theta[0].device
     lr_value, lr_there = _scalar(lr, theta[0])
     scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
     inf_value, inf_there = _scalar(found_inf, theta[0])
-    counts = _counts(step, device)
-    _C.cuda_adam_update_(
-        *_table(theta), theta, saved, g_h, g_p, m, v, v_max, master, counts,
-        lr_value, beta1, beta2, eps, weight_decay, decoupled, maximize,
-        scale_value, inf_value != 0,
+    check_not_captured(op, device, step)
+    counts = _counts(step, device) if _C.needs_counts(op) else []
+    _C.cuda_update_(
+        op, *_table(theta), theta, saved, g_h, g_p, state, master, counts,
+        lr_value, settings, maximize, scale_value, inf_value != 0,
         _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(device),
     )  # fmt: skip
     advance_(step, found_inf)
@@ -131,16 +101,17 @@ def merge_(
     g_h: Sequence[Tensor],
     g_p: Sequence[Tensor],
 ) -> None:
+    """See reference.merge_."""
     _C.cuda_merge_(*_table(theta), theta, saved, g_h, g_p, *_on(theta[0].device))
 
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    dtype, numel = _table(g_p)
+    """See reference.grad_check."""
     device = g_p[0].device
-    partials = torch.empty(_chunks(numel), dtype=torch.float64, device=device)
+    partials = torch.empty(_chunks(g_p), dtype=torch.float64, device=device)
     found_inf = torch.zeros(1, device=device)
     _C.cuda_grad_check(
-        dtype, numel, g_h, g_p, _pointer(partials), _pointer(found_inf), *_on(device)
+        *_table(g_p), g_h, g_p, _pointer(partials), _pointer(found_inf), *_on(device)
     )
     return partials, found_inf
 
@@ -155,6 +126,7 @@ def split_cross_entropy(
     ignore_index: int,
     batch_size: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.split_cross_entropy."""
     logits, rows = _rows(logits)
     dtype, device = arithmetic_dtype(logits.dtype), logits.device
     head, tail, b = (torch.empty((), dtype=dtype, device=device) for _ in range(3))
@@ -183,6 +155,7 @@ def split_cross_entropy_backward(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
+    """See reference.split_cross_entropy_backward."""
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()

@@ -2,7 +2,8 @@
 
 Each function here has the arguments of its namesake in `reference.py`. It checks them and
 calls the operator `torch.ops.imbsam_fast.<name>`, which hands over to the backend that
-`dispatch.select` names. Operators trace under torch.compile(fullgraph=True).
+`dispatch.select` names. Operators trace under torch.compile(fullgraph=True). Those of the fused
+bases are in updates.py.
 """
 
 from __future__ import annotations
@@ -12,45 +13,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from ..kernels.arithmetic import CHUNK, arithmetic_dtype
 from ..validation import check_batch_size
 from . import dispatch, reference
-from .arguments import (
-    DTYPES,
-    check_lists,
-    check_master,
-    check_scalars,
-    check_steps,
-    is_transformed,
-    unobserved,
-)
-
-_library = torch.library.Library("imbsam_fast", "DEF")
-_NAMESPACE = torch.ops.imbsam_fast
-
-
-def _define(schema: str):
-    """Register the decorated function as the operator `schema` on every device."""
-
-    def register(implementation):
-        implementation = torch.no_grad()(implementation)
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(schema.partition("(")[0], implementation, "CompositeExplicitAutograd")
-        return implementation
-
-    return register
-
-
-def _fake(name: str):
-    return torch.library.register_fake(f"imbsam_fast::{name}", lib=_library)
-
-
-def _mutated(*lists: Sequence[Tensor]) -> None:
-    """Tell torch what a kernel wrote: autograd, and autocast, which keeps casts of weights."""
-    increment_version([t for tensors in lists for t in tensors])
-    torch.clear_autocast_cache()
+from .arguments import DTYPES, check_lists, check_master, is_transformed, unobserved
+from .library import LIBRARY, NAMESPACE, define, fake, mutated
 
 
 def computes_in_place(device: torch.device) -> bool:
@@ -63,16 +31,16 @@ def computes_in_place(device: torch.device) -> bool:
 
 def squared_norm(g_t: Sequence[Tensor], theta: Sequence[Tensor] = ()) -> Tensor:
     """See reference.squared_norm."""
-    direct = check_lists("squared_norm", g_t=g_t, theta=theta)
-    return (_squared_norm if direct else _NAMESPACE.squared_norm)(g_t, theta)
+    read = check_lists("squared_norm", g_t=g_t, theta=theta)
+    return NAMESPACE.squared_norm(g_t, theta) if read is None else _squared_norm(*read)
 
 
-@_define("squared_norm(Tensor[] g_t, Tensor[] theta) -> Tensor")
+@define("squared_norm(Tensor[] g_t, Tensor[] theta) -> Tensor")
 def _squared_norm(g_t, theta):
     return dispatch.select(g_t[0].device).squared_norm(g_t, theta)
 
 
-@_fake("squared_norm")
+@fake("squared_norm")
 def _(g_t, theta):
     return _empty_partials(g_t)
 
@@ -92,9 +60,8 @@ def perturb_(
     held: Sequence[Tensor] = (),
 ) -> None:
     """See reference.perturb_."""
-    direct = check_lists("perturb_", theta=theta, g_t=g_t, held=held)
-    if master:
-        direct &= check_master("perturb_", theta, master=master)
+    read = check_lists("perturb_", theta=theta, g_t=g_t, held=held)
+    kept = check_master("perturb_", theta, master=master) if master else [master]
     if not isinstance(rho, (int, float)) or not math.isfinite(rho):
         raise ValueError(f"perturb_: rho is {rho!r}, expected a finite number")
     if partials.dtype != torch.float64 or partials.dim() != 1:
@@ -105,137 +72,20 @@ def perturb_(
         raise ValueError(
             f"perturb_: partials is on {partials.device}, expected {theta[0].device} as theta"
         )
-    arguments = (theta, g_t, partials, rho, adaptive, master, held)
-    (_perturb_ if direct else _NAMESPACE.perturb_)(*arguments)
+    if read is None or kept is None:
+        NAMESPACE.perturb_(theta, g_t, partials, rho, adaptive, master, held)
+    else:
+        theta, g_t, held = read
+        _perturb_(theta, g_t, partials, rho, adaptive, kept[0], held)
 
 
-@_define(
+@define(
     "perturb_(Tensor(a!)[] theta, Tensor(b!)[] g_t, Tensor partials, float rho, bool adaptive,"
     " Tensor[] master, Tensor(c!)[] held) -> ()"
 )
 def _perturb_(theta, g_t, partials, rho, adaptive, master, held):
     dispatch.select(theta[0].device).perturb_(theta, g_t, partials, rho, adaptive, master, held)
-    _mutated(theta, () if master else g_t, held)
-
-
-def check_sgd_update(
-    theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
-    grad_scale=None, found_inf=None, master=(),
-) -> bool:  # fmt: skip
-    """Refuse arguments that sgd_update_ would refuse; returns what check_lists does."""
-    direct = _check_update("sgd_update_", theta, saved, g_h, g_p, master, m=m)
-    if (momentum != 0) != (len(m) > 0):
-        raise ValueError(
-            f"sgd_update_: m has {len(m)} tensors with momentum {momentum}, "
-            "expected momentum buffers exactly when momentum is not 0"
-        )
-    check_scalars("sgd_update_", lr=lr, grad_scale=grad_scale, found_inf=found_inf)
-    return direct
-
-
-def _check_update(op, theta, saved, g_h, g_p, master, **state) -> bool:
-    """Refuse the lists of an update; `state` is kept like the weights."""
-    if master and saved:
-        raise ValueError(f"{op}: saved has {len(saved)} tensors, expected none beside master")
-    lists = {"theta": theta, "g_p": g_p, "saved": saved, "g_h": g_h}
-    direct = check_lists(op, **lists, **({} if master else state))
-    if not g_p:
-        raise ValueError(f"{op}: g_p is empty, expected one gradient for every parameter")
-    if master:
-        direct &= check_master(op, theta, master=master, **state)
-    return direct
-
-
-def sgd_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    """See reference.sgd_update_."""
-    arguments = (
-        theta, saved, g_h, g_p, m, lr, momentum, dampening, weight_decay, nesterov, maximize,
-        grad_scale, found_inf, master,
-    )  # fmt: skip
-    direct = check_sgd_update(*arguments)
-    (_sgd_update_ if direct else _NAMESPACE.sgd_update_)(*arguments)
-
-
-@_define(
-    "sgd_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p,"
-    " Tensor(b!)[] m, Tensor lr, float momentum, float dampening, float weight_decay,"
-    " bool nesterov, bool maximize, Tensor? grad_scale, Tensor? found_inf,"
-    " Tensor(c!)[] master) -> ()"
-)
-def _sgd_update_(theta, saved, g_h, g_p, m, *scalars_and_master):
-    backend = dispatch.select(theta[0].device)
-    backend.sgd_update_(theta, saved, g_h, g_p, m, *scalars_and_master)
-    _mutated(theta, m, scalars_and_master[-1])
-
-
-def check_adam_update(
-    theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
-    maximize, grad_scale=None, found_inf=None, master=(),
-) -> bool:  # fmt: skip
-    """Refuse arguments that adam_update_ would refuse; returns what check_lists does."""
-    direct = _check_update("adam_update_", theta, saved, g_h, g_p, master, m=m, v=v, v_max=v_max)
-    for name, list_ in (("m", m), ("v", v)):
-        if not list_:
-            raise ValueError(f"adam_update_: {name} is empty, expected one tensor a parameter")
-    check_steps("adam_update_", step, theta)
-    check_scalars("adam_update_", lr=lr, grad_scale=grad_scale, found_inf=found_inf)
-    return direct
-
-
-def adam_update_(
-    theta: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    g_h: Sequence[Tensor],
-    g_p: Sequence[Tensor],
-    m: Sequence[Tensor],
-    v: Sequence[Tensor],
-    v_max: Sequence[Tensor],
-    step: Sequence[Tensor],
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    master: Sequence[Tensor] = (),
-) -> None:
-    """See reference.adam_update_."""
-    arguments = (
-        theta, saved, g_h, g_p, m, v, v_max, step, lr, beta1, beta2, eps, weight_decay, decoupled,
-        maximize, grad_scale, found_inf, master,
-    )  # fmt: skip
-    direct = check_adam_update(*arguments)
-    (_adam_update_ if direct else _NAMESPACE.adam_update_)(*arguments)
-
-
-@_define(
-    "adam_update_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor[] g_p, Tensor(b!)[] m,"
-    " Tensor(c!)[] v, Tensor(d!)[] v_max, Tensor(e!)[] step, Tensor lr, float beta1, float beta2,"
-    " float eps, float weight_decay, bool decoupled, bool maximize, Tensor? grad_scale,"
-    " Tensor? found_inf, Tensor(f!)[] master) -> ()"
-)
-def _adam_update_(theta, saved, g_h, g_p, m, v, v_max, step, *scalars_and_master):
-    backend = dispatch.select(theta[0].device)
-    backend.adam_update_(theta, saved, g_h, g_p, m, v, v_max, step, *scalars_and_master)
-    _mutated(theta, m, v, v_max, step, scalars_and_master[-1])
+    mutated(theta, () if master else g_t, held)
 
 
 def merge_(
@@ -245,34 +95,38 @@ def merge_(
     g_p: Sequence[Tensor],
 ) -> None:
     """See reference.merge_."""
-    direct = check_lists("merge_", theta=theta, g_p=g_p, saved=saved, g_h=g_h)
+    read = check_lists("merge_", theta=theta, g_p=g_p, saved=saved, g_h=g_h)
     if not g_p:
         raise ValueError("merge_: g_p is empty, expected one gradient for every parameter")
-    (_merge_ if direct else _NAMESPACE.merge_)(theta, saved, g_h, g_p)
+    if read is None:
+        NAMESPACE.merge_(theta, saved, g_h, g_p)
+    else:
+        theta, g_p, saved, g_h = read
+        _merge_(theta, saved, g_h, g_p)
 
 
-@_define("merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()")
+@define("merge_(Tensor(a!)[] theta, Tensor[] saved, Tensor[] g_h, Tensor(b!)[] g_p) -> ()")
 def _merge_(theta, saved, g_h, g_p):
     dispatch.select(theta[0].device).merge_(theta, saved, g_h, g_p)
-    _mutated(theta, g_p)
+    mutated(theta, g_p)
 
 
-for _name in ("perturb_", "sgd_update_", "adam_update_", "merge_"):
-    _fake(_name)(lambda *args: None)
+for _name in ("perturb_", "merge_"):
+    fake(_name)(lambda *args: None)
 
 
 def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """See reference.grad_check."""
-    direct = check_lists("grad_check", g_p=g_p, g_h=g_h)
-    return (_grad_check if direct else _NAMESPACE.grad_check)(g_h, g_p)
+    read = check_lists("grad_check", g_p=g_p, g_h=g_h)
+    return NAMESPACE.grad_check(g_h, g_p) if read is None else _grad_check(*reversed(read))
 
 
-@_define("grad_check(Tensor[] g_h, Tensor[] g_p) -> (Tensor, Tensor)")
+@define("grad_check(Tensor[] g_h, Tensor[] g_p) -> (Tensor, Tensor)")
 def _grad_check(g_h, g_p):
     return dispatch.select(g_p[0].device).grad_check(g_h, g_p)
 
 
-@_fake("grad_check")
+@fake("grad_check")
 def _(g_h, g_p):
     return _empty_partials(g_p), torch.empty(1, dtype=torch.float32, device=g_p[0].device)
 
@@ -303,7 +157,7 @@ def split_cross_entropy(
         return reference.split_cross_entropy(*arguments)[:2]
     if type(logits) is Tensor and unobserved():
         return _SplitCrossEntropy.apply(*arguments)
-    head, tail, _, _ = _NAMESPACE.split_cross_entropy(*arguments)
+    head, tail, _, _ = NAMESPACE.split_cross_entropy(*arguments)
     return head, tail
 
 
@@ -335,7 +189,7 @@ def _check_cross_entropy(
     check_batch_size(f"{op}: batch_size", batch_size)
 
 
-@_define(
+@define(
     "split_cross_entropy(Tensor logits, Tensor targets, Tensor plain, Tensor sharp,"
     " Tensor? class_weight, float label_smoothing, int ignore_index, float? batch_size)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
@@ -344,13 +198,13 @@ def _split_cross_entropy(logits, *args):
     return dispatch.select(logits.device).split_cross_entropy(logits, *args)
 
 
-@_fake("split_cross_entropy")
+@fake("split_cross_entropy")
 def _(logits, *args):
     scalar = logits.new_empty((), dtype=arithmetic_dtype(logits.dtype))
     return scalar, scalar.clone(), scalar.clone(), scalar.new_empty(logits.shape[0], 2)
 
 
-@_define(
+@define(
     "split_cross_entropy_backward(Tensor? grad_head, Tensor? grad_tail, Tensor logits,"
     " Tensor targets, Tensor lse, Tensor b, Tensor plain, Tensor sharp, Tensor? class_weight,"
     " float label_smoothing, int ignore_index) -> Tensor"
@@ -360,7 +214,7 @@ def _split_cross_entropy_backward(grad_head, grad_tail, logits, *args):
     return backend.split_cross_entropy_backward(grad_head, grad_tail, logits, *args)
 
 
-@_fake("split_cross_entropy_backward")
+@fake("split_cross_entropy_backward")
 def _(grad_head, grad_tail, logits, *args):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -382,7 +236,7 @@ def _backward(ctx, grad_head, grad_tail, *_, direct=False):
     grad_logits = None
     if grad_head is not None or grad_tail is not None:
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes for every look
-        backend = dispatch.select(saved[0].device) if direct else _NAMESPACE
+        backend = dispatch.select(saved[0].device) if direct else NAMESPACE
         grad_logits = backend.split_cross_entropy_backward(
             grad_head, grad_tail, *saved, *ctx.settings
         )
@@ -413,8 +267,8 @@ def _refuse_double_backward(ctx, *grads):
 
 
 torch.library.register_autograd(
-    "imbsam_fast::split_cross_entropy", _backward, setup_context=_setup_context, lib=_library
+    "imbsam_fast::split_cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "imbsam_fast::split_cross_entropy_backward", _refuse_double_backward, lib=_library
+    "imbsam_fast::split_cross_entropy_backward", _refuse_double_backward, lib=LIBRARY
 )

@@ -1,8 +1,8 @@
 """The specification of every operation in plain torch, readable beside docs/design.md's equations.
 
-It is a backend like the others (same names, same argument order), works on any device and
-in float64, and is what the compiled kernels are tested against. List arguments hold one
-tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
+It is a backend like the others (same names, same argument order; `update_` for every update), works
+on any device and in float64, and is what the compiled kernels are tested against. List arguments
+hold one tensor per parameter, all of one dtype, on one device, pairwise in the same layout;
 `operators.py` checks that. An empty list stands for an absent input (a zero gradient, weights
 that were not perturbed, no momentum). Whatever allocates comes before the first write, so
 that running out of memory changes nothing.
@@ -187,6 +187,79 @@ def adam_update_(
         written += [(kept[i], new, kept[i].to(dtype)) for kept, new in moments]
     write_where_found(written, found_inf)
     advance_(step, found_inf)
+
+
+def rmsprop_update_(
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],  # [] where theta was not perturbed
+    g_h: Sequence[Tensor],  # [] for zero
+    g_p: Sequence[Tensor],
+    v: Sequence[Tensor],  # square_avg, zero before the first step, as m and g_avg
+    m: Sequence[Tensor],  # momentum_buffer; [] without momentum
+    g_avg: Sequence[Tensor],  # grad_avg; [] where it is not centered
+    step: Sequence[Tensor],  # float32 or float64, one element each: the steps taken, counted only
+    lr: Tensor,  # one element, as grad_scale and found_inf
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+    grad_scale: Tensor | None = None,  # the gradients are this many times too large
+    found_inf: Tensor | None = None,  # non-zero: only restore theta
+    master: Sequence[Tensor] = (),  # float32 weights, with saved [] and v, m, g_avg in float32
+) -> None:
+    """Restore theta, then one torch.optim.RMSprop step with the gradient g_h + g_p.
+
+    d = g_h + g_p + weight_decay theta;  v <- alpha v + (1 - alpha) d^2;
+    g_avg <- alpha g_avg + (1 - alpha) d;  u = d / (sqrt(v - g_avg^2) + eps);
+    m <- momentum m + u;  theta <- theta - lr m.
+
+    Without g_avg it is zero in u; without m, u stands for m. With master weights these are restored
+    to and updated, and theta becomes their rounding.
+    """
+    dtype = arithmetic_dtype(theta[0].dtype)
+    written = []
+    for i, t in enumerate(theta):
+        start = (master or saved or theta)[i].to(dtype)
+        g = combined_gradient(g_h[i] if g_h else None, g_p[i], grad_scale, maximize)
+        d = g + weight_decay * start
+        squares = alpha * v[i].to(dtype) + (1 - alpha) * (d * d)
+        changed, spread = [(v, squares)], squares
+        if g_avg:  # as torch.lerp, which leaves the smaller of two errors
+            mean = g_avg[i].to(dtype)
+            near = 1 - alpha < 0.5
+            mean = mean + (1 - alpha) * (d - mean) if near else d - alpha * (d - mean)
+            spread = squares - mean * mean
+            changed.append((g_avg, mean))
+        direction = d / (spread.sqrt() + eps)
+        if m:
+            direction = momentum * m[i].to(dtype) + direction
+            changed.append((m, direction))
+        stepped = start - lr.to(t.device, dtype).squeeze() * direction
+        written += [(w, stepped, start) for w in (t, *master[i : i + 1])]
+        written += [(kept[i], new, kept[i].to(dtype)) for kept, new in changed]
+    write_where_found(written, found_inf)
+    advance_(step, found_inf)
+
+
+def update_(
+    op: str,  # an update of this module
+    theta: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    g_h: Sequence[Tensor],
+    g_p: Sequence[Tensor],
+    state: Sequence[Sequence[Tensor]],  # its lists after g_p and before step
+    step: Sequence[Tensor],  # [] where it has none
+    lr: Tensor,
+    settings: Sequence[float],  # those between lr and maximize
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    master: Sequence[Tensor],
+) -> None:
+    """Any of the updates: how a backend takes them, whatever the base is."""
+    lists = (theta, saved, g_h, g_p, *state, *([step] if step else []))
+    globals()[op](*lists, lr, *settings, maximize, grad_scale, found_inf, master)
 
 
 def merge_(

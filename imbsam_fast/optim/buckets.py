@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import chain
-from operator import itemgetter
-from types import NoneType
 from typing import Any
 
 from torch import Tensor
 
-from ..ops.arguments import one_kind
+from ..ops import native
+from ..ops.arguments import unobserved
 from .shards import locals_of
 
 # One entry a parameter, in the order of param_groups; None where there is no tensor.
 Slots = list[Tensor | None]
-
-_params = itemgetter("params")
 
 
 class Bucket:
@@ -30,13 +26,24 @@ class Bucket:
 
     def pick(self, slots: Slots) -> list[Tensor]:
         """This bucket's tensors; [] where it has none."""
-        if slots[self.indices[0]] is None:
-            return []
-        return [slots[i] for i in self.indices]  # type: ignore[misc]  # all alike in a bucket
+        return [] if slots[self.indices[0]] is None else _picked(slots, self.indices)
+
+    def give(self, slots: Slots, tensors: Slots) -> None:
+        """Copy the entries of this bucket from `tensors` to `slots`."""
+        if isinstance(self.indices, range):
+            where = slice(self.indices.start, self.indices.stop)
+            slots[where] = tensors[where]
+        else:
+            for i in self.indices:
+                slots[i] = tensors[i]
 
 
 def params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-    return [*chain.from_iterable(map(_params, groups))]
+    """The parameters of all groups, in their order."""
+    params: list[Tensor] = []
+    for group in groups:
+        params += group["params"]
+    return params
 
 
 def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
@@ -44,16 +51,22 @@ def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
     return locals_of(params_of(groups))
 
 
+def all_present(slots: Slots) -> bool:
+    """Whether all entries are tensors; False where that is not seen at once."""
+    return unobserved() and native.occupancy(slots) is True
+
+
 def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
     """The parameters with a tensor in the last list, as launches take them.
 
     That is by group, device and dtype, and by which of the lists have a tensor.
     """
-    needed = lists[-1]
     params = local_params_of(groups)
-    alike = len(groups) == 1 and all(map(_all_or_none, lists))
-    if alike and needed[0] is not None and one_kind(params):
-        return [Bucket(groups[0], range(len(params)), params)]
+    if unobserved():
+        sizes = [len(group["params"]) for group in groups]
+        if (parts := native.partition(sizes, params, lists)) is not None:
+            return [Bucket(groups[g], which, _picked(params, which)) for g, which in parts]
+    needed = lists[-1]
     found: list[Bucket] = []
     first = 0
     for group in groups:
@@ -67,6 +80,7 @@ def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
     return found
 
 
-def _all_or_none(slots: Slots) -> bool:
-    kinds = set(map(type, slots))
-    return len(kinds) == 1 or NoneType not in kinds
+def _picked(slots: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+    if isinstance(indices, range):
+        return slots[indices.start : indices.stop]  # type: ignore[return-value]
+    return [slots[i] for i in indices]

@@ -16,21 +16,22 @@ from torch import Tensor
 
 from .. import ops
 from ..losses import SplitLoss, check_split_loss
-from ..ops.arguments import DTYPES, check_dense, in_layout_of
-from ..validation import (
-    check_bool,
-    check_grad_scaler,
+from ..ops import native
+from ..ops.arguments import DTYPES, check_dense, in_layout_of, unobserved
+from ..validation import check_bool, check_grad_scaler, check_max_norm, check_no_gradient
+from . import shards, updates
+from .bases import check_fused, reason_not_fused
+from .buckets import Bucket, Slots, all_present, buckets, local_params_of, params_of
+from .groups import (
+    OWN_SETTINGS,
     check_group,
-    check_max_norm,
     check_memory,
     check_own_settings,
     check_rho,
     check_state_dict,
 )
-from . import shards, updates
-from .buckets import Bucket, Slots, buckets, local_params_of, params_of
 from .interrupts import uninterrupted
-from .loading import OWN_SETTINGS, Loading, has_own_checkpoints, remove
+from .loading import Loading, has_own_checkpoints, remove
 from .master_weights import MasterWeights
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
@@ -52,12 +53,12 @@ class ImbSAM(torch.optim.Optimizer):
 
     `param_groups` and `state` are the base's own, so schedulers and checkpoints work on
     either; each group carries `rho`, `adaptive` and `perturb` besides the base's settings. A group
-    with `perturb` False, or with rho 0, stays at theta and does not count in ||g_t||. A
-    `torch.optim.SGD`, `Adam` or `AdamW` base is updated by one fused kernel that writes the
-    base's own state; any other base, a subclass or a wrapper too, runs its own `step()` on the
-    merged gradient.
+    with `perturb` False, or with rho 0, stays at theta and does not count in ||g_t||. A base of
+    one of the classes in `optim.bases` is updated by one fused kernel that writes the base's own
+    state; any other base, a subclass or a wrapper too, runs its own `step()` on the merged
+    gradient.
     The fused kernel is the update that `foreach` and `fused` choose implementations of: they are
-    accepted and make no difference, except that Adam's `fused` and `capturable` keep `step` on
+    accepted and make no difference, except that `capturable` and Adam's `fused` keep `step` on
     the device, without which a gradient scaler on a GPU and a CUDA graph want the host.
 
     Step hooks registered here run once a step, around the update in `third_step` with its
@@ -77,7 +78,7 @@ class ImbSAM(torch.optim.Optimizer):
         adaptive: ASAM: the perturbation scales with |theta|.
         master_weights: keep float32 weights of bfloat16 and float16 parameters, and the base's
             state of these in float32: `state[p]["master_weight"]` is perturbed and updated, and
-            the parameter is its rounding. For SGD, Adam and AdamW.
+            the parameter is its rounding. For the classes in `optim.bases`.
 
     Raises ValueError or TypeError for unusable arguments and RuntimeError for calls out of
     order; whatever fails, weights and state are what they were before the step. A base that
@@ -104,7 +105,7 @@ class ImbSAM(torch.optim.Optimizer):
         check_rho(rho)
         check_bool("adaptive", adaptive)
         if check_bool("master_weights", master_weights):
-            updates.check_fused(base)
+            check_fused(base)
         for i, group in enumerate(base.param_groups):
             check_group(f"param_groups[{i}]", group, base)
         # Optimizer.__init__ would make groups and state anew; these are shared with the base.
@@ -136,7 +137,8 @@ class ImbSAM(torch.optim.Optimizer):
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
-            self._average_g_t()
+            if self._replicas.leave_g_t_apart(self._params()):
+                average_(self.gradients(), self._replicas.of(self._params())[0].process_group)
         with self._abandoned_on_failure(), uninterrupted():
             g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
@@ -154,9 +156,7 @@ class ImbSAM(torch.optim.Optimizer):
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
             ]
-            if partials and shards.is_sharded(
-                self._params()
-            ):  # one norm, over the parts of all ranks
+            if partials and shards.is_sharded(self._params()):  # one norm, over all ranks' parts
                 sums = joined(partials, buckets[0].params[0].device).sum()
                 partials = [shards.summed(sums, self._params()).reshape(1)]
             self._pending.partials = partials
@@ -169,8 +169,8 @@ class ImbSAM(torch.optim.Optimizer):
                     -rho if bucket.group.get("maximize") else rho,
                     bucket.group["adaptive"], bucket.pick(masters), bucket.pick(held),
                 )  # fmt: skip
-                for i in bucket.indices:  # without master weights, buffers hold the unperturbed
-                    saved[i] = g_t[i] if masters[i] is None else masters[i]
+                # Without master weights, the buffers of g_t hold the unperturbed ones.
+                bucket.give(saved, g_t if masters[bucket.indices[0]] is None else masters)
 
     def _subtracted_from(self, g_t: Slots, perturbing: Slots) -> Slots:
         """What of the held the perturbation is to take g_t from; the rest of it is taken here.
@@ -218,20 +218,10 @@ class ImbSAM(torch.optim.Optimizer):
             g_p = self._take_gradients()
             g_h = self._pending.held or [None] * len(g_p)
             saved = self._pending.saved or [None] * len(g_p)
-            if self.is_perturbed and all(g is None for g in (*g_h, *g_p)):
-                raise RuntimeError("third_step found no gradient; a backward comes first")
-            # A gradient missing in one pass is zero; one missing in both leaves the weight be.
-            g_h, g_p = (
-                [h if g is not None else None for h, g in zip(g_h, g_p)],
-                [g if g is not None else h for h, g in zip(g_h, g_p)],
-            )
-            for p, start, g in zip(self._params(), saved, g_p):
-                if start is not None and g is None:  # perturbed, and then without any gradient
-                    shards.local(p).copy_(start)
-                    if not torch.compiler.is_compiling():
-                        torch.clear_autocast_cache()
+            if not all_present(g_p):
+                g_h, g_p = self._complete(saved, g_h, g_p)
             scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
-            reason = updates.reason_not_fused(self.base)
+            reason = reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
                 updates.fused_update(self.base, saved, g_h, g_p, masters, *scale_and_flag)
@@ -269,7 +259,7 @@ class ImbSAM(torch.optim.Optimizer):
                 "or call first_step, second_step and third_step after your own backwards"
             )
         self.require_idle("a step")
-        self.require_no_gradient("a step")
+        check_no_gradient("a step", self._params())
         replicas = self._replicas.of(self._params())
         group = group_of(replicas)
         with self._abandoned_on_failure(), no_sync(replicas), torch.enable_grad():
@@ -318,29 +308,7 @@ class ImbSAM(torch.optim.Optimizer):
             self._pending.clear()
             self.zero_grad()
 
-    def require_no_gradient(self, action: str) -> None:
-        """Refuse gradients that the step would have to drop."""
-        for i, p in enumerate(self._params()):
-            if p.grad is not None:
-                raise RuntimeError(
-                    f"parameter {i} has a gradient before {action}, expected None: the step makes "
-                    "its gradients itself; call optimizer.zero_grad() to drop it, or let the "
-                    "criterion add what it is the gradient of to the losses"
-                )
-
     # ------------------------------------------------------------ gradients of several ranks
-
-    @torch.no_grad()
-    def _average_g_t(self) -> None:
-        """Under DDP, in the three calls: its reducer takes no second backward over one forward.
-
-        Where it was told not to synchronise, the caller averages, or wants each rank's own.
-        """
-        replicas = self._replicas.of(self._params())
-        if not any(model.require_backward_grad_sync for model in replicas):
-            return
-        if any(p.grad is not None for p in self._params()):  # else second_step refuses
-            average_(self.gradients(), replicas[0].process_group)
 
     @torch.no_grad()
     def gradients(self) -> list[Tensor]:
@@ -363,6 +331,7 @@ class ImbSAM(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base's own list."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -372,6 +341,7 @@ class ImbSAM(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        """The base's own state."""
         return self.base.state
 
     @state.setter
@@ -379,6 +349,7 @@ class ImbSAM(torch.optim.Optimizer):
         self.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim.Optimizer; the base gets the group too."""
         self.require_idle("add_param_group")
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError(f"param_group is {param_group!r}, expected a dict with 'params'")
@@ -395,6 +366,7 @@ class ImbSAM(torch.optim.Optimizer):
         self._warn_of_rounding(self.param_groups[-1]["params"])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch.optim.Optimizer."""
         if not set_to_none:
             super().zero_grad(set_to_none)
             return
@@ -415,6 +387,7 @@ class ImbSAM(torch.optim.Optimizer):
             getattr(self.base, mode)()
 
     def state_dict(self) -> dict[str, Any]:
+        """The base's, which plain training can load. RuntimeError inside a step."""
         self.require_idle("state_dict", _TO_SAVE)
         return self.unperturbed_state_dict()
 
@@ -454,6 +427,7 @@ class ImbSAM(torch.optim.Optimizer):
         return weights
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load one of `state_dict`, or of the base. RuntimeError inside a step."""
         self.require_idle("load_state_dict")
         if has_own_checkpoints(self.base):
             self._load_into_base(state_dict)
@@ -493,7 +467,9 @@ class ImbSAM(torch.optim.Optimizer):
             if hasattr(self.base, "__setstate__"):
                 self.base.__setstate__(state)
             else:
-                self.base.state, self.base.param_groups = state["state"], state["param_groups"]
+                self.base.state.clear()
+                self.base.state.update(state["state"])
+                self.base.param_groups[:] = state["param_groups"]
             return
         super().__setstate__(state)
         self._pending = _Pending()
@@ -536,6 +512,7 @@ class ImbSAM(torch.optim.Optimizer):
             )
 
     def require_idle(self, action: str, instead: str = "") -> None:
+        """RuntimeError, naming `action`, where a step has begun and not ended."""
         if self._pending.held is not None or self._pending.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
@@ -554,12 +531,29 @@ class ImbSAM(torch.optim.Optimizer):
     def _take_gradients(self) -> Slots:
         """The gradients in the layout of their parameters; `p.grad` is None afterwards."""
         params = self._params()
+        if unobserved() and (taken := native.take_gradients(params)) is not None:
+            return taken
         parts = shards.locals_of(params)
         found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
         gradients = in_layout_of(parts, found, "the gradient")
         for p in params:
             p.grad = None
         return gradients
+
+    def _complete(self, saved: Slots, g_h: Slots, g_p: Slots) -> tuple[Slots, Slots]:
+        """g_h and g_p where some are missing: zero in one pass, in both passes nothing happens."""
+        if self.is_perturbed and all(g is None for g in (*g_h, *g_p)):
+            raise RuntimeError("third_step found no gradient; a backward comes first")
+        g_h, g_p = (
+            [h if g is not None else None for h, g in zip(g_h, g_p)],
+            [g if g is not None else h for h, g in zip(g_h, g_p)],
+        )
+        for p, start, g in zip(self._params(), saved, g_p):
+            if start is not None and g is None:  # perturbed, and then without any gradient
+                shards.local(p).copy_(start)
+                if not torch.compiler.is_compiling():
+                    torch.clear_autocast_cache()
+        return g_h, g_p
 
     def _buckets(self, *lists: Slots) -> list[Bucket]:
         return buckets(self.param_groups, *lists)
@@ -602,6 +596,7 @@ class _Pending:
 
 
 def wraps_imbsam(optimizer: object) -> bool:
+    """Whether an attribute of `optimizer` is an ImbSAM."""
     return any(isinstance(value, ImbSAM) for value in getattr(optimizer, "__dict__", {}).values())
 
 
@@ -622,5 +617,11 @@ def _check_base(base: object) -> None:
         raise TypeError(
             f"base is {name} around an ImbSAM, expected it the other way round: ImbSAM({name}(sgd))"
         )
+    for name in OWN_SETTINGS:
+        if name in getattr(base, "defaults", ()):
+            raise ValueError(
+                f"base is {type(base).__name__}, which has a setting {name!r} of its own, expected "
+                "one without: it would be taken for ImbSAM's"
+            )
     if isinstance(base, torch.optim.LBFGS):
         raise TypeError("base is LBFGS, expected an optimizer whose step() needs no closure")

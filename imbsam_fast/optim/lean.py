@@ -23,10 +23,11 @@ from torch import Tensor
 from .. import ops
 from ..ops.arguments import in_layout_of
 from . import shards
+from .bases import reason_not_fused
 from .buckets import Slots
 from .imbsam import ImbSAM
 from .interrupts import uninterrupted
-from .updates import lr_tensor, reason_not_fused
+from .updates import lr_tensor
 
 
 class LeanImbSAM(ImbSAM):
@@ -117,6 +118,7 @@ class LeanImbSAM(ImbSAM):
         super().restore()
 
     def merge_held(self) -> None:
+        """RuntimeError: there is none."""
         raise RuntimeError("LeanImbSAM holds no gradient that ranks could exchange; use ImbSAM")
 
     # ------------------------------------------------------------ internals

@@ -8,11 +8,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..validation import check_state_dict
+from .groups import OWN_SETTINGS, check_state_dict
 from .master_weights import MasterWeights
-
-# What a group carries besides the base's settings.
-OWN_SETTINGS = ("rho", "adaptive", "perturb")
 
 
 def has_own_checkpoints(base: Any) -> bool:
@@ -64,17 +61,20 @@ class Loading:
         self.note_settings()
 
     def note_settings(self) -> None:
+        """Remember rho and adaptive of every group."""
         self.settings = [
             {name: group[name] for name in OWN_SETTINGS if name in group}
             for group in self.base.param_groups
         ]
 
     def after(self, _: Optimizer) -> None:
+        """After torch has loaded: put back what the file lacks, load the master weights."""
         self.give_back_settings()
         self.masters.load(self.state_dict)
         self.state_dict = {}
 
     def give_back_settings(self) -> None:
+        """Fill in what `note_settings` remembered, where a group lacks it."""
         for group, settings in zip(self.base.param_groups, self.settings):
             for name, value in settings.items():
                 group.setdefault(name, value)
@@ -82,5 +82,6 @@ class Loading:
 
 
 def remove(handles: list[RemovableHandle]) -> None:
+    """Take hooks off."""
     for handle in handles:
         handle.remove()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .bases import STATE_NAMES
 from .buckets import Slots, params_of
 from .shards import local
 
@@ -21,7 +22,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 NAME = "master_weight"
 
 # What is kept in float32: the master weights and the base's state beside them.
-KEPT = (NAME, "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+KEPT = STATE_NAMES | {NAME}
 
 
 class MasterWeights:

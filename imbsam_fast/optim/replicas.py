@@ -40,6 +40,15 @@ class Replicas:
             self.found = replicas_of(params)
         return self.found
 
+    def leave_g_t_apart(self, params: Sequence[Tensor]) -> bool:
+        """Whether the gradients in `p.grad` may be each rank's own, though DDP is to average them.
+
+        It does not in a second backward over one forward, as the tail's is in the three calls.
+        Where it was told not to synchronise, the caller averages, or wants each rank's own.
+        """
+        asked = any(model.require_backward_grad_sync for model in self.of(params))
+        return asked and any(p.grad is not None for p in params)
+
 
 def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

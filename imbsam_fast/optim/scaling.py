@@ -68,6 +68,7 @@ def scaling(
 
 
 def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Partial sums of several buckets as one tensor on `device`."""
     on_device = [p.to(device) for p in partials]
     return on_device[0] if len(on_device) == 1 else torch.cat(on_device)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+_DTENSORS = "torch.distributed.tensor"  # importing it takes a second; before that there are none
 
 
 # ---------------------------------------------------------------- tensors
@@ -26,7 +27,7 @@ _PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
 
 def is_sharded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether there is a DTensor among them."""
-    if "torch.distributed.tensor" not in sys.modules or _PLAIN.issuperset(map(type, tensors)):
+    if _DTENSORS not in sys.modules or _PLAIN.issuperset(map(type, tensors)):
         return False
     return any(_is_dtensor(t) for t in tensors)
 
@@ -121,7 +122,7 @@ def _all_reduced(value: Tensor, params: Sequence[Tensor], op: Any) -> Tensor:
 
 
 def _is_fully_sharded(p: Any) -> bool:
-    kinds = sys.modules["torch.distributed.tensor"]
+    kinds = sys.modules[_DTENSORS]
     shards = [x for x in p.placements if type(x) is not kinds.Replicate]
     return len(shards) == 1 and type(shards[0]) is kinds.Shard and shards[0].dim == 0
 
@@ -135,12 +136,11 @@ def _placements(t: Any) -> Any:
 
 
 def _dtensor_class() -> type[DTensor]:
-    return sys.modules["torch.distributed.tensor"].DTensor
+    return sys.modules[_DTENSORS].DTensor
 
 
 def _is_dtensor(t: Tensor | None) -> bool:
-    # Importing it takes a second, and without the import there are none.
-    return "torch.distributed.tensor" in sys.modules and isinstance(t, _dtensor_class())
+    return _DTENSORS in sys.modules and isinstance(t, _dtensor_class())
 
 
 # ---------------------------------------------------------------- modules

@@ -9,42 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
-from ..ops.arguments import in_layout_of
-from .buckets import Slots, buckets, local_params_of, params_of
-from .shards import as_part_of, local, locals_of, strange_kind
+from ..ops import native
+from ..ops.arguments import in_layout_of, unobserved
+from .bases import FUSED
+from .buckets import Slots, all_present, buckets, local_params_of, params_of
+from .shards import as_part_of, locals_of
 
-FUSED_BASES = (SGD, Adam, AdamW)
-
-
-def reason_not_fused(base: Optimizer) -> str | None:
-    """None where `fused_update` does what base.step() would do, else why it does not."""
-    if type(base) not in FUSED_BASES:  # a subclass may step otherwise
-        return f"base is {type(base).__name__}"
-    if base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks:
-        return "base has step hooks, which may want the merged gradient"
-    if any(isinstance(beta, Tensor) for g in base.param_groups for beta in g.get("betas", ())):
-        return "base has betas that are tensors"
-    if type(base) is not SGD and (kind := strange_kind(params_of(base.param_groups))) is not None:
-        # It may run an operator once for each tensor inside, which would count as many steps.
-        return f"parameters are {kind.__name__}, a subclass of Tensor"
-    return None
-
-
-def check_fused(base: Optimizer) -> None:
-    """Refuse a base around which there can be no master weights."""
-    reason = reason_not_fused(base)
-    if reason is not None:
-        names = ", ".join(f"torch.optim.{fused.__name__}" for fused in FUSED_BASES)
-        raise ValueError(
-            f"{reason}, expected with master_weights=True one of {names}, without step hooks"
-        )
+# Where register_optimizer_step_pre_hook and its like of torch keep hooks, which has no public name.
+_GLOBAL_HOOKS: tuple[dict, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 class _Launch(NamedTuple):
@@ -53,7 +35,7 @@ class _Launch(NamedTuple):
     check: Callable[..., Any]
     operator: Callable[..., None]
     arguments: tuple[Any, ...]
-    written: list[Tensor]
+    written: list[list[Tensor]]
 
 
 def fused_update(
@@ -72,8 +54,7 @@ def fused_update(
     """
     if any(master is not None for master in masters):  # the saved ones of their parameters
         saved = [s if master is None else None for s, master in zip(saved, masters)]
-    update = _sgd_update if type(base) is SGD else _adam_update
-    launches, store = update(base, saved, g_h, g_p, masters, scale, found_inf)
+    launches, store = _launches(base, saved, g_h, g_p, masters, scale, found_inf)
     if len(launches) > 1:
         for launch in launches:
             launch.check(*launch.arguments)
@@ -99,18 +80,34 @@ def base_step(
             g.div_(scale.to(g.device))
     # A base that knows nothing of found_inf needs the answer, as in GradScaler.step.
     if found_inf is None or not found_inf.item():
-        base.step()
+        with _without_global_hooks():
+            base.step()
     base.zero_grad()
 
 
 @contextmanager
-def all_or_none(written: Sequence[list[Tensor]]) -> Iterator[None]:
+def _without_global_hooks() -> Iterator[None]:
+    """torch's step hooks of all optimizers run around the ImbSAM's update, and not once more."""
+    kept = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS if hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.update(before)
+
+
+@contextmanager
+def all_or_none(written: Sequence[list[list[Tensor]]]) -> Iterator[None]:
     """What several launches write inside the block, put back where a later one fails.
 
     Only the reference can fail there, out of memory: it keeps copies.
     """
-    may_fail = len(written) > 1 and not ops.computes_in_place(written[0][0].device)
-    kept = [(t, t.clone()) for tensors in written[:-1] for t in tensors] if may_fail else []
+    may_fail = len(written) > 1 and not ops.computes_in_place(written[0][0][0].device)
+    kept = []
+    if may_fail:
+        kept = [(t, t.clone()) for t in chain.from_iterable(chain.from_iterable(written[:-1]))]
     try:
         yield
     except BaseException:
@@ -119,152 +116,125 @@ def all_or_none(written: Sequence[list[Tensor]]) -> Iterator[None]:
         raise
 
 
-Update = tuple[list[_Launch], Callable[[], None]]  # the launches, and what stores new state
-
-
 def lr_tensor(lr: float | Tensor) -> Tensor:
+    """The learning rate of a group as a tensor of one element."""
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
-def _kept(params: list[Tensor], masters: Slots) -> list[Tensor]:
+# ---------------------------------------------------------------- the launches of a fused base
+
+
+def _launches(
+    base: Optimizer,
+    saved: Slots,
+    g_h: Slots,
+    g_p: Slots,
+    masters: Slots,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> tuple[list[_Launch], Callable[[], None]]:
+    """The launches, one a bucket, and what stores new state after them."""
+    entry = FUSED[type(base)]
+    groups = base.param_groups
+    weights = _weights(local_params_of(groups), masters)
+    found, known, state = {}, {}, {}
+    for name, wanted in entry.state.items():
+        found[name], known[name] = _found(base, name, wanted, g_p, weights)
+        state[name] = _made_where_missing(base, wanted, known[name], g_p, weights)
+    step: Slots = _step_counts(base, g_p) if entry.has_step else [None] * len(g_p)
+    # Parameters in their first step take another launch where that differs.
+    first_differs = any(entry.first_differs(group) for group in groups)
+    apart = known.values() if first_differs else ()
+    operator = getattr(ops, entry.operator)
+    check = getattr(ops, f"check_{entry.operator.rstrip('_')}")
+    launches = []
+    for bucket in buckets(groups, masters, saved, g_h, *apart, g_p):
+        group, i = bucket.group, bucket.indices[0]
+        is_first = all(slots[i] is None for slots in known.values())
+        lists = [bucket.pick(slots) for slots in state.values()]
+        steps = [bucket.pick(step)] if entry.has_step else []
+        master = bucket.pick(masters)
+        arguments = (
+            bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p), *lists, *steps,
+            lr_tensor(group["lr"]), *entry.settings(group, is_first), group["maximize"],
+            scale, found_inf, master,
+        )  # fmt: skip
+        written = [bucket.params, *lists, *steps, master]
+        launches.append(_Launch(check, operator, arguments, written))
+
+    def store() -> None:
+        new = {name: slots for name, slots in state.items() if slots is not found[name]}
+        if first_differs and new and found_inf is not None and found_inf.item():
+            return  # the next step is still the first one
+        for name, slots in new.items():
+            for p, t, before in zip(params_of(groups), slots, found[name]):
+                if t is not None and t is not before:
+                    base.state[p][name] = as_part_of(p, t)
+        for p, count in zip(params_of(groups), step) if entry.has_step else ():
+            if count is not None:
+                base.state[p]["step"] = count
+
+    return launches, store
+
+
+def _weights(params: list[Tensor], masters: Slots) -> list[Tensor]:
     """Where the weights are kept: the dtype and the layout of the state."""
     return [p if master is None else master for p, master in zip(params, masters)]
 
 
-def _fitting(kept: list[Tensor], found: Slots, name: str) -> Slots:
+def _found(
+    base: Optimizer,
+    name: str,
+    wanted: Callable[[dict[str, Any]], bool],
+    g_p: Slots,
+    weights: list[Tensor],
+) -> tuple[Slots, Slots]:
+    """What the base has of this name for parameters with a gradient, None where it has none.
+
+    As it is, and in the layout of the weights, which is mostly the same list.
+    """
+    params = params_of(base.param_groups)
+    if unobserved() and all(map(wanted, base.param_groups)) and all(map(is_, params, weights)):
+        seen = native.state_of(base.state, params, name, g_p)
+        if seen is not None:
+            return seen, seen
+    found: Slots = []
+    for group in base.param_groups:
+        group_wants = wanted(group)
+        for p in group["params"]:
+            needed = group_wants and g_p[len(found)] is not None and p in base.state
+            found.append(base.state[p].get(name) if needed else None)
+    found = locals_of(found)
+    return found, _fitting(weights, found, name)
+
+
+def _fitting(weights: list[Tensor], found: Slots, name: str) -> Slots:
     """State in the layout of the weights, and in float32 beside master weights."""
     found = [
         t.float() if t is not None and w.dtype == torch.float32 != t.dtype else t
-        for t, w in zip(found, kept)
+        for t, w in zip(found, weights)
     ]
-    return in_layout_of(kept, found, name)
+    return in_layout_of(weights, found, name)
 
 
-# ---------------------------------------------------------------- SGD
-
-
-def _sgd_update(
+def _made_where_missing(
     base: Optimizer,
-    saved: Slots,
-    g_h: Slots,
+    wanted: Callable[[dict[str, Any]], bool],
+    known: Slots,
     g_p: Slots,
-    masters: Slots,
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Update:
-    params = params_of(base.param_groups)
-    kept = _kept(local_params_of(base.param_groups), masters)
-    found = _momentum_buffers(base, g_p)
-    known = _fitting(kept, found, "momentum_buffer")
-    m = _made_where_missing(base, known, g_p, kept)
-    launches = []
-    for bucket in buckets(base.param_groups, masters, saved, g_h, known, g_p):
-        group = bucket.group
-        is_first = known[bucket.indices[0]] is None
-        written = [*bucket.params, *bucket.pick(m), *bucket.pick(masters)]
-        arguments = (
-            bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
-            bucket.pick(m), lr_tensor(group["lr"]), group["momentum"],
-            # The first step of torch.optim.SGD takes the gradient undampened.
-            0.0 if is_first else group["dampening"],
-            group["weight_decay"], group["nesterov"], group["maximize"], scale, found_inf,
-            bucket.pick(masters),
-        )  # fmt: skip
-        launches.append(_Launch(ops.check_sgd_update, ops.sgd_update_, arguments, written))
-
-    def store() -> None:
-        dampened = any(group["dampening"] for group in base.param_groups)
-        if dampened and found_inf is not None and found_inf.item():
-            return  # the next step is still the first one
-        for p, buffer, before in zip(params, m, found):
-            if buffer is not None and buffer is not before:
-                base.state[p]["momentum_buffer"] = as_part_of(p, buffer)
-
-    return launches, store
-
-
-def _momentum_buffers(base: Optimizer, g_p: Slots) -> Slots:
-    """The momentum buffers that there are, for parameters with a gradient."""
-    found: Slots = []
-    for group in base.param_groups:
-        if group["momentum"] == 0:
-            found += [None] * len(group["params"])
-            continue
-        for p in group["params"]:
-            of_p = base.state.get(p) if g_p[len(found)] is not None else None
-            found.append(of_p.get("momentum_buffer") if of_p else None)
-    return locals_of(found)
-
-
-def _made_where_missing(base: Optimizer, m: Slots, g_p: Slots, kept: list[Tensor]) -> Slots:
-    """The momentum buffers with zeros for those that a first step needs."""
+    weights: list[Tensor],
+) -> Slots:
+    """State with zeros where a first step needs some."""
+    if all_present(known):
+        return known
     made: Slots = []
     for group in base.param_groups:
+        group_wants = wanted(group)
         for _ in group["params"]:
             i = len(made)
-            missing = m[i] is None and g_p[i] is not None and group["momentum"] != 0
-            made.append(torch.zeros_like(kept[i]) if missing else m[i])
-    return made
-
-
-# ---------------------------------------------------------------- Adam and AdamW
-
-
-def _adam_update(
-    base: Optimizer,
-    saved: Slots,
-    g_h: Slots,
-    g_p: Slots,
-    masters: Slots,
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> Update:
-    params = params_of(base.param_groups)
-    kept = _kept(local_params_of(base.param_groups), masters)
-    state = {
-        "exp_avg": _moments(base, "exp_avg", g_p, kept),
-        "exp_avg_sq": _moments(base, "exp_avg_sq", g_p, kept),
-        "max_exp_avg_sq": _moments(base, "max_exp_avg_sq", g_p, kept),
-        "step": _step_counts(base, g_p),
-    }
-    m, v, v_max, step = state.values()
-    launches = []
-    for bucket in buckets(base.param_groups, masters, saved, g_h, g_p):
-        group = bucket.group
-        kinds = (m, v, v_max, step, masters)
-        written = [*bucket.params, *(t for slots in kinds for t in bucket.pick(slots))]
-        arguments = (
-            bucket.params, bucket.pick(saved), bucket.pick(g_h), bucket.pick(g_p),
-            bucket.pick(m), bucket.pick(v), bucket.pick(v_max), bucket.pick(step),
-            lr_tensor(group["lr"]), *group["betas"], group["eps"], group["weight_decay"],
-            # torch before 2.7 has AdamW beside Adam, and no such setting.
-            group.get("decoupled_weight_decay", type(base) is AdamW), group["maximize"],
-            scale, found_inf, bucket.pick(masters),
-        )  # fmt: skip
-        launches.append(_Launch(ops.check_adam_update, ops.adam_update_, arguments, written))
-
-    def store() -> None:
-        for name, slots in state.items():
-            for p, t in zip(params, slots):
-                if t is not None:
-                    base.state[p][name] = t if name == "step" else as_part_of(p, t)
-
-    return launches, store
-
-
-def _moments(base: Optimizer, name: str, g_p: Slots, kept: list[Tensor]) -> Slots:
-    """What the base has of this name for parameters with a gradient; zeros where it has none."""
-    found: Slots = []
-    for group in base.param_groups:
-        wanted = group["amsgrad"] or name != "max_exp_avg_sq"
-        for p in group["params"]:
-            i = len(found)
-            if g_p[i] is None or not wanted:
-                found.append(None)
-                continue
-            known = base.state[p].get(name) if p in base.state else None
-            found.append(torch.zeros_like(kept[i]) if known is None else local(known))
-    return _fitting(kept, found, name)
+            missing = known[i] is None and g_p[i] is not None and group_wants
+            made.append(torch.zeros_like(weights[i]) if missing else known[i])
+    return known if all(map(is_, made, known)) else made
 
 
 def _step_counts(base: Optimizer, g_p: Slots) -> Slots:
@@ -273,7 +243,7 @@ def _step_counts(base: Optimizer, g_p: Slots) -> Slots:
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     found: Slots = []
     for group in base.param_groups:
-        on_device = group["capturable"] or group["fused"]
+        on_device = group["capturable"] or group.get("fused")
         for p in group["params"]:
             count = base.state[p].get("step") if p in base.state else None
             if g_p[len(found)] is not None and count is None:

@@ -13,6 +13,7 @@
                    states, config. Weights alone: `torch.load(..., weights_only=True)["model"]`.
     best.pt        the same after the epoch that was best on the validation set; without one there
                    is no such file.
+    .holder        while a process trains the run: which one, for the message to another that would
     result.json    written when the run is complete:
                      class_counts    [training images of class 0, 1, ...]
                      class_names     [name of class 0, 1, ...] or null
@@ -32,7 +33,7 @@ GROUPS is {"per_class": [...], "many": x, "medium": x, "few": x, "all": x}, in %
 without classes; all is the mean of the per-class accuracies. "flip" averages the logits of an
 image and of its mirror image, where that shows the same (digits: "flip" is "plain").
 
-Every file is replaced as a whole (temporary file, fsync, os.replace), so that whoever reads it sees
+Every file is replaced as a whole (temporary file, fsync, os.replace), so that a reader sees
 the old one or the new one; log.jsonl alone grows line by line, and a half-written last line is
 not read.
 """
@@ -41,6 +42,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +56,7 @@ LOG_FILE = "log.jsonl"
 LAST_FILE = "last.pt"
 BEST_FILE = "best.pt"
 RESULT_FILE = "result.json"
+HOLDER_FILE = ".holder"
 UNFINISHED = ".new"  # how the names of files end that are being written
 
 
@@ -110,21 +113,28 @@ class RunDirectory:
     def in_use(self) -> Iterator[None]:
         """Inside the block no other process can train here; RunDirectoryError where one does.
 
-        The lock is the system's, on config.yaml. It ends with the process and those it started;
-        where the file system or the system has none, nothing is locked.
+        The lock is the system's, on config.yaml. It ends with this process: what it forks does
+        not have it. Where the file system or the system has none, nothing is locked.
         """
-        path = self.path / CONFIG_FILE
+        path, holder = self.path / CONFIG_FILE, self.path / HOLDER_FILE
         try:
             file = path.open("r+b")
         except OSError as error:
             raise _unwritable(path, error) from error
         with file:
-            if not _flock(file, take=True):
-                raise RunDirectoryError(f"'{self.path}' is in use: another process trains this run")
+            if not _flock(file):
+                raise RunDirectoryError(
+                    f"'{self.path}' is in use: {_named(holder)} trains this run"
+                )
+            _locked_files.add(file)
             try:
+                name = f"process {os.getpid()} on {socket.gethostname()}"
+                _write(holder, lambda file: file.write(name.encode()))
                 yield
             finally:
-                _flock(file, take=False)  # for processes that inherited the file too
+                _locked_files.discard(file)
+                with suppress(OSError):
+                    holder.unlink()
 
     # ------------------------------------------------------------ log
 
@@ -241,17 +251,39 @@ def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             temporary.unlink()
 
 
-def _flock(file: BinaryIO, take: bool) -> bool:
-    """Take or give back the lock of `file`; False where another process has it."""
+# Locked by this process. A process that it forks would keep the locks as long as it lives.
+_locked_files: set[BinaryIO] = set()
+
+
+def _forget_locks() -> None:
+    for file in _locked_files:
+        file.close()
+    _locked_files.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _flock(file: BinaryIO) -> bool:
+    """Take the lock of `file`, which ends when it is closed; False where another has it."""
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except (ImportError, OSError):  # systems and file systems without locks
         pass
     return True
+
+
+def _named(holder: Path) -> str:
+    """The process that wrote `holder`, as far as it can be told."""
+    try:
+        return holder.read_text() or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:

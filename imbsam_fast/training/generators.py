@@ -53,6 +53,7 @@ class Draws:
         self.passes: list[tuple[int, list[Tensor]]] = []
 
     def begin_step(self) -> None:
+        """Forget the passes of the last step."""
         self.passes = []
 
     def note(self, rows: int) -> None:

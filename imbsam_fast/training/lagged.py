@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..optim import ImbSAM, updates
+from ..optim import ImbSAM
+from ..optim.bases import reason_not_fused
 from ..optim.buckets import Slots, params_of
 from ..optim.interrupts import uninterrupted
 from ..optim.replicas import average_
@@ -71,7 +72,7 @@ class TailGradient:
         present = [g for g in gradients if g is not None]
         if not present:
             return None
-        if self.shared or updates.reason_not_fused(self.optimizer.base) is not None:
+        if self.shared or reason_not_fused(self.optimizer.base) is not None:
             gradients = [None if g is None else g.clone() for g in gradients]
         if not may_be_skipped:
             return Seen(gradients, is_void=None)

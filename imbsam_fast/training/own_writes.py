@@ -126,6 +126,7 @@ class OwnWrites:
             _put_back(buffers, values)
 
     def changing_tensors(self) -> list[Tensor]:
+        """The tensors that are changing now."""
         return [b.tensor for b in self._changing_now()]
 
     def _now(self) -> list[_Buffer]:

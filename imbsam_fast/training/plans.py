@@ -204,6 +204,7 @@ class Seen:
         self.tail: Tensor | None = None
 
     def add(self, outputs: Any, head: Tensor | None = None, tail: Tensor | None = None) -> None:
+        """The outputs and the losses of one more piece."""
         self.pieces.append(_detached(outputs))
         if head is not None:
             self.head = head.detach() if self.head is None else self.head + head.detach()
@@ -267,6 +268,7 @@ def _detached(outputs: Any) -> Any:
 
 
 def step_result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
+    """What the step returns; a part that had no pass is zero."""
     known = next(part for part in (head, tail) if part is not None)
     head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
     return StepResult(head + tail, head, tail, outputs)

@@ -21,7 +21,13 @@ from ..optim.replicas import average_
 from ..optim.scaling import found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
-from ..validation import check_bool, check_grad_scaler, check_max_norm, check_whole_number
+from ..validation import (
+    check_bool,
+    check_grad_scaler,
+    check_max_norm,
+    check_no_gradient,
+    check_whole_number,
+)
 from .arguments import check_autocast, check_batch, check_holds_some, unwrapped
 from .auto_plan import split_is_cheaper
 from .batch_norm import (
@@ -31,7 +37,7 @@ from .batch_norm import (
     statistics_where,
 )
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
-from .cuda_graph import GraphedSteps
+from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of
 from .data_parallel import Ranks, keep_in_step, parts_overlap
 from .generators import Draws, Generators
 from .lagged import TailGradient
@@ -69,15 +75,19 @@ class TrainStep:
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
-            for the batch and the size of the model, but joint where BatchNorm uses the batch's.
+            for the batch and the size of the model, but joint where a BatchNorm layer uses batch
+            statistics, or where a forward pass was seen to write to other buffers of the model or
+            the criterion (spectral norm, observers of quantisation, statistics of its own).
             "sampled", NOT THE PAPER where a BatchNorm layer uses batch statistics, runs all rows
             once and takes what the perturbation changes from a sample: 1 + 2 `sample` SGD steps.
-        batch_norm: "once" updates running statistics in the unperturbed passes only, "twice"
-            in the perturbed pass too (the authors' released code).
+        batch_norm: "once" updates running statistics, and all other buffers that a pass writes
+            to, in the unperturbed passes only, "twice" in the perturbed pass too (the authors'
+            released code).
         autocast: the context in which the model and the criterion run, for example
             `torch.autocast("cuda", torch.bfloat16)`.
         grad_scaler: scales every loss, for float16; it is updated here. A step with a
-            gradient that is not finite only restores the weights.
+            gradient that is not finite only restores the weights. None: the one of Accelerate's
+            or Lightning's optimizer, if there is one.
         max_norm: clip the combined gradient to this global norm.
         perturbation: under DistributedDataParallel, "global" perturbs every rank along the
             mean of the ranks' tail gradients, as one process with all rows would, "local" each
@@ -88,8 +98,11 @@ class TrainStep:
         cuda_graph: capture the whole step as a CUDA graph, one for each shape of the batch after
             three ordinary steps, and replay it. For the joint plan on one GPU; a learning rate
             must be a tensor on the device (`torch.optim.SGD(params, torch.tensor(0.1,
-            device="cuda"))`), which schedulers then change in place. A batch without tail rows
-            costs as much as any other.
+            device="cuda"))`), which schedulers then change in place. Other settings are constants
+            of a graph: steps run as usual after one has changed (OneCycleLR's momentum), until
+            they stay the same for three steps. A batch without tail rows costs as much as any
+            other. Not captured, since the number of rows in their passes is known on the host
+            alone: split, lagged and micro-batches.
         lagged: EXPERIMENTAL, NOT IN THE PAPER. Perturb along the perturbed tail gradient of the
             last step that had tail rows, without a pass for the present one: one SGD step under
             the split plan and 2F + 2B, two, under the joint plan. The first step with tail rows
@@ -98,6 +111,17 @@ class TrainStep:
             step leaves it as it was. Tail rows that had no unperturbed pass (split plan; no head
             row in the batch) are seen at the perturbed weights only: their part of `.tail`,
             `.loss` and `.logits`, and the BatchNorm statistics, are from there.
+        same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
+            from torch's default generators, of the CPU and of the model's devices: a row has one
+            dropout mask a step. The generators go on as if there had been one pass.
+
+    Accelerate's and Lightning's optimizers count, profile and run their hooks around a step as
+    around one of their own; Lightning's `on_before_optimizer_step` runs when step hooks do
+    (see `ImbSAM`). A step inside `accelerator.accumulate` that is to accumulate only is refused.
+
+    No gradient may stand in `p.grad` before a step, and none does afterwards. A forward pass that
+    writes to inputs or targets which a later pass reads is refused; what it keeps elsewhere than
+    in buffers cannot be seen, and is kept twice.
 
         sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
             are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
@@ -110,9 +134,10 @@ class TrainStep:
 
     A `DistributedDataParallel` model takes part in one step together on all ranks, whatever
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
-    alike, as with DDP itself. So does a model that `fully_shard` (FSDP2) spread over ranks
-    before the optimizer was made: there, and with SyncBatchNorm, all ranks run all passes, on one
-    row of weight zero where a rank has none. It excludes LeanImbSAM, lagged and cuda_graph.
+    alike, as with DDP itself; it is found around `model` too. So does a model that `fully_shard`
+    (FSDP2) spread over ranks before the optimizer was made: there, and with SyncBatchNorm, all
+    ranks run all passes, on one row of weight zero where a rank has none. It excludes LeanImbSAM,
+    lagged and cuda_graph.
 
     A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
     are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
@@ -198,9 +223,10 @@ class TrainStep:
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
+        """One step on a batch: inputs with N rows and int64 targets (N,)."""
         check_batch(inputs, targets)
         self.optimizer.require_idle("a training step")
-        self.optimizer.require_no_gradient("a training step")
+        check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         with self.wrapper.one_step():
             if self.graphs is not None:
                 with self.cheaper.one_step(counts=True) as perturbs:
@@ -213,9 +239,11 @@ class TrainStep:
                 return self._run(plan, inputs, targets, rows)
 
     def state_dict(self) -> dict[str, int]:
+        """What `perturb_every` and the sample's drawing go by: the number of steps that counted."""
         return self.cheaper.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from what `state_dict` returned; ValueError for anything else."""
         self.cheaper.load_state_dict(state_dict)
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
@@ -265,7 +293,6 @@ class TrainStep:
             "plan": self.plan == "joint"
             or (self.plan == "auto" and has_batch_statistics(self.model)),
             "micro_batch_size": self.micro_batch_size is None,
-            "grad_scaler": self.grad_scaler is None,
             "model": self.group is None,
             "lagged": not self.lagged,
             "same_dropout": not self.same_dropout,
@@ -274,22 +301,20 @@ class TrainStep:
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
-                    "plan, no micro-batches, no gradient scaler, no DistributedDataParallel, "
-                    "lagged=False, same_dropout=False"
+                    "plan, no micro-batches, no DistributedDataParallel, lagged=False, "
+                    "same_dropout=False"
                 )
-        groups = self.optimizer.param_groups
-        device = groups[0]["params"][0].device
-        for i, group in enumerate(groups):
-            lr = group["lr"]
-            if not isinstance(lr, Tensor) or lr.device != device or device.type != "cuda":
-                raise ValueError(
-                    f"param_groups[{i}]['lr'] is {lr!r} and the parameters are on {device}, "
-                    "expected with cuda_graph=True both on one GPU: a number would never change"
-                )
+        device = check_capturable(self.optimizer, in_use(self.grad_scaler))
         return {
-            perturbs: GraphedSteps(partial(self.unconditional, plan), device)
+            perturbs: GraphedSteps(partial(self.unconditional, plan), device, self._constants)
             for perturbs, plan in ((True, joint_plan), (False, plain_plan))
         }
+
+    def _constants(self) -> Constants:
+        return constants_of(
+            self.model, self.optimizer, in_use(self.grad_scaler),
+            batch_norm=self.batch_norm, max_norm=self.max_norm,
+        )  # fmt: skip
 
     def unconditional(self, plan: Plan, inputs: Any, targets: Tensor) -> StepResult:
         """A plan with all its passes, whatever the labels say: they are not looked at.
@@ -354,6 +379,7 @@ class TrainStep:
         return outputs, loss
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Backward of `loss`, scaled where there is a gradient scaler."""
         if self.grad_scaler is not None:
             loss = self.grad_scaler.scale(loss)
         backward(loss, retain_graph)
@@ -419,6 +445,7 @@ class TrainStep:
         self.optimizer.second_step()
 
     def update(self) -> None:
+        """The optimizer's update, with clipping and the gradient scaler."""
         seen = None
         if self.tail_gradient is not None:
             seen = self.tail_gradient.seen(in_use(self.grad_scaler) is not None)

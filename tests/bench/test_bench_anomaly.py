@@ -24,6 +24,7 @@ from imbsam_fast.recipes.anomaly.settings import Fit
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_counts_in_epochs_of_sgd(tmp_path, monkeypatch):
     path = tmp_path / "out.json"
     monkeypatch.setattr("sys.argv", ["x", "--quick", "--return-memory", "--json", str(path)])

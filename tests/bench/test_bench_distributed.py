@@ -22,6 +22,8 @@ from benchmarks.bench_distributed import (
 from imbsam_fast.bench.measure import Timing
 from imbsam_fast.bench.report import Report, load
 
+pytestmark = pytest.mark.slow  # starts ranks and measures
+
 NETWORK = next(iter(bench_distributed.QUICK_NETWORKS))
 
 

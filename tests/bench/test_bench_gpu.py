@@ -105,7 +105,8 @@ def test_the_networks_of_a_gpu_can_be_made(monkeypatch: pytest.MonkeyPatch) -> N
     memory = SimpleNamespace(total_memory=80e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     found = list(bench_gpu_steps.networks("cuda"))
-    assert [network.name for network in found] == ["ResNet-32", "ResNet-50", "ConvNeXt-T"]
+    names = ["ResNet-32", "ResNet-50", "ConvNeXt-T", "ViT-B/16"]
+    assert [network.name for network in found] == names
     for network in found:
         with torch.device("meta"):
             assert sum(p.numel() for p in network.make().parameters()) > 4e5

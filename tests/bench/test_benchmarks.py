@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from copy import deepcopy
 
 import pytest
@@ -11,10 +12,12 @@ from torch import nn
 
 from benchmarks import (
     bench_growth,
+    bench_host,
     bench_memory,
     bench_optimizer,
     bench_split_cross_entropy,
     bench_step,
+    tables,
 )
 from imbsam_fast import ImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.bench.cases import long_tail_batch
@@ -33,6 +36,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
@@ -50,6 +54,29 @@ def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys
         with_limits = {t.group for t in report.timings if t.operation == LIMIT}
         assert with_limits == {t.group for t in report.timings}
     assert json.loads(path.read_text())["settings"]["environment"]["versions"]["torch"]
+
+
+# ---------------------------------------------------------------- the host's side
+
+
+def test_the_hosts_side_is_measured_in_processor_time(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "bench_host.json"
+    monkeypatch.setattr("sys.argv", ["x", "--quick", "--json", str(path)])
+    clocks = []
+    thread_time = time.thread_time
+    monkeypatch.setattr(time, "thread_time", lambda: clocks.append(thread_time()) or clocks[-1])
+    assert bench_host.main() == 0
+    assert clocks == sorted(clocks) and len(clocks) > 20
+    report = load(path)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("host: 5 tensors ")
+    (line,) = [line for line in report.summary if line.startswith("host: ")]
+    whole = report.ms(bench_host.IMBSAM.name, bench_host.ours())
+    assert line == f"host: 5 tensors {1e3 * whole:.0f} us"
+    calls = {"first_step", "second_step", "third_step"}
+    assert all(set(t.laps_ms) <= calls for t in report.timings)
+    table = "\n".join(tables.host(report))
+    assert "SGD(foreach=True)" in table and "davda54-style SAM" in table
+    assert f"| {1e3 * whole:.0f} (" in table
 
 
 # ---------------------------------------------------------------- growth

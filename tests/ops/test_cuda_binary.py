@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from imbsam_fast.ops import native
+from imbsam_fast.ops.updates import UPDATES
 
 DTYPES = ("float", "double", "__nv_bfloat16", "__half")
 # Kernel -> whether it writes the elements that it reads.
@@ -25,16 +26,16 @@ OVER_ELEMENTS = {
     "squared_norm_kernel": False,
     "grad_check_kernel": False,
     "perturb_kernel": True,
-    "sgd_update_kernel": True,
-    "adam_update_kernel": True,
+    **{f"{op}kernel": True for op in UPDATES},  # update_kernel of csrc/cuda/update.cuh for each
     "merge_kernel": True,
     "row_losses_kernel": False,
     "row_gradients_kernel": True,
 }
-OTHERS = ("sum_losses_kernel",)
+OTHERS = ("sum_losses_kernel", "sum_blocks_kernel")
 # Kernels with a variant for master weights, which the half dtypes have.
-KEEPING = ("perturb_kernel", "sgd_update_kernel", "adam_update_kernel")
-ARCHITECTURES = ("sm_90", "sm_75")
+KEEPING = ("perturb_kernel", *(f"{op}kernel" for op in UPDATES))
+# All that a wheel may carry.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_110", "sm_120")
 
 
 @dataclass
@@ -74,12 +75,16 @@ def _run(*arguments: str) -> str:
 
 def _readable(mangled: str) -> str:
     """perturb_kernel<float> for _ZN6imbsam4cuda..14perturb_kernelIfEEv..."""
-    base = re.search(rf"\d({'|'.join((*OVER_ELEMENTS, *OTHERS))})I", mangled)
+    base = re.search(rf"\d({'|'.join(('update_kernel', *OVER_ELEMENTS, *OTHERS))})I", mangled)
     assert base, mangled
     name = base[1]
     flags = r"(?:Lb([01]))?(?:ELb([01]))?"
     arguments = re.search(rf"{name}I(f|d|6__half|13__nv_bfloat16){flags}E", mangled)
     assert arguments, mangled
+    if name == "update_kernel":  # imbsam::Base is the number of the base
+        which = re.search(r"Lb[01]ELNS_4BaseE(\d+)E", mangled)
+        assert which, mangled
+        name = f"{UPDATES[int(which[1])]}kernel"
     element = {"f": "float", "d": "double"}.get(arguments[1], arguments[1].lstrip("0123456789"))
     flag = ", master" if name in KEEPING else ", smooth"
     held = ", held" if arguments[3] == "1" else ""
@@ -129,7 +134,7 @@ def test_every_kernel_in_every_dtype(compiled: dict[str, Kernel]) -> None:
     expected |= {f"{name}<{dtype}, master>" for name in KEEPING for dtype in DTYPES[2:]}
     expected |= {f"perturb_kernel<{dtype}, held>" for dtype in DTYPES}
     expected |= {f"perturb_kernel<{dtype}, master, held>" for dtype in DTYPES[2:]}
-    expected |= {"sum_losses_kernel<float>", "sum_losses_kernel<double>"}
+    expected |= {f"{name}<{dtype}>" for name in OTHERS for dtype in DTYPES[:2]}
     assert set(compiled) == expected
 
 
@@ -157,6 +162,42 @@ def test_two_blocks_of_a_sum_fit_a_multiprocessor(compiled: dict[str, Kernel]) -
     for kernel in compiled.values():
         if kernel.base in ("squared_norm_kernel", "grad_check_kernel"):
             assert kernel.registers <= 64, kernel.name
+
+
+# Additions, products and conversions in float64 (DADD, DMUL, DFMA, F2F): as long as every element
+# took one of the last two, and now that a pack takes one addition. What is left besides is for
+# packs whose squares float cannot hold.
+IN_FLOAT64 = {
+    "squared_norm_kernel<float>": (161, 100),
+    "squared_norm_kernel<__nv_bfloat16>": (309, 150),
+    "grad_check_kernel<float>": (65, 50),
+    "grad_check_kernel<__nv_bfloat16>": (117, 70),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLOAT64)
+def test_sums_take_few_operations_in_float64(compiled: dict[str, Kernel], name: str) -> None:
+    before, now = IN_FLOAT64[name]
+    count = sum(compiled[name].count(opcode) for opcode in ("DADD", "DMUL", "DFMA", "F2F"))
+    assert count <= now < before
+
+
+@pytest.mark.parametrize("dtype", DTYPES[2:])
+def test_exponentials_of_half_dtypes(compiled: dict[str, Kernel], dtype: str) -> None:
+    """A subtraction, a product and one of the hardware's powers each; before, with a reduction of
+    the argument, 4 or 5 multiply-adds more (221 in the kernel), which float32 has still.
+    """
+    kernel = compiled[f"row_losses_kernel<{dtype}>"]
+    assert kernel.count("FFMA") <= 1
+    assert kernel.count("MUFU.EX2") >= 64  # of two rounds of 4 packs
+    assert compiled["row_losses_kernel<float>"].count("FFMA") > 64
+
+
+def test_bias_corrections_are_made_by_one_thread_a_block(compiled: dict[str, Kernel]) -> None:
+    """And waited for, as they were not when every thread made them for each tile."""
+    for kernel in compiled.values():
+        if kernel.base == "adam_update_kernel":
+            assert kernel.count("BAR") == 2, kernel.name
 
 
 @pytest.mark.parametrize("name", ["perturb_kernel", "sgd_update_kernel"])

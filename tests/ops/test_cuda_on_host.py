@@ -1,41 +1,38 @@
-"""The CUDA kernels, compiled for the CPU as they are: what they compute, without a GPU.
+"""What the CUDA kernels compute, without a GPU: their sources, and the PTX that nvcc makes of them.
 
-tests/cuda_on_host/ stands in for the runtime. It shows wrong arithmetic, indices, tiles and
-barriers; it cannot show what only a GPU has, such as the hardware's rounding of exp.
+tests/cuda_on_host/ compiles the sources for the CPU as they are, and translates the PTX of the
+oldest GPUs; with IMBSAM_PTX=all also of sm_90 and of the newest that nvcc knows. The same tests run
+over all of it. They show wrong arithmetic, indices, tiles and barriers, and misaligned access; they
+cannot show what only a GPU has: ptxas, the order of memory accesses, the very rounding of exp2,
+time.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
-import platform
 import random
-import shutil
-import subprocess
-import sysconfig
+import zlib
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from bases import BASES
 from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
+from cuda_on_host import build
 from samples import (
-    ADAM,
     DTYPES,
     KEEPING,
     NAMES,
-    SGD,
     SHAPES,
     SUMS,
     UPDATES,
+    arguments_of,
+    as_state,
     class_weights,
     lists,
     logits_and_targets,
-    scalar,
-    steps,
     with_master,
 )
 from test_split_cross_entropy import LAYOUTS, OPTIONS, PARTS, check
@@ -45,70 +42,49 @@ from imbsam_fast import ops
 from imbsam_fast.ops import dispatch, native, native_cuda, reference
 from imbsam_fast.ops.reference import arithmetic_dtype
 
-CSRC = Path(__file__).parents[2] / "csrc"
-STAND_IN = Path(__file__).parents[1] / "cuda_on_host"
+pytestmark = pytest.mark.slow  # compiles the CUDA sources
+
+if (reason := build.reason_unavailable()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+CODE = ["sources", *build.architectures()]
+
+SUM_OF_FLOATS_TOLERANCE = 2**-41  # as csrc/cuda/squared_norm.cu proves
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_case = pytest.mark.parametrize("case", SHAPES)
 
 
-def includes() -> list[Path]:
-    """Where the headers are; skips the test where some are missing."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or shutil.which("g++") is None:
-        pytest.skip("needs nvcc, for its headers, and g++")
-    pybind11 = pytest.importorskip("pybind11")
-    # nvcc may be a link or a script: it says itself where it lives.
-    dry_run = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
-    (top,) = [line.split("=", 1)[1] for line in dry_run.splitlines() if line.startswith("#$ TOP=")]
-    python = Path(sysconfig.get_paths()["include"])
-    return [STAND_IN, Path(top.strip()) / "include", python, Path(pybind11.get_include())]
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The module _C with the CUDA kernels on the CPU; the CPU kernels for the baseline alone."""
-    build = tmp_path_factory.mktemp("cuda_on_host")
-    flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
-    # A misaligned access or an overflow stops the process.
-    undefined = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
-    flags += [*(f"-I{path}" for path in includes())]
-    sources = {path: ["-O1", *undefined] for path in (CSRC / "cuda").glob("*.cu")}
-    sources |= {STAND_IN / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}
-    intrinsics = ["-include", "immintrin.h"] if platform.machine() == "x86_64" else []
-    sources |= {CSRC / f"cpu/{name}.cpp": ["-O0", *intrinsics] for name in ("drivers", "kernels")}
+def host() -> build.Host:
+    """The module _C with the CUDA kernels on the CPU."""
+    return build.Host(build.build_sources())
 
-    def compile_(path: Path) -> Path:
-        out = build / f"{path.stem}{path.suffix}.o"
-        command = ["g++", *flags, *sources[path], "-x", "c++", "-c", str(path), "-o", str(out)]
-        subprocess.run(command, check=True)
-        return out
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_, sources))
-    library = build / "_C.so"
-    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-    spec = importlib.util.spec_from_file_location("_C", library, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module", params=CODE)
+def kernels(request: pytest.FixtureRequest, host: build.Host) -> Iterator[build.Host]:
+    """The kernels as their sources say, or as the PTX of one architecture does."""
+    if request.param != "sources":
+        host.run_ptx(build.build_all_ptx(host.path, request.param))
+    yield host
+    host.run_sources()
 
 
 @pytest.fixture(autouse=True)
-def on_host(compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_host(
+    kernels: build.Host, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[build.Host]:
     """Makes CPU tensors take the way of CUDA tensors."""
 
     def select(device: torch.device) -> ModuleType:
         return native_cuda if dispatch.backend_name("cpu") == "native" else reference
 
-    monkeypatch.setattr(native_cuda, "_C", compiled)
+    kernels.seed(zlib.crc32(request.node.name.encode()))
+    monkeypatch.setattr(native_cuda, "_C", kernels.module)
     monkeypatch.setattr(native_cuda, "_on", lambda device: (0, 0))
     monkeypatch.setattr(dispatch, "select", select)
     with dispatch.use_backend("native"):
-        yield
+        yield kernels
 
 
 def on_reference(run: Any, x: SimpleNamespace) -> list[Tensor]:
@@ -150,8 +126,9 @@ def test_sums_equal_the_reference_but_for_their_order(
     name: str, case: str, dtype: torch.dtype
 ) -> None:
     x = lists(case, dtype)
+    tolerance = SUM_TOLERANCE if dtype == torch.float64 else SUM_OF_FLOATS_TOLERANCE
     for actual, expected in zip(SUMS[name](x), on_reference(SUMS[name], x)):
-        assert_sums(actual.double(), expected.double(), SUM_TOLERANCE)
+        assert_sums(actual.double(), expected.double(), tolerance)
 
 
 def test_sums_do_not_depend_on_the_alignment() -> None:
@@ -165,7 +142,7 @@ def test_more_tensors_than_one_launch_takes(name: str) -> None:
     def many() -> SimpleNamespace:
         sizes = random.Random(0).choices([0, 1, 3, 8, 33], k=1500)
         blocks = (tensor.split(sizes) for tensor in torch.rand(len(NAMES), sum(sizes)))
-        return SimpleNamespace(**dict(zip(NAMES, blocks)))
+        return as_state(SimpleNamespace(**dict(zip(NAMES, blocks))))
 
     torch.manual_seed(0)
     expected = on_cpu_kernels(UPDATES[name], many())
@@ -178,6 +155,37 @@ def test_partial_sums_of_more_tensors_than_one_launch_takes() -> None:
     assert_same_bits([ops.squared_norm(list(numbers.split(1)))], [numbers.double().square()])
 
 
+@pytest.mark.parametrize("count", [1, 31, 33, 255, 257, 1023, 1025, 3000])
+def test_perturb_sums_all_partials(count: int) -> None:
+    """Powers of two, whose sums are exact in every order."""
+    partials = torch.full((count,), 2.0**-20, dtype=torch.float64)
+    partials[-1] = partials[count // 2] = 2.0**-3
+
+    def run(x: SimpleNamespace) -> list[Tensor]:
+        ops.perturb_(x.theta, x.g_t, partials, 0.05)
+        return [*x.theta, *x.g_t]
+
+    def make() -> SimpleNamespace:
+        theta, g_t = torch.linspace(1, 2, 2 * 40).reshape(2, 40).unbind()
+        return SimpleNamespace(theta=[theta.clone()], g_t=[g_t.clone()])
+
+    assert_same_bits(run(make()), on_cpu_kernels(run, make()))
+
+
+# Exponents of ten: squares of floats that underflow, that just do not, and that overflow.
+@pytest.mark.parametrize("exponent", [-44, -30, -19, -15, 0, 15, 18.5, 25, 37])
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_squares_beyond_float(name: str, exponent: float) -> None:
+    x = lists("beyond a chunk", torch.float32)
+    for list_ in (x.g_h, x.g_p):
+        for tensor in list_:
+            tensor.mul_(10.0**exponent)
+            tensor[:: 3 if exponent else 1].mul_(1e-3)  # large and small ones in a pack
+            tensor[16:32] = 0
+    for actual, expected in zip(SUMS[name](x), on_reference(SUMS[name], x)):
+        assert_sums(actual.double(), expected.double(), SUM_OF_FLOATS_TOLERANCE)
+
+
 @each_dtype
 @pytest.mark.parametrize("name", UPDATES)
 def test_nothing_around_the_tensors_is_written(name: str, dtype: torch.dtype) -> None:
@@ -188,9 +196,43 @@ def test_nothing_around_the_tensors_is_written(name: str, dtype: torch.dtype) ->
             x = SimpleNamespace(**{k: [v[start : start + n]] for k, v in memory.items()})
             for k in NAMES:
                 getattr(x, k)[0].fill_(1.0)
+            as_state(x)
             UPDATES[name](x)
             for v in memory.values():
                 assert v[:start].eq(7).all() and v[start + n :].eq(7).all()
+
+
+def sectors_used(noted: list[tuple[int, int, int, int]]) -> float:
+    """The share of the 32-byte sectors that a warp's accesses touch that they use.
+
+    Of those in which all 32 threads access different addresses.
+    """
+    by_turn: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    turns: Counter[tuple[int, int]] = Counter()
+    for instruction, thread, address, size in noted:
+        turn = turns[instruction, thread]
+        turns[instruction, thread] += 1
+        by_turn.setdefault((instruction, turn), []).append((address, size))
+    used = touched = 0
+    for accesses in by_turn.values():
+        if len(set(accesses)) == 32:
+            used += sum(size for _, size in accesses)
+            touched += 32 * len({b // 32 for a, size in accesses for b in range(a, a + size)})
+    return used / touched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", UPDATES)
+def test_one_misaligned_list_is_accessed_coalesced(
+    on_host: build.Host, kernels: build.Host, name: str, dtype: torch.dtype
+) -> None:
+    """With whole packs a thread, single elements used 1/8 of the sectors of a bfloat16 list."""
+    if on_host.is_source:
+        pytest.skip("sources do not tell their accesses")
+    x = SimpleNamespace(**{k: [torch.rand(8193, dtype=dtype)[1:]] for k in NAMES})
+    kernels.noted(True)
+    UPDATES[name](x)
+    assert sectors_used(kernels.noted(False)) > 0.6
 
 
 @pytest.fixture
@@ -207,34 +249,16 @@ def scalars_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("found_inf", [0.0, 1.0])
-@pytest.mark.parametrize("saved", [True, False], ids=["saved", ""])
-def test_scalars_on_the_device(
-    scalars_on_device: None, dtype: torch.dtype, found_inf: float, saved: bool
-) -> None:
-    def run(x: SimpleNamespace) -> list[Tensor]:
-        x.saved = x.saved if saved else []
-        flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
-        ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, scalar(0.1), **SGD, **flags)
-        return [*x.theta, *x.m]
-
-    expected = on_reference(run, lists("odd", dtype))
-    assert_same_bits(run(lists("odd", dtype)), expected)
-
-
-@each_dtype
-@pytest.mark.parametrize("found_inf", [0.0, 1.0])
 @pytest.mark.parametrize("kept", ["saved", "", "master"])
-def test_scalars_of_adam_on_the_device(
-    scalars_on_device: None, dtype: torch.dtype, found_inf: float, kept: str
+@pytest.mark.parametrize("op", BASES)
+def test_scalars_on_the_device(
+    scalars_on_device: None, op: str, dtype: torch.dtype, found_inf: float, kept: str
 ) -> None:
     def run(x: SimpleNamespace) -> list[Tensor]:
-        step = steps(len(x.theta))
+        arguments = arguments_of(op, x)
         flags = {"grad_scale": torch.tensor([8.0]), "found_inf": torch.tensor([found_inf])}
-        ops.adam_update_(
-            x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max, step, scalar(0.1), **ADAM, **flags,
-            master=getattr(x, "master", ()),
-        )  # fmt: skip
-        return [t for list_ in vars(x).values() for t in list_] + step
+        getattr(ops, op)(**arguments, **flags)
+        return [t for list_ in vars(x).values() for t in list_] + arguments.get("step", [])
 
     def make() -> SimpleNamespace:
         x = lists("odd", dtype)
@@ -263,12 +287,12 @@ def test_grad_check_finds(value: float, element: int) -> None:
 @each_dtype
 @pytest.mark.parametrize(
     ("rows", "classes"),
-    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000)],
+    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (3, 8142), (1, 33_000), (8195, 3)],
 )
 def test_cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> None:
     logits, targets = logits_and_targets(rows, classes, dtype)
     plain, sharp, _ = class_weights(classes, dtype)
-    check(logits, targets, plain, sharp)
+    check(logits, targets, plain, sharp, batch_size=16.0)  # float16 could not hold 1 / 8195
 
 
 @each_dtype
@@ -289,6 +313,27 @@ def test_cross_entropy_options(
 def test_cross_entropy_of_strided_logits(layout: Any, dtype: torch.dtype) -> None:
     logits, targets = logits_and_targets(5, 37, dtype)
     check(layout(logits), targets, *class_weights(37, dtype), label_smoothing=0.1)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [1, 7, 33, 1003, 5000])
+def test_the_maximum_of_a_row_is_exact(classes: int, dtype: torch.dtype) -> None:
+    logits, targets = logits_and_targets(9, classes, dtype)
+    for i, row in enumerate(logits):
+        row[i * 997 % classes] = 100 + i  # of another warp in each row
+    plain, sharp, _ = class_weights(classes, dtype)
+    arguments = logits, targets, plain, sharp, None, 0.0, -100, None
+    lse = native_cuda.split_cross_entropy(*arguments)[3]
+    assert_same_bits([lse[:, 0]], [logits.amax(dim=1).to(lse.dtype)])
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [9, 24, 40, 301, 1003])
+def test_gradients_aligned_otherwise_than_logits(classes: int, dtype: torch.dtype) -> None:
+    """Rows of a padded vocabulary, from every alignment."""
+    padded, targets = logits_and_targets(9, classes + 13, dtype)
+    logits = padded[:, 3 : 3 + classes]
+    check(logits, targets % classes, *class_weights(classes, dtype), label_smoothing=0.1)
 
 
 @each_dtype

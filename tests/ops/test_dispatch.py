@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from imbsam_fast import ops
+from imbsam_fast import kernels, ops
 from imbsam_fast.ops import dispatch, native, reference
 from imbsam_fast.ops.dispatch import use_backend
 
@@ -66,6 +68,38 @@ def test_automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_automatic_choice_without_the_compiled_module(no_compiled_module: None) -> None:
     assert dispatch.backend_name("cpu") != "native"
     assert ops.squared_norm([torch.ones(3)]).sum().item() == 3
+
+
+@pytest.fixture
+def gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(native, "_reason_no_cuda", lambda: "no nvcc at build time")
+    monkeypatch.setattr(kernels, "reason_unavailable", lambda device_type: "triton is 3.2")
+    dispatch._warn_of_reference.cache_clear()
+    yield
+    dispatch._warn_of_reference.cache_clear()
+
+
+def test_a_slow_fallback_on_a_gpu_is_said_once(gpu_without_kernels: None) -> None:
+    with pytest.warns(UserWarning, match="in pure torch on this GPU") as warned:
+        for _ in range(3):
+            assert dispatch.select(torch.device("cuda")) is reference
+    (warning,) = warned
+    for part in ("no nvcc at build time. The", "triton is 3.2. Install", "IMBSAM_CUDA=ON", "2.8"):
+        assert part in str(warning.message)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "mps"])
+def test_there_is_no_warning_elsewhere(gpu_without_kernels: None, device: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.backend_name(device)
+
+
+def test_who_asks_for_the_reference_is_not_warned(gpu_without_kernels: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with use_backend("reference"):
+            assert dispatch.select(torch.device("cuda")) is reference
 
 
 def test_forced_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from bases import BASES
 from conftest import Backend
 from samples import (
-    ADAM,
     DTYPES,
     RHO,
-    SGD,
+    arguments_of,
     class_weights,
     lists,
     logits_and_targets,
     scalar,
-    steps,
     with_master,
 )
+
+from imbsam_fast import ops
 
 OPERATORS = torch.ops.imbsam_fast
 Samples = dict[str, Callable[[torch.dtype, str], tuple[Any, ...]]]
@@ -33,38 +36,32 @@ def few(dtype: torch.dtype, device: str) -> Any:
     return x
 
 
-def sgd_update(dtype: torch.dtype, device: str, absent: tuple[str, ...], amp: bool) -> tuple:
-    x = few(dtype, device)
-    for name in absent:
-        setattr(x, name, [])
-    settings = {**SGD, "momentum": SGD["momentum"] if x.m else 0.0}
-    scalars = (torch.ones(1, device=device), torch.zeros(1, device=device)) if amp else (None, None)
-    lr = scalar(0.1, device)
-    return x.theta, x.saved, x.g_h, x.g_p, x.m, lr, *settings.values(), *scalars, []
-
-
-def adam_update(
-    dtype: torch.dtype, device: str, absent: tuple[str, ...] = (), master: bool = False
+def update(
+    op: str, dtype: torch.dtype, device: str, few_lists: bool = False, master: bool = False
 ) -> tuple:
+    """The arguments of a fused base, without what may be absent, or with master weights."""
     x = few(dtype, device)
     if master and dtype in (torch.bfloat16, torch.float16):
         with_master(x)
-    for name in absent:
-        setattr(x, name, [])
-    scalars = () if absent else (torch.ones(1, device=device), torch.zeros(1, device=device))
-    rest = steps(2, device), scalar(0.1, device), *ADAM.values(), *(scalars or (None, None))
-    return x.theta, x.saved, x.g_h, x.g_p, x.m, x.v, x.v_max, *rest, getattr(x, "master", [])
+    arguments = {**arguments_of(op, x), "grad_scale": None, "found_inf": None}
+    if few_lists:
+        base = BASES[op]
+        arguments |= {name: [] for name in ("saved", "g_h", *base.optional)}
+        if "momentum" in base.settings:
+            arguments["momentum"] = 0.0
+    else:
+        flags = torch.ones(1, device=device), torch.zeros(1, device=device)
+        arguments["grad_scale"], arguments["found_inf"] = flags
+    names = inspect.signature(getattr(ops, op)).parameters
+    return tuple(arguments[name] for name in names)
 
 
-def master_weights(op: str, dtype: torch.dtype, device: str) -> tuple:
+def perturb_master(dtype: torch.dtype, device: str) -> tuple:
     """With master weights where the dtype allows them."""
     half = dtype in (torch.bfloat16, torch.float16)
     x = with_master(few(dtype, device)) if half else few(dtype, device)
     master = x.master if half else []
-    if op == "perturb_":
-        return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, master, []
-    lists = x.theta, x.saved, x.g_h, x.g_p, x.m
-    return *lists, scalar(0.1, device), *SGD.values(), None, None, master
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, master, []
 
 
 def cross_entropy(dtype: torch.dtype, device: str, options: tuple, rows: int = 6) -> tuple:
@@ -96,18 +93,16 @@ SAMPLES: dict[str, Samples] = {
     },
     "perturb_": {
         "adaptive": lambda *on: adaptive("perturb_", *on),
-        "master": lambda *on: master_weights("perturb_", *on),
+        "master": perturb_master,
         "held": lambda *on: (*adaptive("perturb_", *on)[:-1], few(*on).g_h),
     },
-    "sgd_update_": {
-        "all": lambda *on: sgd_update(*on, absent=(), amp=True),
-        "few": lambda *on: sgd_update(*on, absent=("saved", "g_h", "m"), amp=False),
-        "master": lambda *on: master_weights("sgd_update_", *on),
-    },
-    "adam_update_": {
-        "all": lambda *on: adam_update(*on),
-        "few": lambda *on: adam_update(*on, absent=("saved", "g_h", "v_max")),
-        "master": lambda *on: adam_update(*on, master=True),
+    **{
+        op: {
+            "all": functools.partial(update, op),
+            "few": functools.partial(update, op, few_lists=True),
+            "master": functools.partial(update, op, master=True),
+        }
+        for op in BASES
     },
     "merge_": {
         "all": lambda *on: (few(*on).theta, few(*on).saved, few(*on).g_h, few(*on).g_p),

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bases import BASES
 from checks import (
     SUM_TOLERANCE,
     TOLERANCE,
@@ -15,7 +16,7 @@ from checks import (
     assert_sums,
 )
 from conftest import Backend
-from samples import DTYPES, RHO, SGD, SHAPES, UPDATES, doubles, lists, scalar, tensors
+from samples import DTYPES, RHO, SGD, SHAPES, UPDATES, doubles, lists, tensors
 from torch import Tensor
 
 from imbsam_fast import ops
@@ -136,107 +137,6 @@ def test_perturb_sums_the_partials_it_is_given(backend: Backend, count: int) -> 
 # ---------------------------------------------------------------- sgd_update_
 
 
-def sgd_stepped(
-    x: SimpleNamespace,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One step in float64 from `saved`, or from theta where that is []; theta and m."""
-    g = doubles(x.g_p)
-    if x.g_h:
-        g = [h + p for h, p in zip(doubles(x.g_h), g)]
-    thetas, buffers = [], []
-    for i, start in enumerate(doubles(x.saved or x.theta)):
-        d = (-g[i] if maximize else g[i]) + weight_decay * start
-        step = d
-        if momentum:
-            m = momentum * x.m[i].double().cpu() + (1 - dampening) * d
-            buffers.append(m)
-            step = d + momentum * m if nesterov else m
-        thetas.append(start - lr * step)
-    return thetas, buffers
-
-
-SGD_SETTINGS: list[dict[str, float | bool]] = [
-    {"momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0},
-    {"momentum": 0.0, "dampening": 0.0},
-    {"dampening": 0.0, "weight_decay": 0.0},
-    {},
-    {"dampening": 0.0, "nesterov": True},
-    {"maximize": True},
-    {"dampening": 0.0, "nesterov": True, "maximize": True, "weight_decay": 0.1},
-]
-
-
-def settings_id(changes: dict[str, float | bool]) -> str:
-    return ",".join(f"{name}={value}" for name, value in changes.items()) or "default"
-
-
-each_setting = pytest.mark.parametrize("changes", SGD_SETTINGS, ids=settings_id)
-
-
-@each_dtype
-@each_case
-def test_sgd_update(backend: Backend, case: str, dtype: torch.dtype) -> None:
-    actual, plain, start = (lists(case, dtype, backend.device) for _ in range(3))
-    lr = scalar(0.1, backend.device)
-    for implementation, x in ((ops, actual), (reference, plain)):
-        implementation.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD)
-    truth_theta, truth_m = sgd_stepped(start, 0.1, **SGD)
-    assert_lists_as_accurate(actual.theta, plain.theta, truth_theta)
-    assert_lists_as_accurate(actual.m, plain.m, truth_m)
-    for name in ("saved", "g_h", "g_p"):
-        assert_same_bits(getattr(actual, name), getattr(start, name))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("absent", [(), ("saved",), ("g_h",), ("saved", "g_h")], ids=str)
-@each_setting
-def test_sgd_update_settings(
-    backend: Backend, dtype: torch.dtype, absent: tuple[str, ...], changes: dict
-) -> None:
-    settings = {**SGD, **changes}
-    actual, plain, start = (lists("odd", dtype, backend.device) for _ in range(3))
-    lr = scalar(0.1, backend.device)
-    for x in (actual, plain, start):
-        remove(x, *absent)
-        if not settings["momentum"]:
-            remove(x, "m")
-    for implementation, x in ((ops, actual), (reference, plain)):
-        implementation.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **settings)
-    truth_theta, truth_m = sgd_stepped(start, 0.1, **settings)
-    assert_lists_as_accurate(actual.theta, plain.theta, truth_theta)
-    assert_lists_as_accurate(actual.m, plain.m, truth_m)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@each_setting
-def test_sgd_update_is_torch_sgd(backend: Backend, dtype: torch.dtype, changes: dict) -> None:
-    settings = {**SGD, **changes}
-    theta, expected = (tensors("odd", dtype, 0, backend.device) for _ in range(2))
-    m = [torch.zeros_like(t) for t in theta] if settings["momentum"] else []
-    sgd = torch.optim.SGD(expected, lr=0.1, **settings)
-    for step in range(5):
-        saved = [t.clone() for t in theta]
-        g_h, g_p = (tensors("odd", dtype, 10 * step + i, backend.device) for i in (1, 2))
-        for t, e, h, p in zip(theta, expected, g_h, g_p):
-            t.fill_(7.0)  # the perturbed weights play no part
-            e.grad = h + p
-        sgd.step()
-        # torch takes the first gradient undampened.
-        now = settings if step else {**settings, "dampening": 0.0}
-        ops.sgd_update_(theta, saved, g_h, g_p, m, scalar(0.1, backend.device), **now)
-    tolerance = 5 * TOLERANCE[dtype]
-    torch.testing.assert_close(theta, expected, rtol=tolerance, atol=tolerance)
-    if m:
-        buffers = [sgd.state[e]["momentum_buffer"] for e in expected]
-        torch.testing.assert_close(m, buffers, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
 def test_sgd_update_undoes_the_loss_scale(
@@ -251,31 +151,6 @@ def test_sgd_update_undoes_the_loss_scale(
         ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD, grad_scale=scale)
     assert_same_bits(scaled.theta, unscaled.theta)
     assert_same_bits(scaled.m, unscaled.m)
-
-
-@each_dtype
-@pytest.mark.parametrize("saved", [True, False])
-def test_found_inf_only_restores(backend: Backend, dtype: torch.dtype, saved: bool) -> None:
-    x, start = (lists("odd", dtype, backend.device) for _ in range(2))
-    if not saved:
-        x.saved, start.saved = [], start.theta
-    x.g_p[0].fill_(float("nan"))
-    x.g_h[-2].fill_(float("inf"))
-    found_inf = torch.ones(1, device=backend.device)
-    lr = scalar(0.1, backend.device)
-    ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD, found_inf=found_inf)
-    assert_same_bits(x.theta, start.saved)
-    assert_same_bits(x.m, start.m)
-
-
-@each_dtype
-def test_found_inf_zero_changes_nothing(backend: Backend, dtype: torch.dtype) -> None:
-    with_flag, without = (lists("odd", dtype, backend.device) for _ in range(2))
-    lr = scalar(0.1, backend.device)
-    for x, found_inf in ((with_flag, torch.zeros(1, device=backend.device)), (without, None)):
-        ops.sgd_update_(x.theta, x.saved, x.g_h, x.g_p, x.m, lr, **SGD, found_inf=found_inf)
-    assert_same_bits(with_flag.theta, without.theta)
-    assert_same_bits(with_flag.m, without.m)
 
 
 # ---------------------------------------------------------------- merge_
@@ -358,7 +233,7 @@ def test_grad_check_finds_what_the_sum_makes(backend: Backend) -> None:
     ("op", "written"),
     [
         ("perturb_", ("theta", "g_p")),
-        ("sgd_update_", ("theta", "m")),
+        *((op, ("theta", *base.state)) for op, base in BASES.items()),
         ("merge_", ("theta", "g_p")),
     ],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bases import BASES
 
 import imbsam_fast
 
@@ -44,20 +45,17 @@ READ_AND_WRITTEN = {
     "squared_norm": (2, 0),
     "perturb_": (2, 2),
     "perturb_ held": (3, 3),
-    "sgd_update_": (4, 2),
-    "adam_update_": (6, 4),
     "merge_": (3, 2),
     "grad_check": (2, 0),
     "row_losses": (2, 0),  # the logits, for label smoothing once more
     "backward": (1, 1),
 }
 # With master weights, the lists in the dtype of the data and those in float32, of twice its size.
-READ_AND_WRITTEN |= {
-    "perturb_ master": (1 + 2, 1),
-    "sgd_update_ master": (2 + 2 * 2, 1 + 2 * 2),
-    "adam_update_ master": (2 + 4 * 2, 1 + 4 * 2),
-}
-PHASES = ("squared_norm", "perturb_", "sgd_update_", "adam_update_", "merge_", "grad_check")
+READ_AND_WRITTEN |= {"perturb_ master": (1 + 2, 1)}
+for op, base in BASES.items():  # saved, g_h, g_p and the state; theta and the state
+    n = len(base.state)
+    READ_AND_WRITTEN |= {op: (3 + n, 1 + n), f"{op} master": (2 + 2 * (1 + n), 1 + 2 * (1 + n))}
+PHASES = ("squared_norm", "perturb_", *BASES, "merge_", "grad_check")
 
 
 def named(kernels: list[dict[str, Any]]) -> list[str]:
@@ -65,7 +63,7 @@ def named(kernels: list[dict[str, Any]]) -> list[str]:
 
 
 def test_every_kernel(kernels: list[dict[str, Any]]) -> None:
-    assert {k["op"] for k in kernels} == {*READ_AND_WRITTEN, "totals"}
+    assert {k["op"] for k in kernels} == {*READ_AND_WRITTEN, "totals", "scale"}
     assert {k["dtype"] for k in kernels} >= {"fp32", "bf16"}
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from phases import classifier, equal, fill, gradients, one_step, parameters, snapshot
-from torch.optim import SGD, AdamW, RMSprop
+from torch.optim import SGD, Adagrad, AdamW
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.optim.lean import LeanImbSAM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-each_base = pytest.mark.parametrize("base", [SGD, AdamW, RMSprop])
+each_base = pytest.mark.parametrize("base", [SGD, AdamW, Adagrad])
 
 
 @each_base
@@ -156,3 +160,43 @@ def test_hooks_of_state_dicts():
     assert calls == ["save", 0.01] and other.param_groups[0]["rho"] == 0.2
     own = [s["exp_avg"] for s in other.state.values()]
     assert equal(own, [s["exp_avg"] for s in optimizer.state.values()])
+
+
+@each_base
+def test_global_hooks_run_once_a_step(base):
+    """Around the step of the ImbSAM, whether its base takes a step of its own or not."""
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda o, *_: seen.append(("pre", o))),
+        register_optimizer_step_post_hook(lambda o, *_: seen.append(("post", o))),
+    ]
+    params = parameters()
+    optimizer = ImbSAM(base(params, lr=0.01))
+    try:
+        for _ in range(2):
+            one_step(optimizer, params)
+            assert seen == [("pre", optimizer), ("post", optimizer)]
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    fill(params, gradients(0))
+    optimizer.third_step()
+    optimizer.base.step()
+    assert not seen
+
+
+def test_a_base_that_fails_leaves_the_global_hooks_where_they_were():
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(1))
+    try:
+        params = parameters()
+        optimizer = ImbSAM(Adagrad(params, lr=0.01))
+        optimizer.base.register_step_pre_hook(lambda *_: 1 / 0)
+        fill(params, gradients(0))
+        with pytest.raises(ZeroDivisionError):
+            optimizer.third_step()
+        SGD(parameters(), lr=0.1).step()
+        assert seen == [1, 1]
+    finally:
+        handle.remove()

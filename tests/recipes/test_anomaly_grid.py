@@ -130,6 +130,7 @@ def test_an_interrupted_grid_goes_on(data_dir, tmp_path, monkeypatch):
     assert {cell.ratio for cell in jobs} == {0.1}
 
 
+@pytest.mark.slow
 def test_processes_make_the_same_fits(data_dir, tmp_path):
     # One cell starts one process, which takes seconds.
     arguments = ("--sets", "other", "--detector", "devnet", "--optimizer", "imbsam", "--save")

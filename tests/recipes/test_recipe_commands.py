@@ -317,7 +317,7 @@ def test_scalars_are_written_for_tensorboard(data_dir, tmp_path):
     (run,) = find_runs([tmp_path / "runs"])
     events = accumulator.EventAccumulator(str(run.path / "tensorboard"))
     events.Reload()
-    written = [(e.step, e.value) for e in events.Scalars("loss")]
+    written = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert written == [(r["epoch"], pytest.approx(r["loss"], rel=1e-6)) for r in run.log()]
 
 

@@ -1,8 +1,8 @@
-"""The data of the image recipes: formats, damage, augmentation, sampling."""
+"""The data of the image recipes: images in memory and in files, lists, damage, sampling."""
 
 from __future__ import annotations
 
-import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +13,22 @@ pytest.importorskip("torchvision")
 
 from PIL import Image
 
-from imbsam_fast.recipes.data import cifar
+from imbsam_fast.recipes.data import cifar, listed_files
 from imbsam_fast.recipes.data import lists as image_lists
-from imbsam_fast.recipes.data import packed as packed_jpeg
+from imbsam_fast.recipes.data import workers as workers_module
 from imbsam_fast.recipes.data.files import FileImages, FileOptions
 from imbsam_fast.recipes.data.images import (
     DataError,
     MemoryImages,
-    decode,
     generator,
     long_tailed,
 )
+from imbsam_fast.recipes.data.listed_files import check_files, read_lists
 from imbsam_fast.recipes.data.lists import ImageList
 from imbsam_fast.recipes.train import stages
 from tests import recipe_data
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-COUNTS = [8, 6, 5, 4, 3, 2, 2, 1, 1, 1]
 
 
 @pytest.fixture
@@ -100,78 +99,7 @@ def test_long_tailed_keeps_first_images_and_validates_on_the_next_ones():
         long_tailed(MemoryImages(pixels, targets, PLAIN), None, [4, 1], 2, None)
 
 
-# ---------------------------------------------------------------- archives and folders
-
-
-def test_packed_archive_keeps_images_labels_and_names_together(tmp_path):
-    data = packed_jpeg.load(recipe_data.packed(tmp_path, [9] * 10), COUNTS, validation=1)
-    assert data.counts == COUNTS and len(data.train) == sum(COUNTS)
-    assert (len(data.test), len(data.validation)) == (20, 10)
-    assert data.class_names[3] == "class 3"
-    for image, label in zip(data.train.pixels, data.train.targets):
-        expected = recipe_data.pixels(1, int(label), 0).float().mean(dim=(0, 2, 3))
-        assert (image.float().mean(dim=(1, 2)) - expected).abs().max() < 4  # noise and JPEG
-
-
-@pytest.mark.parametrize("name", [packed_jpeg.TRAIN_FILE, packed_jpeg.TEST_FILE])
-def test_missing_and_damaged_archives_are_named(tmp_path, name):
-    recipe_data.packed(tmp_path, [2] * 10)
-    path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match=f"{name}' is damaged .* copy it again"):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
-    path.unlink()
-    with pytest.raises(DataError, match=f"{name}' does not exist"):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
-
-
-def without(key):
-    return lambda archive: archive.pop(key)
-
-
-def replaced(key, change):
-    return lambda archive: archive.update({key: change(archive[key])})
-
-
-def smaller_first_image(archive) -> None:
-    image = recipe_data.jpeg(recipe_data.pixels(1, 0, 0, size=16)[0])
-    end = archive["offsets"][1]
-    archive["jpeg"] = np.concatenate([np.frombuffer(image, np.uint8), archive["jpeg"][end:]])
-    archive["offsets"][1:] += len(image) - end
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (without("class_names"), "class_names is not a file in the archive"),
-        (replaced("labels", lambda labels: labels[:-1]), "19 labels and 21 offsets"),
-        (replaced("labels", lambda labels: labels + 1), "labels are 1 to 10, 10 class names"),
-        (replaced("labels", lambda labels: labels / 1), "labels are float64"),
-        (replaced("labels", lambda labels: labels.astype(str)), "labels are <U"),
-        (replaced("labels", lambda labels: labels.astype(object)), "allow_pickle=False"),
-        (replaced("offsets", lambda offsets: offsets[:-1]), "20 labels and 20 offsets"),
-        (replaced("jpeg", lambda jpeg: jpeg * 0), "image 0 of .* is damaged"),
-        (smaller_first_image, "image 1 of .* is damaged .it is not as large as the others"),
-    ],
-)
-def test_an_archive_whose_parts_do_not_fit_is_named(tmp_path, damage, message):
-    path = recipe_data.packed(tmp_path, [2] * 10) / packed_jpeg.TRAIN_FILE
-    with np.load(path) as archive:
-        content = dict(archive)
-    damage(content)
-    np.savez(path, **content)
-    with pytest.raises(DataError, match=message):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
-
-
-def test_a_test_archive_without_a_class_is_refused(tmp_path):
-    path = recipe_data.packed(tmp_path, [2] * 10) / packed_jpeg.TEST_FILE
-    with np.load(path) as archive:
-        content = dict(archive)
-    content["labels"][content["labels"] == 3] = 4
-    np.savez(path, **content)
-    with pytest.raises(DataError, match=r"cifar10_test.npz' has no image of class 3, expected"):
-        packed_jpeg.load(tmp_path, [1] * 10, 0)
+# ---------------------------------------------------------------- folders
 
 
 @pytest.mark.parametrize("num_classes", [10, 100])
@@ -202,7 +130,8 @@ def test_a_missing_or_damaged_cifar_file_is_named(tmp_path, monkeypatch):
 def test_list_of_paths_and_labels(tmp_path):
     file = tmp_path / "list.txt"
     file.write_text("a/b c.jpg 3\n\nd.png\t0\n", encoding="utf-8-sig")
-    assert image_lists.read(file, Path("root")) == (["root/a/b c.jpg", "root/d.png"], [3, 0], None)
+    found = image_lists.read(file, Path("root"))
+    assert found == (["root/a/b c.jpg", "root/d.png"], [3, 0], None, None)
 
 
 @pytest.mark.parametrize("line", ["only-a-path.jpg", "a.jpg x", "a.jpg -1", " 3"])
@@ -237,6 +166,98 @@ def test_an_empty_list_is_refused(tmp_path):
         image_lists.read(tmp_path / "list.txt", tmp_path)
 
 
+def coco(categories: dict[int, str], used: list[int]) -> str:
+    """iNaturalist's JSON with an image of each of the `used` categories."""
+    return json.dumps(
+        {
+            "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(len(used))],
+            "annotations": [{"image_id": i, "category_id": k} for i, k in enumerate(used)],
+            "categories": [{"id": k, "name": name} for k, name in categories.items()],
+        }
+    )
+
+
+TRAIN = coco({10: "ant", 20: "bee", 30: "fly"}, [30, 10, 20])
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (coco({20: "bee", 30: "fly", 40: "elk"}, [20, 30, 40]),
+         r"category ids, expected the same: 10 only in the first, 40 only in the second"),
+        (coco({10: "ant", 20: "fly", 30: "bee"}, [10, 20, 30]),
+         r"categories, expected the same: 20 bee, 30 fly only in the first, 20 fly, 30 bee only"),
+        (coco({10: "ant", 20: "bee", 30: "fly"}, [10, 30]), r"no image of the categories 20 \(bee"),
+        (coco({10: "ant", 20: "bee", 30: "fly"}, [10, 20]), r"no image of the categories 30 \(fly"),
+        ("a.jpg 0\nb.jpg 1\nc.jpg 2\n",
+         r"category ids, expected the same: 10, 20, 30 only in the first, 0, 1, 2 only in the sec"),
+    ],
+)  # fmt: skip
+def test_a_label_is_the_same_class_in_all_lists(other, message, tmp_path):
+    files = [tmp_path / "train2018.json", tmp_path / "val2018"]
+    files[0].write_text(TRAIN)
+    files[1].write_text(other)
+    with pytest.raises(DataError, match=message):
+        read_lists(files, tmp_path)
+
+
+def test_categories_are_numbered_by_their_ids(tmp_path):
+    files = [tmp_path / "train2018.JSON", tmp_path / "val2018.json"]
+    files[0].write_text(TRAIN)
+    files[1].write_text(coco({30: "fly", 10: "ant", 20: "bee"}, [10, 20, 30]))
+    with pytest.warns(
+        UserWarning, match="3 files of .*val2018.json' are in .* too, .*0.jpg' among"
+    ):
+        (train, other), num_classes = read_lists(files, tmp_path)
+    assert (train.labels, other.labels, num_classes) == ([2, 0, 1], [0, 1, 2], 3)
+    assert train.class_names == ["ant", "bee", "fly"]
+
+
+def test_a_file_that_is_listed_twice_counts_twice_with_one_class_and_is_refused_with_two(tmp_path):
+    file = tmp_path / "train.txt"
+    file.write_text("a.jpg 0\na.jpg 0\nb.jpg 1\n")
+    with pytest.warns(UserWarning, match="lists 1 files more than once; each line counts"):
+        ((images,), _) = read_lists([file], tmp_path)
+    assert images.labels == [0, 0, 1]
+    file.write_text("a.jpg 0\na.jpg 1\n")
+    with pytest.raises(DataError, match=r"a.jpg' with the classes 0 and 1, expected one"):
+        read_lists([file], tmp_path)
+
+
+def test_a_list_without_classes_gets_its_own_words(tmp_path):
+    file = tmp_path / "test2018.json"
+    file.write_text('{"images": [{"id": 1, "file_name": "a.jpg"}]}')
+    with pytest.raises(DataError, match=r"has images but no annotations.* such as val2018.json"):
+        image_lists.read(file, tmp_path)
+
+
+def test_missing_files_are_found_before_the_first_epoch(listed, tmp_path):
+    test = image_lists.read(tmp_path / "test.txt", tmp_path)
+    check_files([listed, test], tmp_path, whole=False, skip=False)
+    Path(test.paths[1]).unlink()
+    missing = f"'{test.paths[1]}' does not exist.*--image-root, now '{tmp_path}'"
+    with pytest.raises(DataError, match=missing):
+        check_files([listed, test], tmp_path, whole=False, skip=False)
+    with pytest.warns(UserWarning, match=missing):
+        check_files([listed, test], tmp_path, whole=False, skip=True)
+    nowhere = listed._replace(paths=[path + "x" for path in listed.paths])
+    with pytest.raises(DataError, match="nor do 5 others of the 6 that were looked for"):
+        check_files([nowhere], tmp_path, whole=False, skip=True)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_all_training_images_are_looked_for_only_when_asked(whole, tmp_path):
+    (tmp_path / "there").touch()
+    paths = [str(tmp_path / "there")] * (50 * listed_files.SAMPLE)
+    paths[17] = str(tmp_path / "missing")  # not in the sample
+    images = ImageList(paths, [0] * len(paths), None)
+    if whole:
+        with pytest.raises(DataError, match="missing' does not exist"):
+            check_files([images], tmp_path, whole, skip=False)
+    else:
+        check_files([images], tmp_path, whole, skip=False)
+
+
 def options(**changes) -> FileOptions:
     return FileOptions(16, PLAIN, 0.4, False, workers=0)._replace(**changes)
 
@@ -247,8 +268,9 @@ def listed(tmp_path) -> ImageList:
     return image_lists.read(tmp_path / "train.txt", tmp_path)
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_do_not_change_the_images(listed, workers):
+@pytest.mark.parametrize(("workers", "forks"), [(1, True), (3, True), (2, False)])
+def test_workers_do_not_change_the_images(listed, workers, forks, monkeypatch):
+    monkeypatch.setattr(workers_module, "FORKS", forks and workers_module.FORKS)
     batches = [torch.tensor([0, 5, 2]), torch.tensor([1, 1, 3]), torch.tensor([3, 4, 0])]
     here = list(FileImages(listed, options()).batches(batches, (7,)))
     there = list(FileImages(listed, options(workers=workers)).batches(batches, (7,), start=1))
@@ -268,14 +290,16 @@ def test_files_are_augmented_only_with_a_key(listed):
     assert not torch.equal(c, d)
 
 
-def test_a_broken_png_is_a_value_error():
-    file = io.BytesIO()
-    Image.effect_noise((40, 40), 60).save(file, "PNG")
-    content = bytearray(file.getvalue())
-    size = content.index(b"IDAT") - 4
-    content[size : size + 4] = (16).to_bytes(4, "big")  # the next chunk begins among the pixels
-    with pytest.raises(ValueError, match="broken PNG"):
-        decode(io.BytesIO(content))
+def test_tests_see_what_torchvision_makes(listed):
+    from torchvision.transforms import v2
+
+    path = listed.paths[0]
+    Image.effect_noise((90, 61), 50).convert("RGB").save(path, "JPEG")
+    ((x, _),) = FileImages(listed, options(size=28)).batches([torch.tensor([0])])
+    with Image.open(path) as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    expected = v2.Compose([v2.Resize(32, antialias=True), v2.CenterCrop(28)])(pixels)
+    assert torch.equal((x[0] * 255).round().byte(), expected)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "missing"])
@@ -286,10 +310,14 @@ def test_a_corrupt_image_is_named_or_skipped_and_counted(listed, damage):
     else:
         path.write_bytes(path.read_bytes()[:400] if damage == "truncated" else b"no image")
     batches = [torch.tensor([0, 1, 4]), torch.tensor([1, 2])]
-    with pytest.raises(DataError, match=f"'{path}' cannot be read .*--skip-corrupt"):
+    with pytest.raises(
+        DataError, match=f"'{path}' (cannot be read|does not exist).*--skip-corrupt"
+    ):
         list(FileImages(listed, options()).batches(batches))
     skipping = FileImages(listed, options(skip_corrupt=True))
-    with pytest.warns(UserWarning, match=f"'{path}' cannot be read .* left out") as warned:
+    with pytest.warns(
+        UserWarning, match=f"'{path}' (cannot be read .*|does not exist); left out"
+    ) as warned:
         assert [y.tolist() for _, y in skipping.batches(batches)] == [[0, 1], [0]]
     assert skipping.skipped == len(warned) == 1
 

@@ -195,7 +195,9 @@ def test_what_the_system_does_not_take_is_named(tmp_path):
 def test_a_run_is_trained_by_one_process_at_a_time(data, tmp_path):
     run = RunDirectory.create(tmp_path / "run", settings().to_dict())
     with run.in_use():
-        refused = pytest.raises(RunDirectoryError, match=r"run' is in use: another process")
+        refused = pytest.raises(
+            RunDirectoryError, match=f"run' is in use: process {os.getpid()} on "
+        )
         with refused, RunDirectory.open(run.path).in_use():
             pass
     with RunDirectory.open(run.path).in_use():  # free again

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,16 @@ import pytest
 import torch
 from networks import COUNTS, batches, distance, imbsam, network
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, split_loss
-from imbsam_fast.training.cuda_graph import WARM_UP_STEPS, GraphedSteps
+from imbsam_fast.training.cuda_graph import (
+    CHANGES,
+    WARM_UP_STEPS,
+    GraphedSteps,
+    check_capturable,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,25 +39,57 @@ class StandIn:
             place.copy_(x)
 
 
-@contextmanager
-def capture(graph: StandIn, capture_error_mode: str) -> Iterator[None]:
-    StandIn.capturing = graph
-    yield
-    StandIn.capturing = None
+class Stream:
+    def wait_stream(self, other: Stream) -> None:
+        pass
+
+
+class Runtime:
+    """Stands in for torch.cuda, and notes on which streams and from which pools it works."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[torch.device, Any]] = []  # streams, with their devices
+        self.captures: list[tuple[Any, Any]] = []  # stream and pool of each
+        self.warm_ups: list[Any] = []  # the stream of each
+        self.current = Stream()
+        for name, value in {
+            "CUDAGraph": StandIn,
+            "graph": self.graph,
+            "current_stream": lambda device: self.current,
+            "Stream": self.stream,
+            "stream": self.on_stream,
+            "device": nullcontext,
+            "graph_pool_handle": object,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def graph(
+        self, graph: StandIn, pool: Any, stream: Any, capture_error_mode: str
+    ) -> Iterator[None]:
+        self.captures.append((stream, pool))
+        StandIn.capturing = graph
+        yield
+        StandIn.capturing = None
+
+    def stream(self, device: torch.device) -> Any:
+        made = Stream()
+        self.made.append((device, made))
+        return made
+
+    def on_stream(self, stream: Any) -> AbstractContextManager:
+        self.warm_ups.append(stream)
+        return nullcontext()
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], Callable]:
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    return Runtime(monkeypatch)
+
+
+@pytest.fixture
+def stand_in(runtime: Runtime) -> Callable[[Callable], Callable]:
     """Makes a step capturable by the stand-in."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {
-        "CUDAGraph": StandIn,
-        "graph": capture,
-        "current_stream": lambda device: stream,
-        "Stream": lambda device: stream,
-        "stream": lambda side: nullcontext(),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
 
     def capturable(step: Callable) -> Callable:
         def captured(inputs: Any, targets: Tensor) -> Any:
@@ -73,6 +112,10 @@ def train_step(model: nn.Module) -> TrainStep:
     )
 
 
+def captured(steps: GraphedSteps) -> int:
+    return sum(shape.graph is not None for shape in steps.shapes.values())
+
+
 def test_replays_are_the_steps_of_the_joint_plan(stand_in):
     """On new batches each time, among them some without head or tail rows, or with ignored ones."""
     model, expected = network("batch"), network("batch")
@@ -92,7 +135,7 @@ def test_replays_are_the_steps_of_the_joint_plan(stand_in):
         kept.append((loss, result.loss))
         torch.testing.assert_close((loss, logits), (result.loss, result.logits))
         assert distance(model, expected) < 1e-12
-    assert len(steps.graphs) == 1
+    assert captured(steps) == 1
     for loss, expected_loss in kept:  # a later replay does not write into earlier results
         torch.testing.assert_close(loss, expected_loss)
 
@@ -114,7 +157,145 @@ def test_every_shape_has_a_graph_after_its_own_warm_up(stand_in):
     channels_last = x.to(memory_format=torch.channels_last)
     steps(channels_last, y)
     assert calls == [16] * 5 + [7] * 2 + [16] * 2 + [7] * 2 + [16]
-    assert len(steps.graphs) == 2  # channels_last has not warmed up
+    assert captured(steps) == 2  # channels_last has not warmed up
+
+
+def test_one_stream_of_the_models_device_and_one_pool(runtime, stand_in):
+    """Whatever the current device is, and however many shapes there are."""
+    steps = GraphedSteps(stand_in(lambda x, y: (x.sum(), x)), torch.device("cuda:1"))
+    x = torch.ones(4, 10, dtype=torch.float64)
+    for rows in (4, 2, 3):
+        for _ in range(WARM_UP_STEPS + 2):
+            targets = SimpleTargets(rows)
+            steps(x[:rows], targets)
+    ((device, stream),) = runtime.made
+    assert device == torch.device("cuda:1")
+    assert runtime.warm_ups == [stream] * (3 * WARM_UP_STEPS)
+    assert len(runtime.captures) == 3 and len(set(runtime.captures)) == 1
+    assert runtime.captures[0][0] is stream and runtime.captures[0][1] is not None
+
+
+class SimpleTargets:
+    """Targets that any device may be asked for."""
+
+    def __init__(self, rows: int) -> None:
+        self.shape = (rows,)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def to(self, device: torch.device, **options: Any) -> SimpleTargets:
+        return self
+
+    def copy_(self, other: SimpleTargets, non_blocking: bool) -> None:
+        pass
+
+
+def graphed(stand_in: Callable, model: nn.Module) -> tuple[TrainStep, GraphedSteps]:
+    train = train_step(model)
+
+    def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        result = train.unconditional(x, y)
+        return result.loss, result.logits
+
+    return train, GraphedSteps(stand_in(step), CPU, train._constants)
+
+
+def change_setting(name: str, value: Any) -> Callable[[TrainStep], None]:
+    def change(step: TrainStep) -> None:
+        for group in step.optimizer.param_groups:
+            group[name] = value
+
+    return change
+
+
+def load_optimizer(step: TrainStep) -> None:
+    """Its state lies in new memory then."""
+    step.optimizer.load_state_dict(copy.deepcopy(step.optimizer.state_dict()))
+
+
+def move_weights(step: TrainStep) -> None:
+    for p in step.model.parameters():
+        p.data = p.data.clone()
+
+
+def freeze(step: TrainStep) -> None:
+    next(step.model.parameters()).requires_grad_(False)
+
+
+CHANGES_OF_CONSTANTS: dict[str, Callable[[TrainStep], None]] = {
+    "momentum": change_setting("momentum", 0.5),
+    "weight_decay": change_setting("weight_decay", 0.1),
+    "nesterov": change_setting("nesterov", True),
+    "rho": change_setting("rho", 0.3),
+    "adaptive": change_setting("adaptive", True),
+    "load_state_dict": load_optimizer,
+    "p.data": move_weights,
+    "eval": lambda step: step.model.eval() and None,
+    "requires_grad": freeze,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_CONSTANTS.values(), ids=CHANGES_OF_CONSTANTS.keys())
+def test_a_graph_is_given_up_when_a_constant_changes(stand_in, change):
+    """And steps are those of a training without graphs, before and after."""
+    model, expected = network("batch"), network("batch")
+    (train, steps), plain = graphed(stand_in, model), train_step(expected)
+    seen = []
+    for i, (x, y) in enumerate(batches(2 * (WARM_UP_STEPS + 2))):
+        if i == WARM_UP_STEPS + 2:
+            change(train)
+            change(plain)
+        steps(x, y)
+        plain(x, y)
+        seen.append(captured(steps))
+        assert distance(model, expected) < 1e-12
+    half = [0] * WARM_UP_STEPS + [1, 1]
+    assert seen == half + half
+
+
+def test_a_learning_rate_that_is_a_tensor_may_change(stand_in):
+    model, expected = network("batch"), network("batch")
+    (train, steps), plain = graphed(stand_in, model), train_step(expected)
+    for step in (train, plain):
+        change_setting("lr", torch.tensor(0.05, dtype=torch.float64))(step)
+    for x, y in batches(WARM_UP_STEPS + 4):
+        steps(x, y)
+        plain(x, y)
+        for step in (train, plain):
+            step.optimizer.param_groups[0]["lr"].mul_(0.5)
+        assert distance(model, expected) < 1e-12
+    assert captured(steps) == 1
+
+
+def test_a_momentum_that_changes_in_every_step_is_honoured_and_said(stand_in):
+    """As OneCycleLR and CyclicLR change it."""
+    model, expected = network("batch"), network("batch")
+    (train, steps), plain = graphed(stand_in, model), train_step(expected)
+    message = r"captures nothing as long as param_groups\[0\]\['momentum'\] changes"
+    with pytest.warns(UserWarning, match=message) as warned:
+        for i, (x, y) in enumerate(batches(CHANGES + 5)):
+            for step in (train, plain):
+                change_setting("momentum", 0.9 - i / 100)(step)
+            steps(x, y)
+            plain(x, y)
+    assert distance(model, expected) < 1e-12
+    assert captured(steps) == 0 and len(warned) == 1
+    for x, y in batches(WARM_UP_STEPS + 1):  # then it is captured after all
+        steps(x, y)
+    assert captured(steps) == 1
+
+
+def test_the_scale_of_a_grad_scaler_may_change_and_its_factors_are_constants():
+    model = network("batch")
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step = train_step(model)
+    step.grad_scaler = scaler
+    before = step._constants()
+    scaler.update(8.0) if scaler._scale is not None else None
+    assert step._constants() == before
+    scaler.set_growth_factor(3.0)
+    assert step._constants() != before
 
 
 def test_the_unconditional_step_counts_rows_itself():
@@ -141,7 +322,6 @@ def test_the_unconditional_step_counts_rows_itself():
         ({"plan": "split"}, "plan is 'split', expected with cuda_graph=True: the joint plan"),
         ({"plan": "auto"}, "plan is 'auto', expected with cuda_graph=True"),
         ({"plan": "joint", "micro_batch_size": 4}, "micro_batch_size is 4, expected with"),
-        ({"plan": "joint", "grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler is <"),
         ({"plan": "joint"}, r"param_groups\[0\]\['lr'\] is 0.05 and the parameters are on cpu"),
     ],
 )
@@ -150,6 +330,29 @@ def test_what_cannot_be_captured_is_named(settings, message):
     criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
     with pytest.raises(ValueError, match=message):
         TrainStep(model, criterion, imbsam(model), cuda_graph=True, **settings)
+
+
+def on_a_gpu(base: type[torch.optim.Optimizer], **settings: Any) -> Any:
+    """An ImbSAM whose parameters say that they are on a GPU, without one."""
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(3, device="cuda"))]
+        lr = torch.empty((), device="cuda")
+    group = {"params": params, "lr": lr, **settings}
+    inner = base([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    return SimpleNamespace(param_groups=[group], base=inner)
+
+
+def test_what_only_the_host_knows_is_not_captured():
+    scaler = torch.amp.GradScaler("cpu")
+    check_capturable(on_a_gpu(torch.optim.SGD), scaler)
+    check_capturable(on_a_gpu(torch.optim.Adam, capturable=True, fused=None), scaler)
+    check_capturable(on_a_gpu(torch.optim.Adam, capturable=False, fused=True), None)
+    check_capturable(on_a_gpu(torch.optim.Adagrad), None)
+    counts = r"param_groups\[0\]\['capturable'\] is False, expected True or fused=True"
+    with pytest.raises(ValueError, match=counts):
+        check_capturable(on_a_gpu(torch.optim.Adam, capturable=False, fused=None), None)
+    with pytest.raises(ValueError, match="base is Adagrad, expected with grad_scaler and cuda_gr"):
+        check_capturable(on_a_gpu(torch.optim.Adagrad), scaler)
 
 
 def test_the_split_plan_is_not_captured_as_another_one_under_batch_norm():

@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 
 from ..data.images import DataError
-from ..run_directory import RunDirectoryError, find_runs
-from ..settings.arguments import UsageError
+from ..models.names import needs_torchvision
+from ..run_directory import RunDirectory, RunDirectoryError, find_runs
+from ..settings.arguments import UsageError, require_extras
+from ..settings.datasets import DATASETS
 from .runs import Request, analyse, print_analysis, progress
 from .settings import ANALYSES, KINDS, AnalysisSettings
 
@@ -29,6 +31,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     directories = find_runs(args.runs)
+    require_extras(sorted({package for run in directories for package in _packages(run)}))
     if args.out is not None and len(directories) > 1:
         raise UsageError(f"--out is '{args.out}', expected with one run only, not with several")
     settings = AnalysisSettings(**{f.name: getattr(args, f.name) for f in fields(AnalysisSettings)})
@@ -47,3 +50,12 @@ def _run(args: argparse.Namespace) -> None:
             written = analyse(directory, request, settings, out, ticked)
         for file in written:
             print_analysis(console, file)
+
+
+def _packages(run: RunDirectory) -> list[str]:
+    """What reads the data of `run` and makes its network; what is wrong with them is said later."""
+    dataset = DATASETS.get(str(run.config.get("dataset")))
+    packages = [dataset.package] if dataset else []
+    if needs_torchvision(str(run.config.get("model"))):
+        packages.append("torchvision")
+    return packages

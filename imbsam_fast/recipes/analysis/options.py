@@ -6,7 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..settings.arguments import UsageError, check_device, number, require_extras
+from ..settings.arguments import (
+    MAX_SEED,
+    MAX_THREADS,
+    UsageError,
+    check_device,
+    number,
+    require_extras,
+)
 from .settings import ANALYSES, BATCH_NORM_MODES, KINDS, AnalysisSettings
 
 
@@ -42,7 +49,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
     add("rows", "at most so many images of the Hessian, and of each part of the landscape, drawn "
         "at random; 0 for all", type=number(0, kind=int), metavar="N")  # fmt: skip
-    add("seed", "of everything random", type=number(0, kind=int), metavar="S")
+    add("seed", "of everything random", type=number(0, MAX_SEED, kind=int), metavar="S")
     add("batch_size", "images at a time", type=count, metavar="N")
     add("batch_norm", "BatchNorm normalises by its running statistics, as in testing, or by each "
         "batch, as in training", choices=BATCH_NORM_MODES)  # fmt: skip
@@ -58,14 +65,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("plane_points", "of the landscape along each of two, odd", type=count, metavar="N")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                        help="default: %(default)s")  # fmt: skip
-    group.add_argument("--threads", type=count, metavar="N",
+    group.add_argument("--threads", type=number(1, MAX_THREADS, kind=int), metavar="N",
                        help="CPU threads of torch (default: as many as torch takes)")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
     """0; 2 with one line on stderr where the user has to change something."""
     try:
-        require_extras(["yaml", "matplotlib", "torchvision"])
+        require_extras(["yaml", "matplotlib"])
         check_device(args.device)
         _check(args)
         # With torch, which --help and a mistyped option need not wait for.

@@ -118,7 +118,10 @@ def analyse(
         samples = _parts(run, settings)
         work[LANDSCAPE] = lambda: _landscape(run, request, samples, settings, ticked)
     written = []
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(f"cannot write into '{out}': {error.strerror}") from error
     for name, compute in work.items():
         result = {
             "format": FORMAT,

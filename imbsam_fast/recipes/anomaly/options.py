@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from ...training.choices import EXACT_PLANS
-from ..settings.arguments import UsageError, number, require_extras
+from ..settings.arguments import MAX_THREADS, UsageError, number, require_extras
 from .settings import BASE_NAMES, DETECTOR_NAMES, OPTIMIZERS, PROTOCOLS, Settings, methods
 
 
@@ -73,7 +73,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--jobs", type=number(1, kind=int), default=1, metavar="N",
         help="processes that train at the same time (default: %(default)s)")  # fmt: skip
-    add("--threads", type=number(1, kind=int), default=1, metavar="N",
+    add("--threads", type=number(1, MAX_THREADS, kind=int), default=1, metavar="N",
         help="CPU threads of torch in each; more than one rarely helps networks so small "
         "(default: %(default)s)")  # fmt: skip
     add("--save", type=Path, metavar="DIR",

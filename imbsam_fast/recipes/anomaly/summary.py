@@ -40,7 +40,7 @@ def areas(fits: Iterable[Fit], metric: str) -> Areas:
 
 
 def at_every_ratio(fits: Sequence[Fit]) -> list[Fit]:
-    """The fits whose like was run at every ratio, so that ratios can be compared."""
+    """The fits that exist at every ratio, so that ratios can be compared."""
     run: dict[float, set[tuple[str, str, str, int]]] = {}
     for fit in fits:
         run.setdefault(fit.ratio, set()).add(_but_for_ratio(fit))

@@ -21,7 +21,7 @@ Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class Method(NamedTuple):
-    """How a network is trained, whatever its loss is."""
+    """How a network is trained, with any loss."""
 
     optimizer: str  # "sgd", "sam" or "imbsam"
     base: str  # one of BASES

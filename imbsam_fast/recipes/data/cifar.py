@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .images import (
-    CIFAR10_STATISTICS,
-    CIFAR100_STATISTICS,
+    CIFAR_STATISTICS,
     DataError,
     LongTailImages,
     MemoryImages,
@@ -40,7 +39,7 @@ def load(
     """
     dataset = _dataset(num_classes)
     _check_files(dataset, directory)
-    statistics = CIFAR10_STATISTICS if num_classes == 10 else CIFAR100_STATISTICS
+    statistics = CIFAR_STATISTICS[num_classes]
     train = dataset(str(directory), train=True)
     source = MemoryImages(*_tensors(train), statistics)
     test = MemoryImages(*_tensors(dataset(str(directory), train=False)), statistics)

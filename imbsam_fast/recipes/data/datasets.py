@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 from ..settings.config import RunConfig
-from . import cifar, digits, lists, packed
+from . import cifar, digits, packed
 from .files import FileImages, FileOptions
 from .images import (
     DataError,
     LongTailImages,
     MemoryImages,
     Statistics,
-    check_every_class,
     class_counts,
     long_tailed,
 )
+from .listed_files import check_files, read_lists
 
 # Pixels from 0 to 16 become -1 to 1.
 DIGITS_STATISTICS: Statistics = ((8 / 255,) * 3, (8 / 255,) * 3)
@@ -60,14 +60,19 @@ def _digits(config: RunConfig) -> LongTailImages:
 def _cifar(config: RunConfig, num_classes: int) -> LongTailImages:
     directory = Path(config.data_dir)
     counts = _counts(config, num_classes)
-    if num_classes == 10 and not (directory / cifar.folder(10)).exists():
-        if (directory / packed.TRAIN_FILE).exists():
-            return packed.load(directory, counts, config.validation)
-        raise DataError(
-            f"--data-dir is '{directory}', expected a directory that holds {cifar.folder(10)}, or "
-            f"{packed.TRAIN_FILE} and {packed.TEST_FILE}"
-        )
-    return cifar.load(directory, num_classes, counts, config.validation)
+    folder, archives = cifar.folder(num_classes), packed.CIFAR_FILES[num_classes]
+    if (directory / folder).exists():
+        return cifar.load(directory, num_classes, counts, config.validation)
+    if (directory / archives[0]).exists():
+        return packed.load_cifar(directory, num_classes, counts, config.validation)
+    raise DataError(
+        f"--data-dir is '{directory}', expected a directory that holds {folder}, or "
+        f"{' and '.join(archives)}"
+    )
+
+
+def _packed(config: RunConfig) -> LongTailImages:
+    return packed.load_own(Path(config.data_dir))
 
 
 def _image_files(
@@ -83,10 +88,8 @@ def _image_files(
     names = [config.train_list or train_file, config.test_list or test_file]
     if config.validation_list:
         names.append(config.validation_list)
-    read = [lists.read(directory / name, root) for name in names]
-    num_classes = max(max(images.labels) for images in read) + 1
-    for name, images in zip(names, read):
-        check_every_class(images.labels, num_classes, f"'{directory / name}'")
+    read, num_classes = read_lists([directory / name for name in names], root)
+    check_files(read, root, config.check_files, config.skip_corrupt)
     options = FileOptions(
         config.image_size, statistics, config.color_jitter, config.skip_corrupt, config.workers
     )
@@ -104,6 +107,7 @@ LOADERS: dict[str, Callable[[RunConfig], LongTailImages]] = {
     "digits": _digits,
     "cifar10-lt": partial(_cifar, num_classes=10),
     "cifar100-lt": partial(_cifar, num_classes=100),
+    "packed": _packed,
     "imagenet-lt": partial(_image_files, known=IMAGENET_LT_FILES, statistics=IMAGENET_STATISTICS),
     "inaturalist2018": partial(
         _image_files, known=INATURALIST_FILES, statistics=INATURALIST_STATISTICS

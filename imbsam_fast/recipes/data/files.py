@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from .images import WHOLE, DataError, Images, Statistics, decode, generator
+from .augmentation import Changes, finished
+from .images import CPU, WHOLE, DataError, Images, Statistics, generator
 from .lists import ImageList
+from .transfer import RawBatch, finished_on
+from .workers import Reply, Request, Unreadable, Workers
+
+# What the random numbers of a batch are for, part of the key of each generator.
+CROPS, CHANGES = range(2)
 
 
 class FileOptions(NamedTuple):
@@ -35,16 +41,25 @@ class FileImages(Images):
         self.images = images
         self.options = options
         self.targets = torch.tensor(images.labels, dtype=torch.int64)
+        self.cpu_seconds = 0.0  # of reading so many images, in whatever process
+        self.read_images = 0
         self._corrupt: set[str] = set()
+        self._workers: Workers | None = None  # those of training, which are kept
 
     @property
     def skipped(self) -> int:  # type: ignore[override]
+        """How many files could not be read so far."""
         return len(self._corrupt)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a batch's images, in pixels."""
+        return self.options.size, self.options.size
+
     def subset(self, rows: Tensor) -> FileImages:
-        paths, labels, names = self.images
-        kept = [paths[i] for i in rows], [labels[i] for i in rows]
-        return FileImages(ImageList(*kept, names), self.options)
+        """The images of `rows`, in their order."""
+        paths, labels = ([values[i] for i in rows.tolist()] for values in self.images[:2])
+        return FileImages(self.images._replace(paths=paths, labels=labels), self.options)
 
     def batches(
         self,
@@ -52,75 +67,75 @@ class FileImages(Images):
         key: tuple[int, ...] | None = None,
         start: int = 0,
         part: slice = WHOLE,
+        device: torch.device = CPU,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        # The row's position in the epoch goes with it: its random numbers depend on it.
-        requests = [
-            [(int(row), None if key is None else (*key, i, j)) for j, row in enumerate(rows)][part]
-            for i, rows in enumerate(batches)
-        ][start:]
-        loader = DataLoader(
-            _Decoded(self.images.paths, self.options),
-            batch_sampler=requests,
-            num_workers=min(self.options.workers, len(requests)),
-            collate_fn=list,
-            pin_memory=False,
-        )
-        for request, samples in zip(requests, loader):
-            decoded = [s for s in samples if isinstance(s, Tensor)]
-            self._refuse_or_count([s for s in samples if not isinstance(s, Tensor)])
-            if not decoded:
-                raise DataError(f"no image of a batch can be read, among them '{samples[0].path}'")
-            rows = [row for (row, _), s in zip(request, samples) if isinstance(s, Tensor)]
-            yield torch.stack(decoded), self.targets[rows]
+        """As Images.batches; files are decoded by worker processes."""
+        yield from finished_on(device, self._read(batches, key, start, part))
 
-    def _refuse_or_count(self, corrupt: list[_Corrupt]) -> None:
-        if corrupt and not self.options.skip_corrupt:
-            raise DataError(
-                f"'{corrupt[0].path}' {corrupt[0].reason}; copy it again, or leave such images out "
-                "with --skip-corrupt"
-            )
-        for path, reason in corrupt:
+    def close(self) -> None:
+        """End the processes that were kept."""
+        if self._workers is not None:
+            self._workers.close()
+        self._workers = None
+
+    def _read(
+        self, batches: Sequence[Tensor], key: tuple[int, ...] | None, start: int, part: slice
+    ) -> Iterator[RawBatch]:
+        left = range(start, len(batches))
+        rows = max((len(batches[i][part]) for i in left), default=0)
+        if not rows:
+            return
+        requests = (self._request(batches[i], key, i, part) for i in left)
+        replies = self._processes(rows, len(left), kept=key is not None).read(requests)
+        for i, (pixels, reply) in zip(left, replies):
+            self._refuse_or_count(reply)
+            self.cpu_seconds += reply.cpu_seconds
+            self.read_images += len(reply.kept)
+            kept = torch.tensor(reply.kept)
+            finish = self._finish(len(batches[i]), key, i, part, kept)
+            yield RawBatch(pixels, finish, self.targets[batches[i][part][kept]])
+
+    def _processes(self, rows: int, batches: int, kept: bool) -> Workers:
+        """Workers for batches of so many rows; those of training are kept for its next epoch."""
+        size, workers = self.options.size, self.options.workers
+        if not kept:
+            return Workers(min(workers, batches), rows, size, persistent=False)
+        if self._workers is None or self._workers.rows < rows:
+            self.close()
+            self._workers = Workers(workers, rows, size, persistent=True)
+        return self._workers
+
+    def _request(self, rows: Tensor, key: tuple[int, ...] | None, i: int, part: slice) -> Request:
+        paths = [self.images.paths[row] for row in rows[part].tolist()]
+        return Request(paths, None if key is None else (*key, i, CROPS), part, len(rows), slot=0)
+
+    def _finish(
+        self, rows: int, key: tuple[int, ...] | None, i: int, part: slice, kept: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        statistics, jitter = self.options.statistics, self.options.color_jitter
+        changes = None
+        if key is not None:
+            drawn = Changes.draw(rows, jitter, generator(*key, i, CHANGES))
+            changes = drawn.of(part).of(kept)
+        return partial(finished, statistics=statistics, jitter=jitter, changes=changes)
+
+    def _refuse_or_count(self, reply: Reply) -> None:
+        if reply.unreadable and not self.options.skip_corrupt:
+            raise _refusal(reply.unreadable[0])
+        for path, reason in reply.unreadable:
             if path not in self._corrupt:
                 warnings.warn(f"'{path}' {reason}; left out", stacklevel=2)
             self._corrupt.add(path)
+        if not reply.kept:
+            raise DataError(
+                f"no image of a batch can be read, among them '{reply.unreadable[0].path}'"
+            )
 
 
-class _Corrupt(NamedTuple):
-    path: str
-    reason: str
-
-
-class _Decoded(Dataset):
-    """Item (row, key): the row's image float32 (3, size, size), or why it cannot be read."""
-
-    def __init__(self, paths: list[str], options: FileOptions) -> None:
-        self.paths = paths
-        self.test = _transform(options, augmented=False)
-        self.train = _transform(options, augmented=True)
-
-    def __getitem__(self, item: tuple[int, tuple[int, ...] | None]) -> Tensor | _Corrupt:
-        row, key = item
-        path = self.paths[row]
-        try:
-            pixels = decode(path)
-        except (OSError, ValueError) as error:
-            return _Corrupt(path, f"cannot be read as an image ({error})")
-        if key is None:
-            return self.test(pixels)
-        with torch.random.fork_rng(devices=[]):  # the one that transforms draw from
-            torch.set_rng_state(generator(*key).get_state())
-            return self.train(pixels)
-
-
-def _transform(options: FileOptions, augmented: bool) -> Any:
-    from torchvision.transforms import v2
-
-    size, jitter = options.size, options.color_jitter
-    if augmented:
-        steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
-        if jitter:
-            steps.append(v2.ColorJitter(jitter, jitter, jitter, 0))
+def _refusal(image: Unreadable) -> DataError:
+    path, reason = image
+    if reason == "does not exist":
+        advice = "--image-root says what the paths in the lists are relative to"
     else:
-        steps = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
-    scaled = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([*steps, scaled, v2.Normalize(*map(list, options.statistics))])
+        advice = "copy it again"
+    return DataError(f"'{path}' {reason}; {advice}, or leave such images out with --skip-corrupt")

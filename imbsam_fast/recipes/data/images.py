@@ -6,19 +6,20 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch import Tensor
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 
-CIFAR10_STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100_STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+CIFAR_STATISTICS: dict[int, Statistics] = {  # by the number of classes
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
 WHOLE = slice(None)
+CPU = torch.device("cpu")
 
 
 class DataError(Exception):
@@ -35,6 +36,11 @@ class Images(ABC):
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+
     @abstractmethod
     def batches(
         self,
@@ -42,8 +48,11 @@ class Images(ABC):
         key: tuple[int, ...] | None = None,
         start: int = 0,
         part: slice = WHOLE,
+        device: torch.device = CPU,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images float32 (b, 3, H, W), normalised, and targets int64 (b,), an entry at a time.
+        """Images float32 (b, 3, H, W), normalised, on `device`, an entry at a time.
+
+        With them their targets, int64 (b,), on the CPU.
 
         Args:
             batches: rows, int64 (b,) each.
@@ -51,7 +60,13 @@ class Images(ABC):
                 `batches` alone; None for no augmentation.
             start: the first entry to give; those before it are left out.
             part: which rows of each entry to give, the same images as if all were given.
+            device: where images are normalised; bytes travel there.
+
+        Raises DataError where an image cannot be read.
         """
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to close)
+        """End the processes that read images; later batches start them anew."""
 
     @abstractmethod
     def subset(self, rows: Tensor) -> Images:
@@ -75,20 +90,8 @@ def generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def decode(file: str | BinaryIO) -> Tensor:
-    """An image file as uint8 (3, H, W), RGB. Raises OSError or ValueError where it is damaged."""
-    from PIL import Image  # comes with torchvision, whose own decoders are deprecated
-
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises many kinds, SyntaxError for a broken PNG
-        raise ValueError(str(error)) from error
-
-
 def class_counts(targets: Tensor, num_classes: int) -> list[int]:
+    """How many of `targets`, int64 (n,), each class has."""
     return torch.bincount(targets, minlength=num_classes).tolist()
 
 
@@ -165,7 +168,14 @@ class MemoryImages(Images):
         # Channels last, so that one gather of rows, y and x crops, flips and stays dense.
         self._padded = padded.permute(0, 2, 3, 1).contiguous()
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images, in pixels."""
+        height, width = self.pixels.shape[2:]
+        return height, width
+
     def subset(self, rows: Tensor) -> MemoryImages:
+        """The images of `rows`, in their order."""
         return MemoryImages(
             self.pixels[rows], self.targets[rows], self.statistics, self.padding, self.mirrored
         )
@@ -176,10 +186,13 @@ class MemoryImages(Images):
         key: tuple[int, ...] | None = None,
         start: int = 0,
         part: slice = WHOLE,
+        device: torch.device = CPU,
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As Images.batches."""
         for i, rows in enumerate(batches[start:], start):
             random = None if key is None else generator(*key, i)
-            yield self._normalised(self._cropped(rows, random, part)), self.targets[rows[part]]
+            pixels = self._cropped(rows, random, part).to(device)
+            yield self._normalised(pixels), self.targets[rows[part]]
 
     def _cropped(self, rows: Tensor, random: torch.Generator | None, part: slice) -> Tensor:
         """uint8 (b, H, W, 3)."""
@@ -197,4 +210,5 @@ class MemoryImages(Images):
         return self._padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        return (pixels * self._scale + self._shift).permute(0, 3, 1, 2)
+        scale, shift = self._scale.to(pixels.device), self._shift.to(pixels.device)
+        return (pixels * scale + shift).permute(0, 3, 1, 2)

@@ -9,6 +9,11 @@ TORCHVISION_MODELS = ("resnet50", "resnext50_32x4d", "convnext_tiny", "vit_b_16"
 MODELS = ("convnet", *CIFAR_RESNETS, "resnet34-cifar", *TORCHVISION_MODELS)
 
 
+def needs_torchvision(name: str) -> bool:
+    """Whether the network `name` is made by torchvision."""
+    return name in (*TORCHVISION_MODELS, "resnet34-cifar")
+
+
 def check_norm(name: str, norm: str) -> None:
     """Raise ValueError where the network `name` cannot have `norm`."""
     if norm not in NORMS:

@@ -28,6 +28,21 @@ def make_model(name: str, num_classes: int, norm: str, seed: int) -> nn.Module:
         return _from_torchvision(name, num_classes, norm)
 
 
+def check_image_size(name: str, norm: str, num_classes: int, size: tuple[int, int]) -> None:
+    """Raise ValueError unless the network `name` takes images of that height and width."""
+    with torch.device("meta"):
+        model = make_model(name, num_classes, norm, seed=0)
+        images = torch.empty(2, 3, *size)
+    try:
+        model(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model is {name!r}, expected one that takes images of {size[0]}x{size[1]} pixels "
+            f"({reason})"
+        ) from error
+
+
 def classifier(model: nn.Module) -> nn.Linear:
     """The last linear layer of a network of MODELS, which gives the logits."""
     return [m for m in model.modules() if isinstance(m, nn.Linear)][-1]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..analysis.settings import ANALYSES
 from ..metrics import BORDERS, COLUMNS, mean_and_std
 from ..run_directory import CONFIG_FILE, RunDirectory, RunDirectoryError
+from ..settings.datasets import DATASETS
 
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
 # how it is shown, not what is computed.
@@ -124,6 +125,12 @@ class Section:
         return self.data["dataset"]
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """Those of VIEWS that differ: without the flip average where mirror images mean others."""
+        dataset = DATASETS.get(self.dataset)
+        return VIEWS if dataset is None or dataset.mirrored else VIEWS[:1]
+
+    @property
     def imbalance_factor(self) -> float | None:
         """Images of the largest class over those of the smallest, where it was chosen."""
         return self.data["imbalance_factor"]
@@ -185,7 +192,7 @@ def _run_paths(path: Path) -> list[Path]:
 
 
 def read_run(path: Path, faults: list[Fault]) -> ComparedRun:
-    """The run in `path`; what is damaged beside its configuration is left out and named."""
+    """The run in `path`; damaged files other than its configuration are left out and named."""
     directory = RunDirectory.open(path)
     if not isinstance(directory.config.get("dataset"), str):
         raise RunDirectoryError(f"'{path / CONFIG_FILE}' names no dataset")

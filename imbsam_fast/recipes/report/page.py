@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..analysis.figures import lines_figure, planes_figure, spectrum_figure
 from ..metrics import COLUMNS, accuracy_cell
-from .comparison import CHECKPOINTS, VIEWS, ComparedRun, Comparison, Group, Section, differences
+from .comparison import CHECKPOINTS, ComparedRun, Comparison, Group, Section, differences
 from .figures import (
     ablation_figures,
     cost_figure,
@@ -21,7 +21,7 @@ from .figures import (
     styles,
 )
 from .paper_results import SETTING
-from .table import MEANING, NOTES, AccuracyRow, accuracy_rows, paper_text, titles
+from .table import NOTES, AccuracyRow, accuracy_rows, meaning, paper_text, titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +53,7 @@ def page(comparison: Comparison) -> str:
         version=version("imbsam-fast"),
         faults=comparison.faults,
         sections=[_section(section, i) for i, section in enumerate(comparison.sections)],
-        meaning=MEANING,
+        meaning=meaning(comparison.sections),
         paper_setting=SETTING,
     )
 
@@ -77,7 +77,10 @@ def _tables(section: Section) -> Iterator[dict[str, Any]]:
         has_paper = any(row.paper for row in rows)
         yield {
             "note": NOTES[checkpoint],
-            "views": [*VIEW_NAMES.values(), *(["the paper's"] if has_paper else [])],
+            "views": [
+                *(VIEW_NAMES[view] for view in section.views),
+                *(["the paper's"] if has_paper else []),
+            ],
             "columns": [title.split("\n") for title in titles(section.borders).values()],
             "has_paper": has_paper,
             "rows": [
@@ -94,7 +97,7 @@ def _tables(section: Section) -> Iterator[dict[str, Any]]:
 
 def _cells(row: AccuracyRow, has_paper: bool) -> list[dict[str, Any]]:
     """By view and then by column, the paper's last."""
-    own = [accuracy_cell(row.views[view][column]) for view in VIEWS for column in COLUMNS]
+    own = [accuracy_cell(table[column]) for table in row.views.values() for column in COLUMNS]
     papers = [paper_text(row.paper, column) for column in COLUMNS] if has_paper else []
     return [{"text": cell, "paper": False} for cell in own] + [
         {"text": cell, "paper": True} for cell in papers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..metrics import COLUMNS, accuracy_cell
-from .comparison import CHECKPOINTS, VIEWS, Comparison, Group, Section, Value, differences
+from .comparison import CHECKPOINTS, Comparison, Group, Section, Value, differences
 from .cost import Cost, cost
 from .paper_results import SETTING, PaperResult, paper_result
 
@@ -19,10 +20,16 @@ NOTES = {
     "best": "of the epoch that was best on the validation set",
 }
 MEANING = (
-    "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds. "
-    "flip: the logits of an image and of its mirror image are averaged. time: of an epoch, the "
-    "median, in epochs of SGD; memory: the peak on a GPU in GB."
+    "All is the mean of the per-class accuracies; mean ± standard deviation over the seeds. time: "
+    "of an epoch, the median, in epochs of SGD; memory: the peak on a GPU in GB."
 )
+FLIP_MEANING = "flip: the logits of an image and of its mirror image are averaged."
+
+
+def meaning(sections: Sequence[Section]) -> str:
+    """What the tables of `sections` show, in a sentence or two."""
+    flip = any("flip" in section.views for section in sections)
+    return f"{MEANING} {FLIP_MEANING}" if flip else MEANING
 
 
 class AccuracyRow(NamedTuple):
@@ -39,7 +46,9 @@ def accuracy_rows(section: Section, checkpoint: str) -> list[AccuracyRow]:
     papers = _paper_results(section)
     rows = []
     for group in section.groups:
-        views = {view: table for view in VIEWS if (table := group.accuracy(checkpoint, view))}
+        views = {
+            view: table for view in section.views if (table := group.accuracy(checkpoint, view))
+        }
         if views:
             rows.append(
                 AccuracyRow(group, views, papers.get(group.label), cost(group, section.groups))
@@ -92,7 +101,7 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
                 title = f"Test accuracy in % {NOTES[checkpoint]}"
                 console.print(_accuracy_table(rows, titles(section.borders), title))
         if section.finished:
-            console.print(MEANING, style="dim")
+            console.print(meaning([section]), style="dim")
         if any(row.paper for row in accuracy_rows(section, "last")):
             console.print(f"paper: its Tables 1 to 3; {SETTING}.", style="dim")
         _print_differences(console, section)

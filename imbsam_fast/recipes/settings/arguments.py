@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
+MAX_SEED = 2**62  # torch takes 63 bits, and some seeds follow one another
+MAX_THREADS = 1024  # far more than help; the system refuses to start some number beyond
 PACKAGES = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # by module, where the names differ
 
 

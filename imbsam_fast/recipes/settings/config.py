@@ -39,6 +39,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "image_size": 224,
     "color_jitter": 0.0,
     "skip_corrupt": False,
+    "check_files": False,
     "workers": 4,
     "validation": 0,
     # Ours, in the range that the authors of Focal-SAM search.
@@ -96,6 +97,8 @@ class Dataset:
     defaults: dict[str, Any]
     files: bool = True  # whether --data-dir has to say where it is
     lists: bool = False  # whether it is read from lists of image files
+    long_tailed: bool = True  # whether it is made so, by --largest-class and --imbalance-factor
+    mirrored: bool = True  # whether a mirror image shows the same, for the flip average
     package: str = "torchvision"  # the module that reads it
     # Settings that follow from the value of `images`; empty where there is no such option.
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -121,6 +124,7 @@ class RunConfig:
     image_size: int  # pixels
     color_jitter: float
     skip_corrupt: bool
+    check_files: bool  # look for every image before the first epoch
     workers: int  # processes that read image files
     validation: int  # images of each class
     method: str

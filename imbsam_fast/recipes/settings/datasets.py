@@ -52,6 +52,7 @@ DATASETS = {
         "scikit-learn's handwritten digits, made long-tailed",
         DIGITS_DEFAULTS,
         files=False,
+        mirrored=False,
         package="sklearn",
     ),
     "cifar10-lt": Dataset(
@@ -64,6 +65,9 @@ DATASETS = {
         },
     ),
     "cifar100-lt": Dataset("CIFAR-100, made long-tailed", CIFAR_DEFAULTS),
+    "packed": Dataset(
+        "images of your own, packed by `imbsam-fast pack`", CIFAR_DEFAULTS, long_tailed=False
+    ),
     "imagenet-lt": Dataset(
         "ImageNet-LT",
         IMAGENET_LT_DEFAULTS,

@@ -12,9 +12,12 @@ from rich.console import Console
 
 from ..data.datasets import load
 from ..data.images import DataError, LongTailImages
+from ..models.registry import check_image_size
 from ..run_directory import RunDirectory, RunDirectoryError
 from ..settings.arguments import UsageError
 from ..settings.config import RunConfig
+from ..settings.datasets import DATASETS
+from .dry_run import dry_run
 from .progress import RunProgress
 from .ranks import ALONE, Ranks, RanksError, joined
 from .run import InterruptedRun, run_to_the_end
@@ -23,15 +26,33 @@ from .tables import one_line, plan_table, results_table
 from .training import ImageTraining, TrainingDivergedError
 
 # Settings that do not change what is computed, but for rounding.
-_MACHINE = ("data_dir", "image_root", "workers", "threads", "device", "tensorboard", "compile")
+_MACHINE = (
+    "data_dir",
+    "image_root",
+    "check_files",
+    "workers",
+    "threads",
+    "device",
+    "tensorboard",
+    "compile",
+)
 
 
-def run_command(configs: Sequence[RunConfig], save: Path, resume: bool) -> int:
-    """Make the runs: 0, or 130 where a signal ended them. UsageError says what to change."""
+def run_command(configs: Sequence[RunConfig], save: Path | None, resume: bool) -> int:
+    """Make the runs: 0, or 130 where a signal ended them. UsageError says what to change.
+
+    Without `save` it is a dry run.
+    """
     try:
         with joined(configs[0].distributed, configs[0].device) as ranks:
             console = Console(quiet=not ranks.writes)
-            train_all(configs, save, resume, console, ranks)
+            if save is None:
+                with _threads(configs[0].threads):
+                    data = load(configs[0])
+                    check_network(configs[0], data)
+                    dry_run(configs, data, console, ranks)
+            else:
+                train_all(configs, save, resume, console, ranks)
     except InterruptedRun as interruption:
         print(f"interrupted; '{interruption}' goes on with --resume")
         return 130
@@ -53,18 +74,30 @@ def train_all(
     on. SIGTERM and Ctrl-C end the run with a checkpoint, and raise InterruptedRun.
     """
     data = load(configs[0])
+    check_network(configs[0], data)
     directories = [_directory(config, save, resume, ranks) for config in configs]
     console.print(plan_table(configs, data), highlight=False)
     results: dict[str, list[dict[str, Any]]] = {}
-    with _threads(configs[0].threads), StopSignals() as signals:
-        for config, directory in zip(configs, directories):
-            result = directory.result()
-            if result is None:
-                result = _run(config, data, directory, console, ranks, signals)
-            console.print(one_line(config, result), highlight=False)
-            results.setdefault(config.label(), []).append(result)
-    console.print(results_table(results))
+    try:
+        with _threads(configs[0].threads), StopSignals() as signals:
+            for config, directory in zip(configs, directories):
+                result = directory.result()
+                if result is None:
+                    result = _run(config, data, directory, console, ranks, signals)
+                console.print(one_line(config, result), highlight=False)
+                results.setdefault(config.label(), []).append(result)
+    finally:
+        data.train.close()
+    console.print(results_table(results, DATASETS[configs[0].dataset].mirrored))
     return results
+
+
+def check_network(config: RunConfig, data: LongTailImages) -> None:
+    """Raise UsageError where the network cannot take images of their size."""
+    try:
+        check_image_size(config.model, config.norm, len(data.counts), data.train.size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 @contextmanager
@@ -129,9 +162,10 @@ def _scalars(path: Path, wanted: bool) -> Iterator[Callable[[dict[str, Any]], No
     from torch.utils.tensorboard import SummaryWriter
 
     def write(row: dict[str, Any]) -> None:
-        for name, value in {**row, **row.get("validation", {})}.items():
-            if name != "epoch" and isinstance(value, float):
-                writer.add_scalar(name, value, row["epoch"])
+        for split, values in (("train", row), ("validation", row.get("validation", {}))):
+            for name, value in values.items():
+                if name != "epoch" and isinstance(value, float):
+                    writer.add_scalar(f"{split}/{name}", value, row["epoch"])
 
     with SummaryWriter(str(path / "tensorboard")) as writer:
         yield write

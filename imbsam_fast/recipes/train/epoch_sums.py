@@ -1,4 +1,4 @@
-"""What an epoch of training has seen so far."""
+"""Sums over the steps of an epoch: its losses and how many rows were right."""
 
 from __future__ import annotations
 

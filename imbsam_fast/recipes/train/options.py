@@ -8,16 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from ...training.choices import BATCH_NORM_UPDATES, PLANS
-from ..models.names import MODELS, NORMS, check_norm
-from ..settings.arguments import UsageError, check_device, number, require_extras
-from ..settings.config import DISTRIBUTED, METHODS, OPTIMIZERS, Dataset, RunConfig, resolve
+from ..models.names import MODELS, NORMS, check_norm, needs_torchvision
+from ..settings.arguments import (
+    MAX_SEED,
+    MAX_THREADS,
+    UsageError,
+    check_device,
+    number,
+    require_extras,
+)
+from ..settings.config import (
+    DISTRIBUTED,
+    METHOD_DEFAULTS,
+    METHODS,
+    OPTIMIZERS,
+    Dataset,
+    RunConfig,
+    resolve,
+)
 from ..settings.config_file import read_arguments
 from ..settings.datasets import DATASETS
 from ..settings.presets import PRESETS
 
 # What says which runs to make, beside the settings of each.
-_NOT_SETTINGS = ("recipe", "parser", "config", "optimizer", "seed", "seeds", "save", "resume")
-_DEFAULTS: dict[str, Any] = {"optimizer": OPTIMIZERS, "seed": 0, "seeds": 1, "resume": False}
+_NOT_SETTINGS = ("recipe", "parser", "config", "optimizer", "seed", "seeds", "save", "resume",
+                 "dry_run")  # fmt: skip
+_DEFAULTS: dict[str, Any] = {"optimizer": OPTIMIZERS, "seed": 0, "seeds": 1, "resume": False,
+                             "dry_run": False}  # fmt: skip
 
 _count = number(1, kind=int)
 _count_or_none = number(0, kind=int)
@@ -35,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             argument_default=argparse.SUPPRESS,
             help=dataset.help,
             description=f"Train on {dataset.help}: one run for each optimizer and seed, and a "
-            "table of the test accuracy after the last epoch. Defaults are the data set's "
-            "settings; docs/recipes.md lists them.",
+            "table of the test accuracy after the last epoch. Defaults are this data set's, with "
+            "--method ce and --preset paper; others follow from those, see docs/recipes.md.",
         )
         parser.set_defaults(parser=parser)
         _add_run_arguments(parser)
@@ -45,6 +62,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_stage_arguments(parser)
         _add_training_arguments(parser)
         _add_machine_arguments(parser)
+        _add_defaults(parser, name, dataset)
+
+
+def _add_defaults(parser: argparse.ArgumentParser, name: str, dataset: Dataset) -> None:
+    """Say in the help of each option what it is without being given, by config.py."""
+    given = {"dataset": name, "data_dir": "", "optimizer": "imbsam", "seed": 0}
+    defaults = {**vars(resolve(dataset, given)), **_DEFAULTS}
+    del defaults["data_dir"], defaults["optimizer"], defaults["dry_run"]
+    for action in parser._actions:
+        value = defaults.get(action.dest)
+        if action.dest.startswith("stage2_"):
+            value = ", ".join(f"{m} {METHOD_DEFAULTS[m][action.dest]:g}" for m in METHODS[1:])
+        if value is None or "default:" in (action.help or ""):
+            continue
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif isinstance(value, tuple):
+            value = " ".join(map(str, value))
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        action.help = f"{action.help} (default: {text})" if action.help else f"default: {text}"
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +92,15 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", nargs="+", choices=OPTIMIZERS,
         help="one or more of %(choices)s; all by default. sgd-weighted is the control: SGD with "
         "the tail weight of the released code")  # fmt: skip
-    add("--seeds", type=_count, metavar="N",
+    add("--seeds", type=number(1, 10**6, kind=int), metavar="N",
         help="how many seeds; a seed decides the weights, the order and the augmentation, alike "
-        "for every optimizer (default: 1)")  # fmt: skip
-    add("--seed", type=_count_or_none, metavar="S", help="the first seed (default: 0)")
+        "for every optimizer")  # fmt: skip
+    add("--seed", type=number(0, MAX_SEED, kind=int), metavar="S",
+        help="the first seed")  # fmt: skip
     add("--save", type=Path, metavar="DIR", help="a directory for each run is made in it")
+    add("--dry-run", action="store_true",
+        help="take two steps of each run with the workers and on the device asked for, say what "
+        "all will take of time, memory, descriptors and disk, and write nothing")  # fmt: skip
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -76,15 +117,17 @@ def _add_data_arguments(parser: argparse.ArgumentParser, dataset: Dataset) -> No
     if dataset.lists:
         _add_list_arguments(add)
         return
+    if not dataset.long_tailed:
+        return
     if dataset.variants:
         add("--images", choices=tuple(dataset.variants), help="small: a tenth of the images")
     add("--largest-class", type=_count, metavar="N",
         help="training images of class 0; class k has N IF^(-k / (K - 1))")  # fmt: skip
     add("--imbalance-factor", type=number(1), metavar="IF",
-        help="images of the largest class over those of the smallest (default: 100)")  # fmt: skip
+        help="images of the largest class over those of the smallest")  # fmt: skip
     add("--validation", type=_count_or_none, metavar="N",
         help="images of each class, beside those of training, for choosing best.pt; without them "
-        "only the last epoch is tested (default: 0)")  # fmt: skip
+        "only the last epoch is tested")  # fmt: skip
 
 
 def _add_list_arguments(add: Any) -> None:
@@ -101,15 +144,21 @@ def _add_list_arguments(add: Any) -> None:
         metavar="DIR",
         help="what the paths in the lists are relative to (default: --data-dir)",
     )
-    add("--image-size", type=_count, metavar="N", help="pixels (default: 224)")
+    add("--image-size", type=_count, metavar="N", help="pixels")
     add("--color-jitter", type=_not_negative, metavar="X", help="strength, 0 for none")
     add(
         "--skip-corrupt",
         action=argparse.BooleanOptionalAction,
         help="leave images that cannot be read out, and count them, instead of stopping",
     )
+    add(
+        "--check-files",
+        action=argparse.BooleanOptionalAction,
+        help="look for every image before the first epoch, not only for those of the tests and a "
+        "thousand of the others",
+    )
     add("--workers", type=_count_or_none, metavar="N",
-        help="processes that read images (default: 4)")  # fmt: skip
+        help="processes that read images")  # fmt: skip
 
 
 def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,29 +166,29 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method",
         choices=METHODS,
-        help="cross-entropy (default), weight balancing or learnable weight scaling",
+        help="cross-entropy, weight balancing or learnable weight scaling",
     )
     add("--preset", choices=tuple(PRESETS),
-        help="paper (default): eta 100, inclusive, tail weight 1, BatchNorm statistics updated "
+        help="paper: eta 100, inclusive, tail weight 1, BatchNorm statistics updated "
         "once a step; released (the authors' code): 20, exclusive, 2, twice")  # fmt: skip
     add("--eta", type=_not_negative, metavar="N",
-        help="a tail class has at most N images (default: the data set's own, see "
-        "docs/recipes.md, else the preset's)")  # fmt: skip
+        help="a tail class has at most N images")  # fmt: skip
     add("--inclusive", action=argparse.BooleanOptionalAction,
         help="whether a class of exactly N images is tail")  # fmt: skip
     add("--rho", type=_not_negative, metavar="R",
-        help="radius of the perturbation (default: 0.05)")  # fmt: skip
+        help="radius of the perturbation")  # fmt: skip
     add("--tail-weight", type=_positive, metavar="W",
-        help="factor on the loss of tail classes, for imbsam, sam and sgd-weighted")  # fmt: skip
+        help="factor on the loss of tail classes, for imbsam, sam and sgd-weighted (default: "
+        "1, but 2 for sgd-weighted)")  # fmt: skip
     add("--batch-norm", choices=BATCH_NORM_UPDATES,
         help="how often a step updates the running statistics")  # fmt: skip
-    add("--gamma", type=_not_negative, metavar="G", help="exponent of Focal-SAM (default: 1)")
-    add("--lam", type=number(0, 1), metavar="L", help="lambda of Focal-SAM (default: 0.8)")
-    add("--plan", choices=PLANS, help="passes of SAM, ImbSAM and Focal-SAM (default: auto)")
+    add("--gamma", type=_not_negative, metavar="G", help="exponent of Focal-SAM")
+    add("--lam", type=number(0, 1), metavar="L", help="lambda of Focal-SAM")
+    add("--plan", choices=PLANS, help="passes of SAM, ImbSAM and Focal-SAM")
     add("--sample", type=number(0, 1, above=True), metavar="S",
-        help="share of a batch in the sample of --plan sampled (default: 0.25)")  # fmt: skip
+        help="share of a batch in the sample of --plan sampled")  # fmt: skip
     add("--perturb-every", type=_count, metavar="K",
-        help="perturb in every K-th step with tail rows alone (default: 1)")  # fmt: skip
+        help="perturb in every K-th step with tail rows alone")  # fmt: skip
     add("--lagged", action=argparse.BooleanOptionalAction,
         help="experimental: perturb along the previous step's tail gradient")  # fmt: skip
 
@@ -152,16 +201,16 @@ def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage2-weight-decay", type=_not_negative, metavar="X")
     add("--stage2-batch-size", type=_count_or_none, metavar="N")
     add("--beta", type=number(0, 1), metavar="B",
-        help="of WB's class-balanced loss (default: 0.9999)")  # fmt: skip
+        help="of WB's class-balanced loss")  # fmt: skip
 
 
 def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--model", choices=MODELS, metavar="NAME", help=", ".join(MODELS))
     add("--norm", choices=NORMS,
-        help="normalisation of convnet and the residual networks (default: batch)")  # fmt: skip
+        help="normalisation of convnet and the residual networks")  # fmt: skip
     add("--epochs", type=_count, metavar="N")
-    add("--warmup-epochs", type=_count_or_none, metavar="N", help="linear (default: 0)")
+    add("--warmup-epochs", type=_count_or_none, metavar="N", help="linear")
     add("--batch-size", type=_count, metavar="N", help="images a step, of all ranks together")
     add("--lr", type=_positive, metavar="X", help="falls to 0 by a cosine")
     add("--momentum", type=number(0, 1), metavar="X")
@@ -170,11 +219,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: cpu")
-    add("--threads", type=_count, metavar="N", help="CPU threads of torch (default: 1)")
-    add("--amp", choices=("off", "bf16", "fp16"), help="automatic mixed precision (default: off)")
+    add("--device", choices=("cpu", "cuda"), help="where to train")
+    add("--threads", type=number(1, MAX_THREADS, kind=int), metavar="N",
+        help="CPU threads of torch")  # fmt: skip
+    add("--amp", choices=("off", "bf16", "fp16"), help="automatic mixed precision")
     add("--channels-last", action=argparse.BooleanOptionalAction,
-        help="memory format of images and weights (default: yes)")  # fmt: skip
+        help="memory format of images and weights")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network")
     add("--distributed", choices=DISTRIBUTED, help="under torchrun: data parallel, or sharded too")
     add("--tensorboard", action=argparse.BooleanOptionalAction,
@@ -200,10 +250,12 @@ def _main(args: argparse.Namespace) -> int:
     require_extras([DATASETS[args.recipe].package, "yaml"])
     args = _with_file(args)
     configs = configurations(args)
+    if needs_torchvision(configs[0].model):
+        require_extras(["torchvision"])
     if configs[0].tensorboard:
         require_extras(["tensorboard"], "tensorboard")
     check_device(configs[0].device)
-    return run_command(configs, args.save, args.resume)
+    return run_command(configs, None if args.dry_run else args.save, args.resume)
 
 
 def _with_file(args: argparse.Namespace) -> argparse.Namespace:
@@ -215,7 +267,10 @@ def _with_file(args: argparse.Namespace) -> argparse.Namespace:
             known["config"], args.parser, {**known, "dataset": known["recipe"]}
         )
     merged = {**_DEFAULTS, **from_file, **known}
-    for name in ("data_dir", "save") if DATASETS[known["recipe"]].files else ("save",):
+    needed = ["data_dir"] if DATASETS[known["recipe"]].files else []
+    if not merged["dry_run"]:
+        needed.append("save")
+    for name in needed:
         if name not in merged:
             raise UsageError(f"--{name.replace('_', '-')} is missing, expected a directory")
     return argparse.Namespace(**merged)

@@ -43,6 +43,7 @@ class RunProgress:
         self._bar.stop()
 
     def __call__(self, training: ImageTraining) -> None:
+        """Show how far `training` is, at most once in INTERVAL seconds."""
         now = time.monotonic()
         if now - self._shown < INTERVAL:
             return

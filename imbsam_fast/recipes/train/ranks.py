@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from ..data.images import DataError
+
+T = TypeVar("T")
 
 
 class RanksError(Exception):
@@ -79,6 +83,27 @@ class Ranks(NamedTuple):
         if self.world == 1:
             return flag
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)))
+
+    def agreed(self, batches: Iterable[T]) -> Iterator[T]:
+        """`batches`, of which every rank has as many; where one cannot be read, all stop alike.
+
+        A rank that goes on alone would wait for the others for ever.
+        """
+        if self.world == 1:
+            yield from batches
+            return
+        source = iter(batches)
+        while True:
+            failure, batch = None, None
+            try:
+                batch = next(source, None)
+            except DataError as error:
+                failure = error
+            if self.any(failure is not None):
+                raise failure or DataError("another of the processes cannot read its images")
+            if batch is None:
+                return
+            yield batch
 
 
 ALONE = Ranks()

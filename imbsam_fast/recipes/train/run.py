@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...env import environment
-from ..data.images import Images
+from ..data.images import DataError, Images
 from ..models.registry import make_model
 from ..run_directory import RunDirectory
 from ..settings.config import RunConfig
@@ -31,39 +31,62 @@ def run_to_the_end(
 ) -> dict[str, Any]:
     """Train the epochs that are left, test, and return the content of result.json.
 
-    A checkpoint is written after every epoch and where `should_stop` says so after a step;
-    InterruptedRun is raised then. A run that has a checkpoint goes on from it. Under several
-    ranks all call this, and rank 0 writes.
+    A checkpoint is written after every epoch, and where `should_stop` says so after a step or a
+    batch of a test; InterruptedRun is raised then. It is written too before the DataError of an
+    image that cannot be read. A run that has a checkpoint goes on from it. Under several ranks all
+    call this, and rank 0 writes.
     """
     ranks = training.ranks
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
     if directory.has_checkpoint():
         training.load_state_dict(directory.load_checkpoint())
-    if ranks.writes:
-        directory.keep_log(training.epoch)  # without a checkpoint too: it may have failed
+    if ranks.writes:  # without a checkpoint too: it may have failed
+        directory.keep_log(training.epoch - (training.row is not None))
+
+    def stop_if_asked() -> None:
+        if ranks.any(should_stop()):
+            raise InterruptedRun(str(directory.path))
 
     def after_step(training: ImageTraining) -> None:
         on_step(training)
-        if ranks.any(should_stop()):
-            _save(training, directory)
-            raise InterruptedRun(str(directory.path))
+        stop_if_asked()
 
-    while training.epoch < training.epochs:
-        row = training.train_epoch(after_step)
-        improved = _validate(training, row)
-        if ranks.writes:
-            directory.append_log(row)
-        if improved:
-            _save(training, directory, best=True)
+    try:
+        while training.epoch < training.epochs or training.row is not None:
+            row = _epoch(training, directory, after_step, stop_if_asked)
+            on_epoch(row)
+    except InterruptedRun:
         _save(training, directory)
-        on_epoch(row)
+        raise
+    except DataError as error:
+        _save(training, directory)
+        raise DataError(f"{error}; '{directory.path}' goes on with --resume") from error
     on_gpu = ranks.device.type == "cuda"
     peak_bytes = torch.cuda.max_memory_allocated(ranks.device) if on_gpu else None
-    result = _result(training, directory, peak_bytes)
+    result = {**_result(training, directory, stop_if_asked), "peak_bytes": peak_bytes}
     if ranks.writes:
         directory.write_result(result)
     return result
+
+
+def _epoch(
+    training: ImageTraining,
+    directory: RunDirectory,
+    after_step: Callable[[ImageTraining], None],
+    stop_if_asked: Callable[[], None],
+) -> dict[str, Any]:
+    """What is left of an epoch: training, validation, and the files that they leave."""
+    if training.row is None:
+        training.row = training.train_epoch(after_step)
+    improved = _validate(training, training.row, stop_if_asked)
+    row, training.row = training.row, None
+    if training.ranks.writes:
+        directory.append_log(row)
+    if improved:
+        _save(training, directory, best=True)
+    _save(training, directory)
+    return row
 
 
 def _save(training: ImageTraining, directory: RunDirectory, best: bool = False) -> None:
@@ -73,13 +96,13 @@ def _save(training: ImageTraining, directory: RunDirectory, best: bool = False) 
     training.ranks.any(False)  # nobody looks for the file before it is there
 
 
-def _validate(training: ImageTraining, row: dict[str, Any]) -> bool:
+def _validate(training: ImageTraining, row: dict[str, Any], between: Callable[[], None]) -> bool:
     """Add `validation` to the epoch's line; whether its mean over the classes is the best yet."""
     data = training.data
     if data.validation is None:
         return False
     training.ranks.average_statistics(training.model)
-    row["validation"] = _test(training, data.validation)["plain"]
+    row["validation"] = _test(training, data.validation, between)["plain"]
     accuracy = row["validation"]["all"]
     improved = training.best is None or accuracy > training.best
     if improved:
@@ -87,22 +110,25 @@ def _validate(training: ImageTraining, row: dict[str, Any]) -> bool:
     return improved
 
 
-def _test(training: ImageTraining, images: Images) -> dict[str, dict[str, Any]]:
-    borders = training.config.group_borders
-    return evaluate(training.model, images, training.data.counts, borders, training.ranks)
+def _test(
+    training: ImageTraining, images: Images, between: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    borders, ranks = training.config.group_borders, training.ranks
+    return evaluate(training.model, images, training.data.counts, borders, ranks, between)
 
 
 def _result(
-    training: ImageTraining, directory: RunDirectory, peak_bytes: int | None
+    training: ImageTraining, directory: RunDirectory, between: Callable[[], None]
 ) -> dict[str, Any]:
     """Test the last and the best checkpoint; run_directory.py describes the content."""
     data = training.data
+    data.train.close()
     log = directory.log()
-    last = {"epoch": training.epoch, **_test(training, data.test)}
+    last = {"epoch": training.epoch, **_test(training, data.test, between)}
     best = None
     if directory.has_checkpoint(best=True):
         training.load_state_dict(directory.load_checkpoint(best=True))
-        best = {"epoch": training.epoch, **_test(training, data.test)}
+        best = {"epoch": training.epoch, **_test(training, data.test, between)}
     return {
         "class_counts": data.counts,
         "class_names": data.class_names,
@@ -113,7 +139,6 @@ def _result(
         "last": last,
         "best": best,
         "seconds": sum(row["seconds"] for row in log),
-        "peak_bytes": peak_bytes,
         "skipped_images": data.train.skipped + data.test.skipped,
         "ranks": training.ranks.world,
         "environment": environment(),

@@ -29,6 +29,7 @@ class ScaledClassifier(nn.Module):
         self.scale = nn.Parameter(torch.ones_like(linear.weight[:, 0]))
 
     def forward(self, features: Tensor) -> Tensor:
+        """Features (N, F) to logits (N, K)."""
         return self.linear(features) * self.scale
 
 
@@ -42,10 +43,12 @@ class Stage:
 
     @property
     def end(self) -> int:
+        """The epoch after the last one."""
         return self.first_epoch + self.config.epochs
 
     @property
     def trains_features(self) -> bool:
+        """Whether the whole network is trained, not only its classifier."""
         return self.name == "train"
 
     def prepare(self, model: nn.Module) -> None:

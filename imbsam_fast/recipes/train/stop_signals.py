@@ -24,6 +24,7 @@ class StopSignals:
         self._restore()
 
     def arrived(self) -> bool:
+        """Whether a signal has come."""
         return self._arrived
 
     def _note(self, number: int, frame: FrameType | None) -> None:

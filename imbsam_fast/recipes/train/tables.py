@@ -111,8 +111,11 @@ def one_line(config: RunConfig, result: dict[str, Any]) -> str:
     )
 
 
-def results_table(results: dict[str, list[dict[str, Any]]]) -> Table:
-    """Test accuracy after the last epoch: mean and standard deviation over the runs of a label."""
+def results_table(results: dict[str, list[dict[str, Any]]], flip: bool) -> Table:
+    """Test accuracy after the last epoch: mean and standard deviation over the runs of a label.
+
+    With `flip` also that of the logits averaged with those of the mirror image.
+    """
     table = Table(
         title="Test accuracy in % after the last epoch",
         box=SIMPLE_HEAD,
@@ -121,11 +124,12 @@ def results_table(results: dict[str, list[dict[str, Any]]]) -> Table:
         show_edge=False,
     )
     table.add_column("", min_width=18)  # what 80 columns leave
-    for title in ("Many", "Medium", "Few", "All", "All, flip"):
+    for title in ("Many", "Medium", "Few", "All", *(["All, flip"] if flip else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for label, runs in results.items():
         cells = [_over([run["last"]["plain"][column] for run in runs]) for column in COLUMNS]
-        cells.append(_over([run["last"]["flip"]["all"] for run in runs]))
+        if flip:
+            cells.append(_over([run["last"]["flip"]["all"] for run in runs]))
         table.add_row(label, *cells)
     return table
 

@@ -56,6 +56,7 @@ class ImageTraining:
             ranks.check_batch(stage.config.batch_size, len(data.train))
         self.epoch = 0  # complete epochs, over all stages
         self.position = 0  # steps taken in the epoch that is not complete
+        self.row: dict[str, Any] | None = None  # line of the log of an epoch not yet validated
         self.tail = config.split(data.counts).sharp > 0
         self.sums = self._new_sums()
         self.model = make_model(config.model, len(data.counts), config.norm, config.seed)
@@ -80,6 +81,7 @@ class ImageTraining:
 
     @property
     def stage(self) -> Stage:
+        """The stage that is being trained."""
         return self.stages[self.stage_index]
 
     @property
@@ -137,22 +139,26 @@ class ImageTraining:
             self._start_stage(self.stage_index + 1)
         self._set_mode()
         started, before = time.perf_counter(), self.sums.seconds
-        for images, targets in self._batches():
-            self._seed_network()
-            result = self.trainer.step(self._placed(images), targets)
-            self.sums.add(result.loss, result.logits, targets)
-            self.scheduler.step()
-            self.position += 1
+        for images, targets in self.ranks.agreed(self.batches()):
+            self.step(images, targets)
             self.sums.seconds = before + time.perf_counter() - started
             on_step(self)
         return self._end_epoch()
+
+    def step(self, images: Tensor, targets: Tensor) -> None:
+        """One batch: images on the rank's device, labels anywhere."""
+        self._seed_network()
+        result = self.trainer.step(self._placed(images), targets)
+        self.sums.add(result.loss, result.logits, targets)
+        self.scheduler.step()
+        self.position += 1
 
     def _seed_network(self) -> None:
         """For dropout and stochastic depth, which draw from torch's own generators."""
         key = (self.config.seed, NETWORK, self.epoch, self.position, self.ranks.rank)
         torch.manual_seed(generator(*key).initial_seed())
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the batches of the epoch that are left."""
         order = self.stage.order(
             self.data.train.targets,
@@ -161,7 +167,9 @@ class ImageTraining:
         )
         batches = order.split(self.stage.config.batch_size)[: self.steps_per_epoch]
         key = (self.config.seed, AUGMENTATION, self.epoch)
-        return self.data.train.batches(batches, key, self.position, self.ranks.part)
+        return self.data.train.batches(
+            batches, key, self.position, self.ranks.part, self.ranks.device
+        )
 
     def _placed(self, images: Tensor) -> Tensor:
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
@@ -208,6 +216,7 @@ class ImageTraining:
             "position": self.position,
             "sums": self.sums.values.cpu(),
             "seconds": self.sums.seconds,
+            "row": self.row,
             "norm_cap": self.cap,
             "best": self.best,
             "config": self.config.to_dict(),
@@ -228,4 +237,5 @@ class ImageTraining:
         self.epoch, self.position = state["epoch"], state["position"]
         self.sums.values.copy_(state["sums"])
         self.sums.seconds = state["seconds"]
+        self.row = state.get("row")
         self.cap, self.best = state["norm_cap"], state["best"]

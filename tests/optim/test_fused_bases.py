@@ -1,4 +1,4 @@
-"""ImbSAM around torch.optim.Adam and AdamW: the same steps, the same state, the same flags."""
+"""ImbSAM around the fused bases: the same steps, the same state, the same flags as torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import io
 
 import pytest
 import torch
+from bases import CLASSES, class_id
 from phases import equal, fill, gradients, one_step, parameters, snapshot
-from torch.optim import Adam, AdamW
+from torch.optim import AdamW
 
 from imbsam_fast import ImbSAM, ops
-from imbsam_fast.optim import updates
+from imbsam_fast.optim import bases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,36 +29,34 @@ def state_of(optimizer: torch.optim.Optimizer, names: tuple[str, ...] = STATE) -
     return [optimizer.state[p][name] for p in params for name in names]
 
 
-@pytest.mark.parametrize("base", [Adam, AdamW])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"weight_decay": 0.1},
-        {"amsgrad": True, "betas": (0.5, 0.9), "eps": 1e-3},
-        {"maximize": True, "weight_decay": 0.1},
-        {"lr": torch.tensor(0.01, dtype=torch.float64)},
-    ],
-    ids=lambda s: "-".join(s),
-)
-def test_a_hundred_steps_like_torch_on_the_merged_gradient(base, settings):
+def own_state(optimizer: torch.optim.Optimizer) -> list:
+    """All that the optimizer keeps, parameter by parameter, in the order of the names."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [v for p in params for _, v in sorted(optimizer.state[p].items()) if v is not None]
+
+
+each_configuration = pytest.mark.parametrize(("base", "settings"), CLASSES, ids=class_id)
+
+
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@each_configuration
+def test_a_hundred_steps_like_torch_on_the_merged_gradient(base, settings, lr):
     params, expected = parameters(), parameters()
-    settings = {"lr": 0.01, **settings}
+    if lr == "tensor":
+        settings = {**settings, "lr": torch.tensor(settings["lr"], dtype=torch.float64)}
     optimizer, plain = ImbSAM(base(params, **settings)), base(expected, **settings)
-    assert updates.reason_not_fused(optimizer.base) is None
+    assert bases.reason_not_fused(optimizer.base) is None
     for step in range(100):
         one_step(optimizer, params, step)
         plain_step(plain, expected, step)
     torch.testing.assert_close(params, expected, rtol=1e-11, atol=1e-12)
-    names = (*STATE, "max_exp_avg_sq") if settings.get("amsgrad") else STATE
-    torch.testing.assert_close(
-        state_of(optimizer, names), state_of(plain, names), rtol=1e-11, atol=1e-12
-    )
+    torch.testing.assert_close(own_state(optimizer), own_state(plain), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("base", [Adam, AdamW])
-def test_checkpoints_interchange_with_torch_both_ways(base):
+@each_configuration
+def test_checkpoints_interchange_with_torch_both_ways(base, settings):
     params, theirs = parameters(), parameters()
-    optimizer, plain = ImbSAM(base(params, lr=0.01), rho=0.2), base(theirs, lr=0.01)
+    optimizer, plain = ImbSAM(base(params, **settings), rho=0.2), base(theirs, **settings)
     one_step(optimizer, params)
     plain_step(plain, theirs, 0)
     files = []
@@ -66,17 +65,77 @@ def test_checkpoints_interchange_with_torch_both_ways(base):
         torch.save(state, files[-1])
         files[-1].seek(0)
     ours_saved, theirs_saved = (torch.load(file, weights_only=True) for file in files)
-    ours_loaded = ImbSAM(base(theirs, lr=0.5), rho=0.3)
+    ours_loaded = ImbSAM(base(theirs, **{**settings, "lr": 0.5}), rho=0.3)
     ours_loaded.load_state_dict(theirs_saved)
-    assert ours_loaded.param_groups[0]["lr"] == 0.01 and ours_loaded.param_groups[0]["rho"] == 0.3
-    plain_loaded = base(params, lr=0.5)
+    group = ours_loaded.param_groups[0]
+    assert group["lr"] == settings["lr"] and group["rho"] == 0.3
+    plain_loaded = base(params, **{**settings, "lr": 0.5})
     plain_loaded.load_state_dict(ours_saved)
     for step in range(1, 4):
         one_step(ours_loaded, theirs, step)
         plain_step(plain_loaded, params, step)
     torch.testing.assert_close(params, theirs, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(state_of(ours_loaded), state_of(plain_loaded))
-    assert [s["step"].item() for s in ours_loaded.state.values()] == [4.0] * len(params)
+    torch.testing.assert_close(own_state(ours_loaded), own_state(plain_loaded))
+
+
+@each_configuration
+def test_what_is_not_finite_skips_the_step(base, settings):
+    """The first one too: what there is of state then is that of no step."""
+    params, expected = parameters(torch.float32), parameters(torch.float32)
+    optimizer, plain = ImbSAM(base(params, **settings)), ImbSAM(base(expected, **settings))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(1))
+    for step in range(2):
+        before = snapshot(params), snapshot(own_state(optimizer))
+        for phase, call in enumerate((optimizer.first_step, optimizer.second_step)):
+            fill(params, [4 * g for g in gradients(phase, torch.float32)])
+            call()
+        bad = gradients(2, torch.float32)
+        bad[1][0] = float("inf")
+        fill(params, bad)
+        optimizer.third_step(scaler)
+        assert equal(params, before[0])
+        if step == 0:
+            assert not any(t.any() for t in own_state(optimizer))
+        else:
+            assert equal(own_state(optimizer), before[1])
+        for o, p in ((optimizer, params), (plain, expected)):
+            one_step(o, p, step)
+        assert equal(params, expected) and equal(own_state(optimizer), own_state(plain))
+
+
+@pytest.mark.parametrize("base", bases.FUSED, ids=class_id)
+def test_the_phases_compile_as_full_graphs(base):
+    torch._dynamo.reset()
+    settings = next(settings for kind, settings in CLASSES if kind is base)
+    ends = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
+        params = parameters(torch.float32)
+        optimizer = ImbSAM(base(params, **{**settings, "lr": torch.tensor(0.01)}))
+        phases = [
+            wrap(f) for f in (optimizer.first_step, optimizer.second_step, optimizer.third_step)
+        ]
+        for step in range(3):
+            for phase, call in enumerate(phases):
+                fill(params, gradients(3 * step + phase, torch.float32))
+                call()
+        ends.append([*params, *own_state(optimizer)])
+    torch._dynamo.reset()
+    assert equal(*ends)
+
+
+@pytest.mark.parametrize("kind", bases.FUSED, ids=class_id)
+def test_differentiable_and_bad_numbers_are_refused(kind):
+    for name in bases.FUSED[kind].numbers:
+        base = kind(parameters(), lr=0.01)
+        value = base.param_groups[0][name]
+        many = isinstance(value, tuple)
+        base.param_groups[0][name] = (value[0], float("nan")) if many else float("nan")
+        where = rf"\['{name}'\]" + (r"\[1\]" if many else "")
+        with pytest.raises(ValueError, match=rf"param_groups\[0\]{where} is nan, expected a"):
+            ImbSAM(base)
+    with pytest.raises(ValueError, match=r"\['differentiable'\] is True, expected False"):
+        ImbSAM(kind(parameters(), lr=0.01, differentiable=True))
 
 
 @pytest.mark.parametrize("flags", [{"foreach": True}, {"fused": True}, {"capturable": True}])
@@ -230,21 +289,3 @@ def test_betas_that_are_tensors_take_the_bases_own_step():
     one_step(optimizer, params)
     plain_step(plain, expected, 0)
     assert equal(params, expected)
-
-
-def test_the_phases_compile_as_full_graphs():
-    torch._dynamo.reset()
-    ends = []
-    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True)):
-        params = parameters(torch.float32)
-        optimizer = ImbSAM(AdamW(params, lr=torch.tensor(0.01)))
-        phases = [
-            wrap(f) for f in (optimizer.first_step, optimizer.second_step, optimizer.third_step)
-        ]
-        for step in range(3):
-            for phase, call in enumerate(phases):
-                fill(params, gradients(3 * step + phase, torch.float32))
-                call()
-        ends.append([*params, *state_of(optimizer)])
-    torch._dynamo.reset()
-    assert equal(*ends)

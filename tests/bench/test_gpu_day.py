@@ -1,0 +1,112 @@
+"""The pieces of a day on a GPU: what is done stays done, and time that is up is no failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_day
+from benchmarks.gpu_day import Record, Task, run
+
+PATIENT = """
+import signal, sys, time
+from pathlib import Path
+at = Path(sys.argv[1])
+def stop(*_):
+    at.write_text("left a checkpoint")
+    sys.exit(3)
+signal.signal(signal.SIGTERM, stop)
+if at.exists():
+    sys.exit(0)
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+def statuses(record: Record) -> dict[str, str]:
+    return {name: outcome.status for name, outcome in record.outcomes.items()}
+
+
+def test_a_piece_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_day, "TO_STOP", 6.0)
+    log = tmp_path / "log"
+    note = f"open({str(log)!r}, 'a').write(__import__('sys').argv[1])"
+    checkpoint = str(tmp_path / "checkpoint")
+    tasks = [
+        Task("first", python(note, "1")),
+        Task("not here", python(note, "x"), needs=("no_such_module",)),
+        Task("patient", python(PATIENT, checkpoint), resumes=True),
+        Task("last", python(note, "2"), environment={"A": "b"}),
+    ]
+    path = tmp_path / "out" / "record.json"
+    assert run(tasks, Record(path), seconds=9, dry=False, again=False) == gpu_day.UNFINISHED
+    found = Record(path)
+    assert statuses(found) == {"first": "done", "not here": "left out", "patient": "unfinished"}
+    assert found.outcomes["patient"].output == "started\n"
+    assert found.outcomes["not here"].output == "not there: no_such_module"
+    assert Path(checkpoint).read_text() == "left a checkpoint"
+
+    assert run(tasks, Record(path), seconds=60, dry=False, again=False) == 0
+    assert log.read_text() == "12"
+    assert set(statuses(Record(path)).values()) == {"done", "left out"}
+    assert json.loads(path.read_text())["last"]["seconds"] > 0
+
+
+def test_what_fails_keeps_the_rest_from_nothing_and_is_tried_again_when_asked(
+    tmp_path: Path,
+) -> None:
+    tasks = [
+        Task("fails", python("raise SystemExit('no such kernel')")),
+        Task("runs", python("print('here')")),
+    ]
+    record = Record(tmp_path / "record.json")
+    assert run(tasks, record, 60, dry=False, again=False) == 1
+    assert statuses(record) == {"fails": "failed", "runs": "done"}
+    assert "no such kernel" in record.outcomes["fails"].output
+    tasks[0].command = python("")
+    assert run(tasks, record, 60, dry=False, again=False) == 1
+    assert run(tasks, record, 60, dry=False, again=True) == 0
+
+
+def test_a_dry_run_takes_the_dry_command(tmp_path: Path) -> None:
+    tasks = [Task("both", python("raise SystemExit(1)"), python("")), Task("one", python("1/0"))]
+    record = Record(tmp_path / "record.json")
+    assert run(tasks, record, 60, dry=True, again=False) == 0
+    assert statuses(record) == {"both": "done", "one": "left out"}
+
+
+def test_the_pieces(tmp_path: Path) -> None:
+    pieces = {name: make() for name, make in gpu_day.pieces(tmp_path, tmp_path).items()}
+    assert list(pieces) == ["a", "b", "c", "d", "e"]
+    for tasks in pieces.values():
+        assert tasks and len({task.name for task in tasks}) == len(tasks)
+    suite = {t.name for t in pieces["a"]}
+    assert {"build", "every operation", "tests/bench/test_gpu_day.py"} <= suite
+    assert len(pieces["b"]) == 8
+    assert len(pieces["e"]) == 3 * len(gpu_day.RUNS)
+    for task in pieces["e"]:
+        assert "--resume" in task.command and "--save" in task.command
+    saved = {task.command[task.command.index("--save") + 1] for task in pieces["e"]}
+    assert len(saved) == len(gpu_day.RUNS)  # a directory for each kind of run, seeds inside
+
+
+def test_results_of_another_machine_are_not_added_to(tmp_path: Path) -> None:
+    from benchmarks import gpu_timing
+
+    path = tmp_path / "bench_gpu.json"
+    assert gpu_timing._begun(path, 5) is None
+    now = gpu_timing.environment()
+    report = gpu_timing.GpuReport(now, 5, 100.0, [])
+    gpu_timing.save(report, path)
+    assert gpu_timing._begun(path, 5) == gpu_timing.load(path)
+    for changed, rounds in ((now, 6), ({**now, "git_commit": "another"}, 5)):
+        gpu_timing.save(gpu_timing.GpuReport(changed, 5, 100.0, []), path)
+        with pytest.raises(SystemExit, match="is of another machine, version or number of rounds"):
+            gpu_timing._begun(path, rounds)

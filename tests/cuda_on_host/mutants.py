@@ -1,0 +1,171 @@
+"""Whether the checks here would see a wrong kernel: `python -m cuda_on_host.mutants [kernel ...]`,
+from tests/.
+
+Changes nvcc's PTX of the float32 kernels one instruction at a time (ptx.Mutation): every barrier is
+removed, operators become others, addresses in shared memory, shuffles and special registers move.
+A mutant that runs to its end with the bits of the unchanged kernel, under several orders of warps,
+survives; what is known to change nothing is named in HARMLESS. Prints the others, and fails on one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from cuda_on_host import build, ptx
+from torch import Tensor
+
+from imbsam_fast.ops import native_cuda
+
+ARCHITECTURE = "compute_90"
+SECONDS = 20  # of CPU time, after which a mutant counts as caught in an endless loop
+SEEDS = (1, 2, 3)
+
+# The source line of a survivor, or a part of it -> why the change is harmless.
+HARMLESS: dict[str, str] = {}
+
+
+def numbers(*sizes: int, seed: int = 0, shift: int = 0) -> list[Tensor]:
+    """Normal float32 tensors, `shift` elements behind an aligned address."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n + shift, generator=generator)[shift:] for n in sizes]
+
+
+def sums() -> list[Tensor]:
+    found = []
+    for shift in (0, 1):
+        g, theta = (numbers(33_001, 130, seed=i, shift=shift) for i in range(2))
+        for i, factor in enumerate((1e25, 1e-30, 0.0)):  # squares that a float cannot hold
+            g[0][4096 * i + 40 : 4096 * i + 60] *= factor
+        found += [native_cuda.squared_norm(g), native_cuda.squared_norm(g, theta)]
+        found += [*native_cuda.grad_check(g, theta), *native_cuda.grad_check([], theta)]
+        theta[0][20_000] = float("inf")
+        found += native_cuda.grad_check(g, theta)
+    return found
+
+
+def perturbed() -> list[Tensor]:
+    found = []
+    for count in (1, 33, 300, 1100):
+        for shift in (0, 1):
+            theta, g = (numbers(9001, 33, seed=i, shift=shift) for i in range(2))
+            (partials,) = numbers(count, seed=2)
+            partials = partials.double().square()
+            native_cuda.perturb_(theta, g, partials, 0.05, adaptive=count == 33)
+            found += [
+                *theta,
+                *g,
+            ]
+    return found
+
+
+def losses() -> list[Tensor]:
+    found = []
+    for rows, classes, smoothing in ((5, 1003, 0.0), (4, 5000, 0.1), (9, 7, 0.1), (8200, 2, 0.0)):
+        logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
+        targets = torch.arange(rows) % classes
+        targets[1] = -100
+        plain, sharp, weight = (w.abs() for w in numbers(classes, classes, classes, seed=3))
+        plain[0] = 0
+        rest = plain, sharp, weight, smoothing, -100
+        head, tail, b, lse = native_cuda.split_cross_entropy(logits, targets, *rest, None)
+        gradient = native_cuda.split_cross_entropy_backward(
+            torch.ones(()), torch.full((), 2.0), logits, targets, lse, b, *rest
+        )
+        alone = native_cuda.split_cross_entropy_backward(
+            torch.ones(()), None, logits, targets, lse, b, *rest
+        )
+        found += [head, tail, b, lse, gradient, alone]
+    return found
+
+
+# Source -> what runs all its kernels.
+CHECKS: dict[str, Callable[[], list[Tensor]]] = {
+    "squared_norm": sums,
+    "perturb": perturbed,
+    "split_cross_entropy": losses,
+}
+
+
+def bits(tensors: list[Tensor]) -> list[bytes]:
+    return [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
+
+
+def survives(
+    number: int, mutant: ctypes.c_int, host: build.Host, check: Callable, right: list
+) -> bool:
+    """Runs a mutant in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+        mutant.value = number
+        for seed in SEEDS:
+            host.seed(seed)
+            if bits(check()) != right:
+                os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def source_line(mutation: ptx.Mutation) -> str:
+    found = [p for p in build.CSRC.rglob(mutation.file) if mutation.file]
+    return found[0].read_text().splitlines()[mutation.line - 1].strip() if found else ""
+
+
+def reason_harmless(mutation: ptx.Mutation) -> str | None:
+    line = source_line(mutation)
+    return next((why for part, why in HARMLESS.items() if part in line), None)
+
+
+def survivors(
+    host: build.Host, name: str, wanted: Callable[[ptx.Mutation], bool] = lambda mutation: True
+) -> Iterator[tuple[ptx.Mutation, bool]]:
+    """Each mutation of the float32 kernels of a source that is wanted, and whether it survives."""
+    text = build.ptx_of(build.CSRC / f"cuda/{name}.cu", ARCHITECTURE)
+    library = build.build_ptx(host.path, text, r"_kernel f", mutable=True)
+    (loaded,) = host.run_ptx([library])
+    mutant = ctypes.c_int.in_dll(loaded, "mutant")
+    right = bits(CHECKS[name]())
+    for kernel in library.kernels:
+        for mutation in filter(wanted, kernel.mutations):
+            yield mutation, survives(mutation.number, mutant, host, CHECKS[name], right)
+    host.run_sources()
+
+
+def prepared() -> build.Host:
+    torch.set_num_threads(1)  # a forked process has one
+    host = build.Host(build.build_sources())
+    native_cuda._C = host.module
+    native_cuda._on = lambda device: (0, 0)
+    return host
+
+
+def main(names: list[str]) -> None:
+    host, unknown = prepared(), 0
+    for name in names or CHECKS:
+        caught = {kind: [0, 0] for kind in ("barrier", "operator", "index")}
+        for mutation, survived in survivors(host, name):
+            caught[mutation.kind][survived] += 1
+            why = reason_harmless(mutation) if survived else None
+            unknown += survived and why is None
+            if survived:
+                where = f"{mutation.file}:{mutation.line}"
+                print(f"{mutation.kind} {where} {mutation.kernel}: {mutation.instruction}")
+                print(
+                    f"    {source_line(mutation)}\n    {why or 'NOT KNOWN TO BE HARMLESS'}",
+                    flush=True,
+                )
+        for kind, (dead, alive) in caught.items():
+            print(f"{name}, {kind}: {dead} of {dead + alive} caught", flush=True)
+    sys.exit(unknown > 0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    main(sys.argv[1:])

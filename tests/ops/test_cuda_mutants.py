@@ -1,0 +1,46 @@
+"""Whether the checks of the PTX would see a wrong kernel: every barrier, and some other mutants.
+
+All of them: `python -m cuda_on_host.mutants` in tests/, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+
+import pytest
+from cuda_on_host import build, ptx
+
+if (missing := build.reason_unavailable()) is not None:
+    pytest.skip(missing, allow_module_level=True)
+
+from cuda_on_host import mutants
+
+from imbsam_fast.ops import native_cuda
+
+pytestmark = pytest.mark.slow  # compiles the CUDA sources
+
+SHARE = 40  # one of so many operators and indices
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[build.Host]:
+    before = native_cuda._C, native_cuda._on
+    yield mutants.prepared()
+    native_cuda._C, native_cuda._on = before
+
+
+def is_drawn(mutation: ptx.Mutation) -> bool:
+    text = f"{mutation.kernel} {mutation.instruction} {mutation.line}"
+    return mutation.kind == "barrier" or zlib.crc32(text.encode()) % SHARE == 0
+
+
+@pytest.mark.parametrize("name", mutants.CHECKS)
+def test_mutants_are_caught(host: build.Host, name: str) -> None:
+    tried, unknown = 0, []
+    for mutation, survived in mutants.survivors(host, name, is_drawn):
+        tried += 1
+        if survived and mutants.reason_harmless(mutation) is None:
+            unknown.append(f"{mutation} {mutants.source_line(mutation)}")
+    assert tried > 10
+    assert not unknown, "\n".join(unknown)
