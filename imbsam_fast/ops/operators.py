@@ -74,9 +74,9 @@ def perturb_(
         )
     if read is None or kept is None:
         NAMESPACE.perturb_(theta, g_t, partials, rho, adaptive, master, held)
-    else:
-        theta, g_t, held = read
-        _perturb_(theta, g_t, partials, rho, adaptive, kept[0], held)
+        return
+    theta, g_t, held = read
+    _perturb_(theta, g_t, partials, rho, adaptive, kept[0], held)
 
 
 @define(

@@ -34,7 +34,7 @@ def owned(gradients: Slots) -> Slots:
         return [None if g is None else g.clone() for g in gradients]
     references = [*map(sys.getrefcount, gradients)]
     if set(map(type, gradients)) == _ONLY_TENSORS and max(references) <= _REFERENCES:
-        storages = [*map(Tensor.untyped_storage, gradients)]
+        storages = [*map(Tensor.untyped_storage, gradients)]  # type: ignore[arg-type]  # no None
         if set(map(_uses, map(_address, storages))) == {_USES} and all(
             map(UntypedStorage.resizable, storages)
         ):

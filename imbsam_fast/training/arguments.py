@@ -43,7 +43,7 @@ def unwrapped(optimizer: object) -> ImbSAM:
 
 
 def check_autocast(autocast: object) -> None:
-    """Refuse what is no context, and one that can be entered only once."""
+    """Refuse what is no context, or one that can be entered once only."""
     if autocast is not None and not isinstance(autocast, AbstractContextManager):
         raise TypeError(f"autocast is {autocast!r}, expected a context manager")
     if isinstance(autocast, contextlib._GeneratorContextManager):
@@ -54,14 +54,14 @@ def check_autocast(autocast: object) -> None:
 
 
 def check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
-    """Refuse an optimizer of another model."""
+    """Refuse an optimizer that holds no parameter of `model`."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):
         raise ValueError("optimizer holds no parameter of model, expected those that are trained")
 
 
 def check_batch(inputs: Any, targets: Tensor) -> None:
-    """Refuse targets that are no labels (N,), N > 0, and inputs without N rows."""
+    """Refuse targets that are no labels (N,) and inputs without N rows."""
     if not isinstance(targets, Tensor):
         raise ValueError(f"targets is {type(targets).__name__}, expected int64 labels (N,)")
     if targets.dim() != 1 or targets.dtype != torch.int64:

@@ -268,7 +268,7 @@ def _detached(outputs: Any) -> Any:
 
 
 def step_result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
-    """What the step returns; a part that had no pass is zero."""
+    """What a step returns; a part that had no pass is 0."""
     known = next(part for part in (head, tail) if part is not None)
     head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
     return StepResult(head + tail, head, tail, outputs)

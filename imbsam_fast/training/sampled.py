@@ -47,7 +47,7 @@ class SampledPlan:
         check_whole_number("sample_seed", seed, "an integer >= 0", 0)
 
     def __call__(self, step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-        """The passes of one step; see `Plan`."""
+        """The passes of one step; see plans.Plan."""
         if not rows.head_rows and not self.common:  # d is g_p, which joint has in two passes
             return joint_plan(step, inputs, targets, rows)
         seen = _all_rows(step, inputs, targets, rows)
@@ -111,11 +111,11 @@ class CheaperSteps:
         self.counted = number
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps that counted."""
+        """The number of counted steps."""
         return {"counted_steps": self.counted}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from what `state_dict` returned; ValueError for anything else."""
+        """Go on where `state_dict` was taken."""
         if not isinstance(state_dict, dict) or "counted_steps" not in state_dict:
             raise ValueError(f"state_dict is {state_dict!r}, expected what state_dict returned")
         counted = state_dict["counted_steps"]
@@ -154,7 +154,7 @@ def _all_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was told of the model or of one of its modules."""
+    """Whether torch.compile has a part in `model`."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
         for m in model.modules()

@@ -75,9 +75,9 @@ class TrainStep:
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
-            for the batch and the size of the model, but joint where a BatchNorm layer uses batch
-            statistics, or where a forward pass was seen to write to other buffers of the model or
-            the criterion (spectral norm, observers of quantisation, statistics of its own).
+            for the batch and the size of the model, but joint where BatchNorm uses the batch's, or
+            where a forward pass was seen to write to other buffers of the model or the criterion
+            (spectral norm, observers of quantisation, statistics of a layer's own).
             "sampled", NOT THE PAPER where a BatchNorm layer uses batch statistics, runs all rows
             once and takes what the perturbation changes from a sample: 1 + 2 `sample` SGD steps.
         batch_norm: "once" updates running statistics, and all other buffers that a pass writes
@@ -114,6 +114,12 @@ class TrainStep:
         same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
             from torch's default generators, of the CPU and of the model's devices: a row has one
             dropout mask a step. The generators go on as if there had been one pass.
+        sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
+            are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
+            since running statistics see the pass of all rows alone, lagged and cuda_graph.
+        sample_seed: decides the drawing, with the number of the step.
+        perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
+            others are SGD steps on head + tail. Several ranks and cuda_graph count every step.
 
     Accelerate's and Lightning's optimizers count, profile and run their hooks around a step as
     around one of their own; Lightning's `on_before_optimizer_step` runs when step hooks do
@@ -122,13 +128,6 @@ class TrainStep:
     No gradient may stand in `p.grad` before a step, and none does afterwards. A forward pass that
     writes to inputs or targets which a later pass reads is refused; what it keeps elsewhere than
     in buffers cannot be seen, and is kept twice.
-
-        sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
-            are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
-            since running statistics see the pass of all rows alone, lagged and cuda_graph.
-        sample_seed: decides the drawing, with the number of the step.
-        perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
-            others are SGD steps on head + tail. Several ranks and cuda_graph count every step.
 
     `state_dict` has the number of steps, which these two go by: a part of their checkpoints.
 
@@ -239,11 +238,11 @@ class TrainStep:
                 return self._run(plan, inputs, targets, rows)
 
     def state_dict(self) -> dict[str, int]:
-        """What `perturb_every` and the sample's drawing go by: the number of steps that counted."""
+        """The number of steps taken: what `sample` and `perturb_every` go by."""
         return self.cheaper.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from what `state_dict` returned; ValueError for anything else."""
+        """Go on where `state_dict` was taken."""
         self.cheaper.load_state_dict(state_dict)
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:

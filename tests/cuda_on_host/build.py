@@ -110,8 +110,9 @@ def build_sources() -> Path:
 
     def compile_(path: Path) -> Path:
         command = ["g++", *flags, *sources[path], "-x", "c++", "-c", path]
-        own = HERE in path.parents or path.suffix == ".cu"  # what includes headers from here
-        needed = [h for h in headers() if own or (CSRC in h.parents and h.suffix == ".h")]
+        own = HERE in path.parents or path.suffix == ".cu"  # what includes cuda_runtime.h
+        others = [h for h in headers() if CSRC in h.parents and (own or h.suffix == ".h")]
+        needed = [*others, HERE / "cuda_runtime.h"] if own else others
         return made(f"{path.stem}.o", [path, *needed], *command)
 
     with ThreadPoolExecutor(2) as pool:

@@ -95,6 +95,7 @@ inline uint16_t to_f16(float x) {  // to nearest even, as nearbyint rounds
   const float size = std::abs(x);
   if (size != size) return 0x7fff;
   if (size >= 65520) return sign | 0x7c00;
+  if (size == 0) return sign;
   int exponent;
   frexpf(size, &exponent);
   exponent = exponent - 1 < -14 ? -14 : exponent - 1;  // of the last place: exponent - 10

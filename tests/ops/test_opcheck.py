@@ -60,8 +60,7 @@ def perturb_master(dtype: torch.dtype, device: str) -> tuple:
     """With master weights where the dtype allows them."""
     half = dtype in (torch.bfloat16, torch.float16)
     x = with_master(few(dtype, device)) if half else few(dtype, device)
-    master = x.master if half else []
-    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, master, []
+    return x.theta, x.g_p, scalar(2.0, device).reshape(1), RHO, False, x.master if half else [], []
 
 
 def cross_entropy(dtype: torch.dtype, device: str, options: tuple, rows: int = 6) -> tuple:

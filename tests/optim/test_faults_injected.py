@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
-from imbsam_fast.ops import dispatch
-from imbsam_fast.ops import operators as defined
+from imbsam_fast.ops import dispatch, updates
+from imbsam_fast.ops import operators as phases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,7 +240,9 @@ class AtOperator(TorchDispatchMode):
         if func.namespace != "imbsam_fast":
             return func(*args, **(kwargs or {}))
         with self:
-            return getattr(defined, f"_{func.overloadpacket.__name__}")(*args, **(kwargs or {}))
+            name = f"_{func.overloadpacket.__name__}"
+            defined = phases if hasattr(phases, name) else updates
+            return getattr(defined, name)(*args, **(kwargs or {}))
 
 
 def allocates(operator: Any) -> bool:

@@ -27,7 +27,7 @@ FLIP_MEANING = "flip: the logits of an image and of its mirror image are average
 
 
 def meaning(sections: Sequence[Section]) -> str:
-    """What the tables of `sections` show, in a sentence or two."""
+    """What the tables of `sections` show, in a few sentences."""
     flip = any("flip" in section.views for section in sections)
     return f"{MEANING} {FLIP_MEANING}" if flip else MEANING
 

@@ -64,7 +64,7 @@ def run_to_the_end(
         raise DataError(f"{error}; '{directory.path}' goes on with --resume") from error
     on_gpu = ranks.device.type == "cuda"
     peak_bytes = torch.cuda.max_memory_allocated(ranks.device) if on_gpu else None
-    result = {**_result(training, directory, stop_if_asked), "peak_bytes": peak_bytes}
+    result = _result(training, directory, stop_if_asked, peak_bytes)
     if ranks.writes:
         directory.write_result(result)
     return result
@@ -118,7 +118,10 @@ def _test(
 
 
 def _result(
-    training: ImageTraining, directory: RunDirectory, between: Callable[[], None]
+    training: ImageTraining,
+    directory: RunDirectory,
+    between: Callable[[], None],
+    peak_bytes: int | None,
 ) -> dict[str, Any]:
     """Test the last and the best checkpoint; run_directory.py describes the content."""
     data = training.data
@@ -139,6 +142,7 @@ def _result(
         "last": last,
         "best": best,
         "seconds": sum(row["seconds"] for row in log),
+        "peak_bytes": peak_bytes,
         "skipped_images": data.train.skipped + data.test.skipped,
         "ranks": training.ranks.world,
         "environment": environment(),
