@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import torch
 from torch import Tensor
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             found.setdefault(name, []).extend(pairs)
     rows = {}
     for name, pairs in found.items():
-        (cosine, spread), ratio = _over([c for c, _ in pairs]), mean(r for _, r in pairs)
+        (cosine, spread), ratio = _over([c for c, _ in pairs]), median(r for _, r in pairs)
         rows[name] = {"cosine": cosine, "std": spread, "norm_ratio": ratio, "batches": len(pairs)}
         print(f"{name}: cosine {cosine:.2f} ± {spread:.2f}, norm {ratio:.2f} times the joint one's")
     if args.json is not None:
