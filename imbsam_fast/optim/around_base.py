@@ -216,6 +216,7 @@ class Pending:
         self.clear()
 
     def clear(self) -> None:
+        """Between steps: nothing is held."""
         self.held: Slots | None = None  # g_h
         self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
         self.partials: list[Tensor] = []  # the squared norm of g_t
@@ -223,9 +224,8 @@ class Pending:
 
 def wraps_imbsam(optimizer: object) -> bool:
     """Whether an attribute of `optimizer` is an ImbSAM."""
-    return any(
-        isinstance(value, AroundBase) for value in getattr(optimizer, "__dict__", {}).values()
-    )
+    attributes = getattr(optimizer, "__dict__", {})
+    return any(isinstance(value, AroundBase) for value in attributes.values())
 
 
 def check_base(base: object) -> None:
