@@ -159,3 +159,9 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def large_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """plan="auto" chooses as for a network whose passes cost nothing besides their rows."""
+    monkeypatch.setattr("imbsam_fast.training.auto_plan.WORK_OF_A_MODULE", 0)

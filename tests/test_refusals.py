@@ -395,7 +395,8 @@ def test_raw_pointers(op: str) -> None:
         refused.append(({"&partials": 0}, "partials is a null pointer"))
     if "step" in call.names:
         refused.append(({"step": [0, 0]}, r"step\[0\] is a null pointer"))
-        refused.append(({"step": []}, "step has 0 tensors, expected 2"))
+        if op != "rmsprop_update_":  # which counts steps for torch alone, where there are counts
+            refused.append(({"step": []}, "step has 0 tensors, expected 2"))
     for changes, message in refused:
         with pytest.raises(ValueError, match=f"^{op}: {message}"):
             call(changes)

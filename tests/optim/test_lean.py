@@ -429,6 +429,6 @@ def test_what_needs_whole_gradients_is_refused_in_the_calls_too():
 
 
 def test_data_parallel_models_are_refused(monkeypatch):
-    monkeypatch.setattr("imbsam_fast.training.data_parallel.process_group", lambda model: object())
+    monkeypatch.setattr("imbsam_fast.training.data_parallel.group_of", lambda models: object())
     with pytest.raises(ValueError, match="model is DistributedDataParallel, expected a model of"):
         stepping(network("group"))

@@ -64,6 +64,7 @@ def test_step_with_a_closure_works_on_a_compiled_model():
 def test_a_graph_compiled_for_one_backward_is_refused_not_misread():
     model = torch.compile(network(nn.BatchNorm1d(32)))
     model(torch.randn(32, 12)).sum().backward()
+    model.zero_grad()
     before = copy.deepcopy(dict(model.named_parameters()))
     with pytest.raises(RuntimeError, match=r"call torch._dynamo.reset\(\) once before"):
         train(model, "joint", steps=2)

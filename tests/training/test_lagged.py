@@ -113,6 +113,7 @@ def test_50_joint_steps_agree_with_the_equations(norm):
     assert distance(model, ordinary) > 1e-4
 
 
+@pytest.mark.usefixtures("large_network")
 def test_split_agrees_with_joint_where_rows_are_independent():
     assert distance(trained(plan="split"), trained(plan="joint")) < 1e-12
     assert distance(trained(plan="auto"), trained(plan="split")) == 0

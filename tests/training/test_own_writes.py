@@ -167,6 +167,7 @@ def rows_of(model: nn.Module) -> list[int]:
     return seen
 
 
+@pytest.mark.usefixtures("large_network")
 def test_buffers_that_stay_as_they_are_leave_auto_with_the_split_plan():
     model = network("none")
     model.register_buffer("table", torch.arange(100))
@@ -181,6 +182,7 @@ def test_buffers_that_stay_as_they_are_leave_auto_with_the_split_plan():
     assert rows == [3, 1, 1]
 
 
+@pytest.mark.usefixtures("large_network")
 def test_a_layer_that_begins_to_write_later_is_noticed_then():
     model = with_layer(OwnStatistics)().eval()
     rows, y = rows_of(model), torch.tensor([0, 1, 2, 9])

@@ -230,10 +230,12 @@ def reference_step(
         g if g is None or not group.get("adaptive") else p.detach().abs() * g
         for (p, group), g in zip(theta, g_t)
     ]
-    norm = torch.sqrt(sum(t.square().sum() for t in scaled if t is not None))
+    # A group that stays at theta does not count in the norm.
+    scaled = [None if group.get("rho") == 0 else t for (_, group), t in zip(theta, scaled)]
+    norm = sum((t.square().sum() for t in scaled if t is not None), torch.zeros(())).sqrt()
     with torch.no_grad():
         for (p, group), g, t in zip(theta, g_t, scaled):
-            if g is not None and norm > 0:
+            if t is not None and norm > 0:
                 direction = p.abs() * t if group.get("adaptive") else g
                 sign = -1 if group.get("maximize") else 1
                 p += sign * group.get("rho", 0.05) * direction / norm

@@ -212,7 +212,9 @@ def same_dropout_and_own_buffers_on_every_rank(rank: int, ranks: int) -> None:
             )
 
     model = Net()
-    step = TrainStep(DistributedDataParallel(model), CRITERION, imbsam(model), same_dropout=True)
+    step = TrainStep(
+        DistributedDataParallel(model), CRITERION, imbsam(model), "split", same_dropout=True
+    )
     torch.manual_seed(rank)
     x, y = own(next(data()), rank, ranks)
     step(x, y)

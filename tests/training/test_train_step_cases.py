@@ -122,7 +122,8 @@ def test_the_split_plan_keeps_channels_last():
             return x
 
     model = nn.Sequential(Watch(), network("group"))
-    step = TrainStep(model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model))
+    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
+    step = TrainStep(model, criterion, imbsam(model), "split")
     x, y = next(batches(1))
     step(x.to(memory_format=torch.channels_last), y)
     assert seen == [True] * 3
