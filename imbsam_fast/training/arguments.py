@@ -12,15 +12,9 @@ from torch.utils import _pytree as pytree
 
 from ..optim import ImbSAM
 from ..optim.around_base import wraps_imbsam
-
-# Lightning's classes become subclasses of what they wrap.
-_WRAPPERS = {
-    ("accelerate", "AcceleratedOptimizer"),
-    ("lightning", "LightningOptimizer"),
-    ("lightning", "_FabricOptimizer"),
-    ("pytorch_lightning", "LightningOptimizer"),
-    ("lightning_fabric", "_FabricOptimizer"),
-}
+from ..validation import check_whole_number
+from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
+from .wrappers import kind_of
 
 
 def unwrapped(optimizer: object) -> ImbSAM:
@@ -29,7 +23,7 @@ def unwrapped(optimizer: object) -> ImbSAM:
     Anything else around it would expect its own `step()` to be called.
     """
     inner: Any = optimizer
-    while any((c.__module__.partition(".")[0], c.__name__) in _WRAPPERS for c in type(inner).mro()):
+    while kind_of(inner) is not None:
         inner = inner.optimizer
     if isinstance(inner, ImbSAM):
         return inner
@@ -40,6 +34,21 @@ def unwrapped(optimizer: object) -> ImbSAM:
             f"other way round: ImbSAM({name}(base))"
         )
     raise TypeError(f"optimizer is {name}, expected an ImbSAM")
+
+
+def check_choices(
+    plan: str, batch_norm: str, perturbation: str, micro_batch_size: int | None
+) -> None:
+    """Refuse what is not one of training.choices, and micro-batches without rows."""
+    for name, value, choices in (
+        ("plan", plan, PLANS),
+        ("batch_norm", batch_norm, BATCH_NORM_UPDATES),
+        ("perturbation", perturbation, PERTURBATIONS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+    if micro_batch_size is not None:
+        check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
 
 
 def check_autocast(autocast: object) -> None:

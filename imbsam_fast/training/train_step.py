@@ -26,9 +26,8 @@ from ..validation import (
     check_grad_scaler,
     check_max_norm,
     check_no_gradient,
-    check_whole_number,
 )
-from .arguments import check_autocast, check_batch, check_holds_some, unwrapped
+from .arguments import check_autocast, check_batch, check_choices, check_holds_some, unwrapped
 from .auto_plan import split_is_cheaper
 from .batch_norm import (
     check_batch_norm_is_visible,
@@ -36,7 +35,6 @@ from .batch_norm import (
     has_batch_statistics,
     statistics_where,
 )
-from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
 from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of
 from .data_parallel import Ranks, keep_in_step, parts_overlap
 from .generators import Draws, Generators
@@ -171,18 +169,7 @@ class TrainStep:
                 f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
                 "as .split, such as SplitCrossEntropy or what split_loss returns"
             )
-        if plan not in PLANS:
-            raise ValueError(f"plan is {plan!r}, expected one of {', '.join(PLANS)}")
-        if batch_norm not in BATCH_NORM_UPDATES:
-            raise ValueError(
-                f"batch_norm is {batch_norm!r}, expected one of {', '.join(BATCH_NORM_UPDATES)}"
-            )
-        if perturbation not in PERTURBATIONS:
-            raise ValueError(
-                f"perturbation is {perturbation!r}, expected one of {', '.join(PERTURBATIONS)}"
-            )
-        if micro_batch_size is not None:
-            check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
+        check_choices(plan, batch_norm, perturbation, micro_batch_size)
         check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
         check_bool("lagged", lagged)

@@ -17,7 +17,7 @@ _LIGHTNING, _FABRIC, _ACCELERATE = "LightningOptimizer", "_FabricOptimizer", "Ac
 _PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate")
 
 
-def _kind(wrapper: object) -> str | None:
+def kind_of(wrapper: object) -> str | None:
     """Which of the known wrappers it is, None for the optimizer itself."""
     for cls in type(wrapper).__mro__:
         if cls.__module__.partition(".")[0] in _PACKAGES and cls.__name__ in (
@@ -33,7 +33,7 @@ class Wrapper:
     def __init__(self, given: Any, optimizer: torch.optim.Optimizer) -> None:
         self.given = given
         self.optimizer = optimizer
-        self.kind = _kind(given)
+        self.kind = kind_of(given)
 
     def grad_scaler(self) -> torch.amp.GradScaler | None:
         """The one that the wrapper's own step would use."""
