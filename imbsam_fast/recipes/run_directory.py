@@ -133,6 +133,7 @@ class RunDirectory:
                 yield
             finally:
                 _locked_files.discard(file)
+                _unlock(file)
                 with suppress(OSError):
                     holder.unlink()
 
@@ -276,6 +277,14 @@ def _flock(file: BinaryIO) -> bool:
     except (ImportError, OSError):  # systems and file systems without locks
         pass
     return True
+
+
+def _unlock(file: BinaryIO) -> None:
+    """Give the lock back, also where a process forked a moment ago still has the file open."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _named(holder: Path) -> str:

@@ -118,7 +118,8 @@ def where_perturbed(optimizer: ImbSAM, grads: list[Tensor | None]) -> list[Tenso
     truths, scaled = [], []
     for (p, group), g in zip(theta, grads):
         (start,) = doubles([p])
-        g = torch.zeros_like(start) if g is None else g.double()
+        stays = group["rho"] == 0  # and does not count in the norm
+        g = torch.zeros_like(start) if g is None or stays else g.double()
         scaled.append(start.abs() * g if group["adaptive"] else g)
         truths.append((start, start.square() * g if group["adaptive"] else g))
     norm = torch.sqrt(sum(t.square().sum() for t in scaled)) + 1e-16

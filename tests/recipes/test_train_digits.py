@@ -138,7 +138,7 @@ def test_a_run_in_use_is_refused_and_a_log_without_checkpoint_begins_again(tmp_p
     for name in ("result.json", "last.pt"):  # as after a first checkpoint that failed
         (run.path / name).unlink()
     with run.in_use():
-        assert "is in use: another process" in refused([*argv, "--resume"], capsys)
+        assert "is in use: process " in refused([*argv, "--resume"], capsys)
     assert train(*argv, "--resume") == 0
     assert [row["epoch"] for row in run.log()] == [1, 2]
 
@@ -206,7 +206,7 @@ def test_the_table_fits_eighty_columns(capsys):
 
     other = {"last": dict.fromkeys(("plain", "flip"), dict.fromkeys(GROUPS, 60.0))}
     Console(width=80).print(
-        results_table({label: [RESULT, {**RESULT, **other}] for label in LABELS})
+        results_table({label: [RESULT, {**RESULT, **other}] for label in LABELS}, flip=True)
     )
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
@@ -255,9 +255,9 @@ def refused(words: list[str], capsys) -> str:
         ("--momentum", "1.1", "a number 0 to 1"),
         ("--weight-decay", "-1", "a number >= 0"),
         ("--norm", "layer", "group"),
-        ("--seeds", "0", "a whole number >= 1"),
+        ("--seeds", "0", "a whole number 1 to 1000000"),
         ("--imbalance-factor", "0.5", "a number >= 1"),
-        ("--threads", "0", "a whole number >= 1"),
+        ("--threads", "0", "a whole number 1 to 1024"),
         ("--device", "tpu", "cuda"),
     ],
 )

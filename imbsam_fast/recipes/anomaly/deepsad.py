@@ -77,6 +77,7 @@ class DeepSAD(Detector):
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
+        adam.zero_grad()  # a training step refuses gradients that are not its own
         return encoder
 
     def _make_loss(self, rows: Tensor) -> PerSampleLoss:
