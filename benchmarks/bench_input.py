@@ -37,6 +37,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from benchmarks.input_tables import DECODE, IMAGE, PASS
 from imbsam_fast.bench.measure import Contestant, Group, Operation, Stopwatch
 from imbsam_fast.bench.report import Report
 from imbsam_fast.bench.script import run_script
@@ -46,7 +47,6 @@ from imbsam_fast.recipes.data.files import FileImages, FileOptions
 from imbsam_fast.recipes.data.lists import ImageList
 from imbsam_fast.recipes.data.workers import read_image, slot_bytes
 
-DECODE, IMAGE, PASS = "decode", "file to image", "pass"
 OURS, TORCHVISION, BEFORE = "imbsam-fast", "ImageFolder + DataLoader", "one tensor an image"
 WORKERS = (1, 2, 4)
 SIZE = 224

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from benchmarks import bench_input as bench_
 from benchmarks.tables import Lines, Table, markdown
 from imbsam_fast.bench.report import Report
+
+DECODE, IMAGE, PASS = "decode", "file to image", "pass"
 
 
 def images(report: Report) -> Lines:
     """Of one core, or by the clock: images a second and milliseconds an image."""
     rows = []
     for t in report.timings:
-        per = "a core" if t.operation in (bench_.DECODE, bench_.IMAGE) else "by the clock"
+        per = "a core" if t.operation in (DECODE, IMAGE) else "by the clock"
         what = f"{t.operation}, {t.size}"
         rows.append((what, t.contestant, f"{1e3 / t.ms:,.0f} {per}", f"{t.ms:.2f}"))
     return markdown(("", "who", "images/s", "ms an image"), rows)

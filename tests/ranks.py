@@ -24,8 +24,9 @@ SPLIT = ClassSplit.from_counts(COUNTS)
 # What happens on a rank: called with the rank and the number of ranks.
 Check = Callable[[int, int], None]
 
-# Imported once, by the process that the ranks are forked from: torch takes seconds.
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.multiprocessing", "imbsam_fast"]
+# Imported once, by the process that the ranks are forked from: torch takes seconds. Not what is
+# tested: that process does not know yet where it is installed.
+PRELOADED = ["torch", "torch.distributed.fsdp", "torch.multiprocessing"]
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
