@@ -57,15 +57,14 @@ def sums() -> list[Tensor]:
 def perturbed() -> list[Tensor]:
     found = []
     for count in (1, 33, 300, 1100):
-        for shift in (0, 1):
-            theta, g = (numbers(9001, 33, seed=i, shift=shift) for i in range(2))
+        for shift, subtracts in ((0, False), (1, False), (0, True), (1, True)):
+            theta, g, held = (numbers(9001, 33, seed=i, shift=shift) for i in range(3))
             (partials,) = numbers(count, seed=2)
             partials = partials.double().square()
-            native_cuda.perturb_(theta, g, partials, 0.05, adaptive=count == 33)
-            found += [
-                *theta,
-                *g,
-            ]
+            native_cuda.perturb_(
+                theta, g, partials, 0.05, adaptive=count == 33, held=held if subtracts else ()
+            )
+            found += [*theta, *g, *held]
     return found
 
 
