@@ -112,7 +112,7 @@ class ImbSAM(AroundBase):
 
     @torch.no_grad()
     def first_step(self) -> None:
-        """Hold the gradients in `p.grad` as g_h, without copying them."""
+        """Hold the gradients in `p.grad` as g_h; copies only of those that others can reach."""
         if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
         self._pending.held = owned(self._take_gradients())
