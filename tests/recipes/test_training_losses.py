@@ -82,21 +82,21 @@ def test_training_is_cross_entropy_training_of_the_adjusted_logits(loss, way):
     images = load(settings()).train
     batches = [torch.arange(7 * i, 304, 5) for i in range(3)]
     adjusted = settings(**WAYS[way], **LOSSES[loss])
-    networks = [make_model("convnet", 10, adjusted.norm, seed=0)]
+    networks = [make_model("convnet", 10, adjusted.norm, seed=0).double()]
     networks.append(copy.deepcopy(networks[0]))
     trainers = [
         make_trainer(networks[0], adjusted, COUNTS),
         make_trainer(Adjusted(networks[1], adjusted.tau), settings(**WAYS[way]), COUNTS),
     ]
     for x, y in images.batches(batches):
-        steps = [trainer.step(x, y) for trainer in trainers]
+        steps = [trainer.step(x.double(), y) for trainer in trainers]
         for part in ("loss", "head", "tail"):
             one, other = (getattr(step, part) for step in steps)
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
         with pytest.raises(AssertionError):  # what a run counts and tests is not adjusted
             torch.testing.assert_close(steps[0].logits, steps[1].logits)
     for one, other in zip(*(network.state_dict().values() for network in networks)):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 # ---------------------------------------------------------------- commands
