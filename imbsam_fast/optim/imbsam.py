@@ -29,7 +29,7 @@ from .groups import (
 from .interrupts import uninterrupted
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
-from .scaling import joined, scaling
+from .scaling import Norms, joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
 
@@ -143,6 +143,7 @@ class ImbSAM(AroundBase):
             self._pending.saved = saved
             masters = self._masters.of(g_t)
             buckets = self._buckets(masters, held, g_t)
+            self._pending.is_adaptive = any(b.group["adaptive"] for b in buckets)
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
@@ -181,10 +182,11 @@ class ImbSAM(AroundBase):
         self,
         grad_scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
-    ) -> None:
+    ) -> Norms:
         """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`.
 
-        Without any gradient nothing happens, as in torch.
+        Without any gradient nothing happens, as in torch. Returns the norms of the gradients, as
+        far as they were measured, on the device: see `training.plans.StepResult`.
 
         Args:
             grad_scaler: the one whose `scale` every loss of the step went through. The update
@@ -192,16 +194,16 @@ class ImbSAM(AroundBase):
                 restores. Call `grad_scaler.update()` afterwards, and neither its `step` nor
                 its `unscale_`.
             max_norm: clip g_h + g_p to this norm over all parameters, as
-                torch.nn.utils.clip_grad_norm_ does.
+                torch.nn.utils.clip_grad_norm_ does; infinity only measures the norm.
         """
         check_max_norm(max_norm)
         check_grad_scaler(grad_scaler)
         with self._abandoned_on_failure():
-            self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
+            return self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
 
     @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
+    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
         """third_step, between the step hooks."""
         check_max_norm(max_norm)  # again: a hook may have replaced it
         check_grad_scaler(grad_scaler)
@@ -211,7 +213,7 @@ class ImbSAM(AroundBase):
             saved = self._pending.saved or [None] * len(g_p)
             if not all_present(g_p):
                 g_h, g_p = self._complete(saved, g_h, g_p)
-            scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
+            *scale_and_flag, norms = scaling(self, g_h, g_p, grad_scaler, max_norm)
             reason = reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
@@ -227,6 +229,7 @@ class ImbSAM(AroundBase):
             self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+            return norms
 
     def step(self, closure: Callable[[], SplitLoss] | None = None) -> SplitLoss:  # type: ignore[override]
         """One whole step by the joint plan.
@@ -281,6 +284,16 @@ class ImbSAM(AroundBase):
         if not self._pending.partials:  # no group is perturbed
             return torch.ones((), dtype=torch.bool, device=device)
         return joined(self._pending.partials, device).isfinite().all()
+
+    @torch.no_grad()
+    def tail_gradient_norm(self) -> Tensor | None:
+        """||g_t|| over the perturbed groups, float64 (), times a gradient scaler's scale.
+
+        None where the weights are not perturbed, and with `adaptive`, which has another norm.
+        """
+        if not self._pending.partials or self._pending.is_adaptive:
+            return None
+        return joined(self._pending.partials, self._params()[0].device).sum().sqrt()
 
     @torch.no_grad()
     def restore(self) -> None:

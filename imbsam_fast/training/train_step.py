@@ -18,7 +18,7 @@ from ..optim.buckets import params_of
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
 from ..optim.replicas import average_
-from ..optim.scaling import found_inf_of, in_use
+from ..optim.scaling import Norms, found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
 from ..validation import (
@@ -36,13 +36,12 @@ from .batch_norm import (
     statistics_where,
 )
 from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of
-from .data_parallel import Ranks, keep_in_step, parts_overlap
+from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .lagged import TailGradient
 from .own_writes import ChangesItselfError, OwnWrites
 from .plans import (
     Plan,
-    Rows,
     Seen,
     StepResult,
     joint_plan,
@@ -50,6 +49,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .rows import Rows, rows_of
 from .sampled import CheaperSteps, SampledPlan, check_sampled, plain_plan
 from .wrappers import Wrapper
 
@@ -86,7 +86,8 @@ class TrainStep:
         grad_scaler: scales every loss, for float16; it is updated here. A step with a
             gradient that is not finite only restores the weights. None: the one of Accelerate's
             or Lightning's optimizer, if there is one.
-        max_norm: clip the combined gradient to this global norm.
+        max_norm: clip the combined gradient to this global norm; infinity only measures it, for
+            `StepResult.grad_norm`, which costs a pass over both gradients.
         perturbation: under DistributedDataParallel, "global" perturbs every rank along the
             mean of the ranks' tail gradients, as one process with all rows would, "local" each
             along its own, which saves one of the two all-reduces. "global" for sharded weights.
@@ -217,7 +218,7 @@ class TrainStep:
             if self.graphs is not None:
                 with self.cheaper.one_step(counts=True) as perturbs:
                     return self.graphs[perturbs](inputs, targets)
-            rows = self._rows(targets)
+            rows = rows_of(self.criterion, targets, self.ranks.same_passes)
             # Ranks have tail rows in different steps, and count alike.
             together = self.group is not None or self.ranks.sharded
             with self.cheaper.one_step(counts=rows.tail_rows > 0 or together) as perturbs:
@@ -247,20 +248,6 @@ class TrainStep:
         except BaseException:
             self.optimizer.restore()
             raise
-
-    def _rows(self, targets: Tensor) -> Rows:
-        """From the labels alone, on their device."""
-        ignore_index = getattr(self.criterion, "ignore_index", None)
-        if ignore_index is None:
-            counted = torch.ones_like(targets, dtype=torch.bool)
-        else:
-            counted = targets != ignore_index
-        split = self.criterion.split  # type: ignore[attr-defined]
-        tail = split.tail_mask(targets) & counted
-        head = (split.plain_mask(targets) & counted) | ~tail
-        if self.ranks.same_passes:
-            keep_in_step(head, tail, split)
-        return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
 
     def _check_lean(self, cuda_graph: bool) -> None:
         check_whole_gradient(self.grad_scaler, self.max_norm)
@@ -309,7 +296,8 @@ class TrainStep:
         """
         all_rows = torch.ones(len(targets), dtype=torch.bool, device="cpu")
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
-        return self._run(plan, inputs, targets, rows)
+        result = self._run(plan, inputs, targets, rows)
+        return result._replace(perturbed=None) if plan is joint_plan else result
 
     def _tail_gradient(self) -> TailGradient:
         common = self.perturbation == "global"
@@ -430,7 +418,7 @@ class TrainStep:
         self.tail_gradient.hand_over()  # type: ignore[union-attr]  # asked by _planned
         self.optimizer.second_step()
 
-    def update(self) -> None:
+    def update(self) -> Norms:
         """The optimizer's update, with clipping and the gradient scaler."""
         seen = None
         if self.tail_gradient is not None:
@@ -439,7 +427,7 @@ class TrainStep:
             self.optimizer.merge_held()
             average_(self.optimizer.gradients(), self.group)
         with uninterrupted():  # an updated weight and what the next step needs belong together
-            self.optimizer.third_step(self.grad_scaler, self.max_norm)
+            norms = self.optimizer.third_step(self.grad_scaler, self.max_norm)
             if self.tail_gradient is not None and seen is not None:
                 self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
             found_inf = found_inf_of(self.grad_scaler, self.optimizer)
@@ -447,3 +435,4 @@ class TrainStep:
                 self.grad_scaler.update()
         self.wrapper.note_skipped(found_inf)
         self.ranks.gather_anew()
+        return norms
