@@ -21,6 +21,7 @@ from . import shards, updates
 from .around_base import AroundBase, check_base
 from .bases import check_fused, reason_not_fused
 from .buckets import Bucket, Slots, all_present, buckets
+from .elsewhere import check_no_zero_grad, own_signature
 from .groups import (
     check_group,
     check_own_settings,
@@ -79,6 +80,7 @@ class ImbSAM(AroundBase):
     fails inside its own step() leaves what it leaves without ImbSAM.
     """
 
+    @own_signature
     def __init__(
         self,
         base: torch.optim.Optimizer,
@@ -111,20 +113,27 @@ class ImbSAM(AroundBase):
     # ------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def first_step(self) -> None:
-        """Hold the gradients in `p.grad` as g_h; copies only of those that others can reach."""
+    def first_step(self, zero_grad: None = None) -> None:
+        """Hold the gradients in `p.grad` as g_h; copies only of those that others can reach.
+
+        Args:
+            zero_grad: refused, with the calls to write instead; SAM has it elsewhere.
+        """
+        check_no_zero_grad("first_step", zero_grad)
         if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
         self._pending.held = owned(self._take_gradients())
 
     @torch.no_grad()
-    def second_step(self, subtract: bool = False) -> None:
+    def second_step(self, subtract: bool = False, zero_grad: None = None) -> None:
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`.
 
         Args:
             subtract: take g_t away from what `first_step` held, where that is the gradient of
                 head and tail together.
+            zero_grad: refused, as in `first_step`.
         """
+        check_no_zero_grad("second_step", zero_grad)
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
@@ -182,6 +191,7 @@ class ImbSAM(AroundBase):
         self,
         grad_scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
+        zero_grad: None = None,
     ) -> Norms:
         """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`.
 
@@ -195,7 +205,9 @@ class ImbSAM(AroundBase):
                 its `unscale_`.
             max_norm: clip g_h + g_p to this norm over all parameters, as
                 torch.nn.utils.clip_grad_norm_ does; infinity only measures the norm.
+            zero_grad: refused, as in `first_step`.
         """
+        check_no_zero_grad("third_step", zero_grad)
         check_max_norm(max_norm)
         check_grad_scaler(grad_scaler)
         with self._abandoned_on_failure():
@@ -259,7 +271,7 @@ class ImbSAM(AroundBase):
         with self._abandoned_on_failure(), no_sync(replicas), torch.enable_grad():
             with compiled_for_two_backwards():
                 loss = closure()
-            check_split_loss("closure", loss)
+            _check_closure(loss)
             backward(loss.head, retain_graph=True)
             self.first_step()
             backward(loss.tail)
@@ -267,7 +279,7 @@ class ImbSAM(AroundBase):
                 average_(self.gradients(), group)
             self.second_step()
             perturbed = closure()
-            check_split_loss("closure", perturbed)
+            _check_closure(perturbed)
             perturbed.tail.backward()
             if group is not None:
                 self.merge_held()
@@ -409,3 +421,12 @@ class ImbSAM(AroundBase):
             and not any(shards.local(p.grad).any() for p in self._params() if p.grad is not None)
             and any(p.grad is not None for p in self._params())
         )
+
+
+def _check_closure(loss: object) -> None:
+    if isinstance(loss, Tensor):  # as SAM has it elsewhere, after its backward
+        raise TypeError(
+            "closure returned Tensor, expected a SplitLoss, without a backward:\n"
+            "    closure = lambda: criterion(model(inputs), targets)  # a SplitCrossEntropy"
+        )
+    check_split_loss("closure", loss)

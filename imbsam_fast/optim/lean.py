@@ -57,22 +57,22 @@ class LeanImbSAM(ImbSAM):
     # ------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def first_step(self) -> None:
+    def first_step(self, zero_grad: None = None) -> None:
         """Let the momentum take up g_h, in `p.grad`, and the weight decay."""
         self._check_alone()
         self._check_groups()
-        super().first_step()
+        super().first_step(zero_grad)
         with self._abandoned_on_failure(), uninterrupted():
             g_h = self._pending.held or []
             self._pending.held = [None] * len(g_h)
             self._absorb_all(g_h)
 
     @torch.no_grad()
-    def second_step(self, subtract: bool = False) -> None:
+    def second_step(self, subtract: bool = False, zero_grad: None = None) -> None:
         """Perturb as ImbSAM does; from now on gradients go from autograd to the momentum."""
         self._check_alone()
         self._check_groups()
-        super().second_step(subtract)
+        super().second_step(subtract, zero_grad)
         with self._abandoned_on_failure():
             if self._pending.held is None:
                 self._pending.held = [None] * len(self._params())
