@@ -31,8 +31,9 @@ class StepResult(NamedTuple):
       read); `max_norm=float("inf")` measures and clips nothing. A gradient scaler makes that pass
       anyway, and `grad_norm` is known with it.
     - `tail_grad_norm`, which costs nothing, where no tail gradient was taken at these weights: a
-      step without tail rows or between those of `perturb_every`, a lagged one after the first;
-      and with `adaptive`, where the perturbation has another norm.
+      step without tail rows (0 where ranks run its passes all the same) or between those of
+      `perturb_every`, a lagged one after the first; and with `adaptive`, where the perturbation
+      has another norm.
     - `tail_share` and `perturbed` in a CUDA graph, which does not look at the labels; steps between
       those of `perturb_every` are False there too.
     """

@@ -53,7 +53,9 @@ def train(
         seen = step(*own((x, y), rank, ranks))
         assert len(seen.logits) == len(y) // ranks
         if norms is not None:
-            norms.append((seen.grad_norm, seen.tail_grad_norm, seen.clip_factor))
+            zero = torch.zeros((), dtype=torch.float64)  # ranks perturb by it without tail rows
+            tail_norm = zero if seen.tail_grad_norm is None else seen.tail_grad_norm
+            norms.append((seen.grad_norm, tail_norm, seen.clip_factor))
     return optimizer
 
 
