@@ -123,7 +123,7 @@ def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
-    result = step_result(rows, head.head, tail.tail, _assemble(rows, head, tail))
+    result = step_result(rows, head.head, tail.tail, _assemble(rows, len(targets), head, tail))
     return result._replace(**step.update()._asdict())
 
 
@@ -169,7 +169,7 @@ def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
     if rows.tail_rows:
         step.perturb_lagged()
         step.perturbed_backward(*take_rows(rows.tail, inputs, targets), rows.counted, tail)
-    result = step_result(rows, head.head, tail.tail, _assemble(rows, head, tail))
+    result = step_result(rows, head.head, tail.tail, _assemble(rows, len(targets), head, tail))
     return result._replace(**_lagged(step.update()))
 
 
@@ -233,11 +233,11 @@ class Seen:
         )
 
 
-def _assemble(rows: Rows, head: Seen, tail: Seen) -> Any:
+def _assemble(rows: Rows, size: int, head: Seen, tail: Seen) -> Any:
     """The outputs of the parts as one batch in its original order."""
     if not (head.pieces and tail.pieces):
         return (head if head.pieces else tail).outputs()
-    return assemble(rows, head.outputs(), tail.outputs())
+    return assemble(rows, size, head.outputs(), tail.outputs())
 
 
 def _detached(outputs: Any) -> Any:

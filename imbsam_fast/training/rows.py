@@ -15,7 +15,7 @@ class Rows(NamedTuple):
     """Which rows of a batch a plan needs in which pass, and how many count (b)."""
 
     head: Tensor  # bool (N,): rows of the head pass; the ones with no weight at all included
-    tail: Tensor  # bool (N,): rows with sharp > 0
+    tail: Tensor  # bool (N,): rows with sharp > 0; in a CUDA graph both are positions, int64
     head_rows: int
     tail_rows: int
     counted: int | None  # None: the criterion counts them itself
@@ -42,11 +42,31 @@ def rows_of(criterion: Any, targets: Tensor, same_passes: bool) -> Rows:
     return Rows(head, tail, int(head.sum()), tail_rows, b, share)
 
 
-def take_rows(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
-    """The rows of a batch where `mask` is set, in its order and memory format."""
-    if mask.all():
+def filled(rows: Rows, multiple: int) -> Rows:
+    """Parts of few sizes: whole multiples, but for the whole batch and for a part without rows.
+
+    A row that fills up a part has no weight in it: its labels say so, as they do in any pass.
+    """
+    head, tail = _filled(rows.head, multiple), _filled(rows.tail, multiple)
+    return rows._replace(head=head, tail=tail, head_rows=int(head.sum()), tail_rows=int(tail.sum()))
+
+
+def _filled(part: Tensor, multiple: int) -> Tensor:
+    others = (~part).nonzero().squeeze(1)
+    lacking = -(len(part) - len(others)) % multiple
+    return part.index_fill(0, others[:lacking], True)
+
+
+def positions(part: Tensor) -> Tensor:
+    """Of the rows of a part, int64 in the batch's order."""
+    return part if part.dtype == torch.int64 else part.nonzero().squeeze(1)
+
+
+def take_rows(part: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
+    """The rows of a batch that are in `part`, in its order and memory format."""
+    if len(part) == len(targets) and (part.dtype == torch.int64 or part.all()):
         return inputs, targets
-    rows = mask.nonzero().squeeze(1)
+    rows = positions(part)
 
     def take(x: Tensor) -> Tensor:
         index = rows.to(x.device, non_blocking=True)
@@ -60,9 +80,9 @@ def take_rows(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
     return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
 
 
-def assemble(rows: Rows, of_head: Any, of_tail: Any) -> Any:
-    """The outputs of the parts as one batch in its original order."""
-    indices = rows.head.nonzero().squeeze(1), rows.tail.nonzero().squeeze(1)
+def assemble(rows: Rows, size: int, of_head: Any, of_tail: Any) -> Any:
+    """The outputs of the parts as one batch of `size` rows in its original order."""
+    indices = positions(rows.head), positions(rows.tail)
 
     def merge(h: Any, t: Any) -> Any:
         if not isinstance(h, Tensor):
@@ -72,7 +92,7 @@ def assemble(rows: Rows, of_head: Any, of_tail: Any) -> Any:
                 f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
                 f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
             )
-        out = h.new_empty(rows.head.shape[0], *h.shape[1:])
+        out = h.new_empty(size, *h.shape[1:])
         for index, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
             out.index_copy_(0, index.to(h.device, non_blocking=True), part)
         return out
