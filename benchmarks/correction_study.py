@@ -27,7 +27,7 @@ from imbsam_fast.recipes.settings.config import resolve
 from imbsam_fast.recipes.settings.datasets import DATASETS
 from imbsam_fast.recipes.train.methods import Trainer
 from imbsam_fast.recipes.train.training import ImageTraining
-from imbsam_fast.training.plans import Rows
+from imbsam_fast.training.rows import Rows
 from imbsam_fast.training.sampled import SampledPlan
 from imbsam_fast.training.train_step import TrainStep
 

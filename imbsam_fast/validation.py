@@ -73,9 +73,9 @@ def check_batch_size(name: str, batch_size: object) -> None:
 
 
 def check_max_norm(max_norm: object) -> None:
-    """None, or a finite number > 0."""
+    """None, or a number > 0; infinity measures and clips nothing."""
     if max_norm is not None:
-        check_number("max_norm", max_norm, "a finite number > 0", lambda x: 0 < x < float("inf"))
+        check_number("max_norm", max_norm, "a number > 0", lambda x: x > 0)
 
 
 def check_grad_scaler(grad_scaler: object) -> None:

@@ -115,3 +115,12 @@ def test_quoted_lines_of_code_are_those_of_the_sources():
                 assert squeezed(quote.replace(r"\|", "|")) in code, f"{row[1]}: {quote}"
                 checked += 1
     assert checked > 25
+
+
+def test_the_code_of_the_guide_runs():
+    """From the first block to the last, as a reader would type it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.S)
+    assert len(blocks) > 2
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/guide.md", "exec"), names)

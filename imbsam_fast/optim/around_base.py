@@ -219,7 +219,8 @@ class Pending:
         """Between steps: nothing is held."""
         self.held: Slots | None = None  # g_h
         self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
-        self.partials: list[Tensor] = []  # the squared norm of g_t
+        self.partials: list[Tensor] = []  # the squared norm of g_t,
+        self.is_adaptive = False  # or of theta g_t
 
 
 def wraps_imbsam(optimizer: object) -> bool:

@@ -38,7 +38,8 @@ def check_rho(rho: object, name: str = "rho") -> None:
     """A finite number >= 0; a model in its place is told apart, as the authors' code takes one."""
     if isinstance(rho, torch.nn.Module):
         raise ValueError(
-            f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model"
+            f"{name} is {type(rho).__name__}, expected a finite number >= 0; ImbSAM takes no model:"
+            "\n    optimizer = ImbSAM(optimizer, rho=0.05)"
         )
     NOT_NEGATIVE(name, rho)
 

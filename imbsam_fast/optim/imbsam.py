@@ -21,6 +21,7 @@ from . import shards, updates
 from .around_base import AroundBase, check_base
 from .bases import check_fused, reason_not_fused
 from .buckets import Bucket, Slots, all_present, buckets
+from .elsewhere import check_no_zero_grad, own_signature
 from .groups import (
     check_group,
     check_own_settings,
@@ -29,7 +30,7 @@ from .groups import (
 from .interrupts import uninterrupted
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
-from .scaling import joined, scaling
+from .scaling import Norms, joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
 
@@ -79,6 +80,7 @@ class ImbSAM(AroundBase):
     fails inside its own step() leaves what it leaves without ImbSAM.
     """
 
+    @own_signature
     def __init__(
         self,
         base: torch.optim.Optimizer,
@@ -111,20 +113,27 @@ class ImbSAM(AroundBase):
     # ------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def first_step(self) -> None:
-        """Hold the gradients in `p.grad` as g_h; copies only of those that others can reach."""
+    def first_step(self, zero_grad: None = None) -> None:
+        """Hold the gradients in `p.grad` as g_h; copies only of those that others can reach.
+
+        Args:
+            zero_grad: refused, with the calls to write instead; SAM has it elsewhere.
+        """
+        check_no_zero_grad("first_step", zero_grad)
         if self._pending.held is not None or self._pending.saved is not None:
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
         self._pending.held = owned(self._take_gradients())
 
     @torch.no_grad()
-    def second_step(self, subtract: bool = False) -> None:
+    def second_step(self, subtract: bool = False, zero_grad: None = None) -> None:
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`.
 
         Args:
             subtract: take g_t away from what `first_step` held, where that is the gradient of
                 head and tail together.
+            zero_grad: refused, as in `first_step`.
         """
+        check_no_zero_grad("second_step", zero_grad)
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
@@ -143,6 +152,7 @@ class ImbSAM(AroundBase):
             self._pending.saved = saved
             masters = self._masters.of(g_t)
             buckets = self._buckets(masters, held, g_t)
+            self._pending.is_adaptive = any(b.group["adaptive"] for b in buckets)
             partials = [
                 ops.squared_norm(b.pick(g_t), b.params if b.group["adaptive"] else ())
                 for b in buckets
@@ -181,10 +191,12 @@ class ImbSAM(AroundBase):
         self,
         grad_scaler: torch.amp.GradScaler | None = None,
         max_norm: float | None = None,
-    ) -> None:
+        zero_grad: None = None,
+    ) -> Norms:
         """Restore theta and update it with g_h + g_p, g_p in `p.grad`; then clear `p.grad`.
 
-        Without any gradient nothing happens, as in torch.
+        Without any gradient nothing happens, as in torch. Returns the norms of the gradients, as
+        far as they were measured, on the device: see `training.plans.StepResult`.
 
         Args:
             grad_scaler: the one whose `scale` every loss of the step went through. The update
@@ -192,16 +204,18 @@ class ImbSAM(AroundBase):
                 restores. Call `grad_scaler.update()` afterwards, and neither its `step` nor
                 its `unscale_`.
             max_norm: clip g_h + g_p to this norm over all parameters, as
-                torch.nn.utils.clip_grad_norm_ does.
+                torch.nn.utils.clip_grad_norm_ does; infinity only measures the norm.
+            zero_grad: refused, as in `first_step`.
         """
+        check_no_zero_grad("third_step", zero_grad)
         check_max_norm(max_norm)
         check_grad_scaler(grad_scaler)
         with self._abandoned_on_failure():
-            self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
+            return self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
 
     @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
+    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
         """third_step, between the step hooks."""
         check_max_norm(max_norm)  # again: a hook may have replaced it
         check_grad_scaler(grad_scaler)
@@ -211,7 +225,7 @@ class ImbSAM(AroundBase):
             saved = self._pending.saved or [None] * len(g_p)
             if not all_present(g_p):
                 g_h, g_p = self._complete(saved, g_h, g_p)
-            scale_and_flag = scaling(self, g_h, g_p, grad_scaler, max_norm)
+            *scale_and_flag, norms = scaling(self, g_h, g_p, grad_scaler, max_norm)
             reason = reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
@@ -227,6 +241,7 @@ class ImbSAM(AroundBase):
             self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+            return norms
 
     def step(self, closure: Callable[[], SplitLoss] | None = None) -> SplitLoss:  # type: ignore[override]
         """One whole step by the joint plan.
@@ -256,7 +271,7 @@ class ImbSAM(AroundBase):
         with self._abandoned_on_failure(), no_sync(replicas), torch.enable_grad():
             with compiled_for_two_backwards():
                 loss = closure()
-            check_split_loss("closure", loss)
+            _check_closure(loss)
             backward(loss.head, retain_graph=True)
             self.first_step()
             backward(loss.tail)
@@ -264,7 +279,7 @@ class ImbSAM(AroundBase):
                 average_(self.gradients(), group)
             self.second_step()
             perturbed = closure()
-            check_split_loss("closure", perturbed)
+            _check_closure(perturbed)
             perturbed.tail.backward()
             if group is not None:
                 self.merge_held()
@@ -281,6 +296,16 @@ class ImbSAM(AroundBase):
         if not self._pending.partials:  # no group is perturbed
             return torch.ones((), dtype=torch.bool, device=device)
         return joined(self._pending.partials, device).isfinite().all()
+
+    @torch.no_grad()
+    def tail_gradient_norm(self) -> Tensor | None:
+        """||g_t|| over the perturbed groups, float64 (), times a gradient scaler's scale.
+
+        None where the weights are not perturbed, and with `adaptive`, which has another norm.
+        """
+        if not self._pending.partials or self._pending.is_adaptive:
+            return None
+        return joined(self._pending.partials, self._params()[0].device).sum().sqrt()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -396,3 +421,12 @@ class ImbSAM(AroundBase):
             and not any(shards.local(p.grad).any() for p in self._params() if p.grad is not None)
             and any(p.grad is not None for p in self._params())
         )
+
+
+def _check_closure(loss: object) -> None:
+    if isinstance(loss, Tensor):  # as SAM has it elsewhere, after its backward
+        raise TypeError(
+            "closure returned Tensor, expected a SplitLoss, without a backward:\n"
+            "    closure = lambda: criterion(model(inputs), targets)  # a SplitCrossEntropy"
+        )
+    check_split_loss("closure", loss)

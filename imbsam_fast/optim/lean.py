@@ -27,6 +27,7 @@ from .bases import reason_not_fused
 from .buckets import Slots
 from .imbsam import ImbSAM
 from .interrupts import uninterrupted
+from .scaling import Norms
 from .updates import lr_tensor
 
 
@@ -56,22 +57,22 @@ class LeanImbSAM(ImbSAM):
     # ------------------------------------------------------------ one step
 
     @torch.no_grad()
-    def first_step(self) -> None:
+    def first_step(self, zero_grad: None = None) -> None:
         """Let the momentum take up g_h, in `p.grad`, and the weight decay."""
         self._check_alone()
         self._check_groups()
-        super().first_step()
+        super().first_step(zero_grad)
         with self._abandoned_on_failure(), uninterrupted():
             g_h = self._pending.held or []
             self._pending.held = [None] * len(g_h)
             self._absorb_all(g_h)
 
     @torch.no_grad()
-    def second_step(self, subtract: bool = False) -> None:
+    def second_step(self, subtract: bool = False, zero_grad: None = None) -> None:
         """Perturb as ImbSAM does; from now on gradients go from autograd to the momentum."""
         self._check_alone()
         self._check_groups()
-        super().second_step(subtract)
+        super().second_step(subtract, zero_grad)
         with self._abandoned_on_failure():
             if self._pending.held is None:
                 self._pending.held = [None] * len(self._params())
@@ -83,8 +84,10 @@ class LeanImbSAM(ImbSAM):
 
     @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> None:
+    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
         """theta <- saved - lr m, with what is left in `p.grad` taken up before.
+
+        Of the norms only that of g_t is known.
 
         Raises ValueError for a gradient scaler (a disabled one is ignored) or max_norm.
         """
@@ -98,6 +101,7 @@ class LeanImbSAM(ImbSAM):
                 self._pending.held = [None] * len(params)
             self._absorb_all(self._take_gradients())
             m = in_layout_of(params, self._pending.held, "momentum_buffer")
+            norms = Norms(tail_grad_norm=self.tail_gradient_norm(), perturbed=self.is_perturbed)
             saved = self._pending.saved or [None] * len(params)
             for p, start, velocity in zip(params, saved, m):
                 if start is not None and velocity is None:  # perturbed, then without any gradient
@@ -111,6 +115,7 @@ class LeanImbSAM(ImbSAM):
             self._pending.clear()
             # What LR schedulers look at to warn about a step that never happened.
             self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+            return norms
 
     def restore(self) -> None:
         """Abandon the step: the unperturbed weights bit for bit, no gradient, no hooks."""

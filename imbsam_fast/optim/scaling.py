@@ -1,9 +1,10 @@
-"""What a gradient scaler and clipping make of the combined gradient, over all parameters."""
+"""What a gradient scaler and clipping make of the combined gradient, and the norms of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from math import isinf
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,28 @@ class Perturbing(Protocol):
 
     def perturbation_is_finite(self) -> Tensor: ...
 
+    def tail_gradient_norm(self) -> Tensor | None: ...
+
+
+class Norms(NamedTuple):
+    """What a step measured, float64 () on the device, without waiting for it; None: not measured.
+
+    Over all parameters and ranks, and without the scale of a gradient scaler.
+    """
+
+    grad_norm: Tensor | None = None  # of g_h + g_p, before clipping
+    tail_grad_norm: Tensor | None = None  # of g_t, over the perturbed groups
+    clip_factor: Tensor | None = None  # what g_h + g_p was multiplied with, at most 1
+    perturbed: bool = False
+
+
+class Scaling(NamedTuple):
+    """How many times too large g_h + g_p is, clipping included, found_inf, and the norms."""
+
+    scale: Tensor | None
+    found_inf: Tensor | None
+    norms: Norms
+
 
 def scaling(
     optimizer: Perturbing,
@@ -32,39 +55,47 @@ def scaling(
     g_p: Slots,
     grad_scaler: GradScaler | None,
     max_norm: float | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """How many times too large g_h + g_p is, clipping included, and found_inf.
+) -> Scaling:
+    """The factors of one update. Ranks that hold shards of the gradients get the same.
 
-    Ranks that hold shards of the gradients get the same.
+    bytes: 2n read, none without a scaler and max_norm; the norm of g_t is known from before.
     """
     grad_scaler = in_use(grad_scaler)
     loss_scale = None if grad_scaler is None else scale_of(grad_scaler, optimizer)
+    tail_norm = optimizer.tail_gradient_norm()
+    if tail_norm is not None and loss_scale is not None:
+        tail_norm = tail_norm / loss_scale.to(tail_norm.device)
+    norms = Norms(tail_grad_norm=tail_norm, perturbed=optimizer.is_perturbed)
     if grad_scaler is None and max_norm is None:
-        return None, None
+        return Scaling(None, None, norms)
     found = buckets(optimizer.param_groups, g_h, g_p)
     if not found:
-        return None, None
+        return Scaling(None, None, norms)
     params = params_of(optimizer.param_groups)
-    sharded = shards.is_sharded(params)
     checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in found]
     device = found[0].params[0].device
-    scale, found_inf = torch.ones((), device=device), None
+    squares = joined([partials for partials, _ in checks], device).sum()
+    if shards.is_sharded(params):
+        squares = shards.summed(squares, params)
+    scale, found_inf, norm = None, None, squares.sqrt()
     if grad_scaler is not None:
         scale = loss_scale.to(device)  # type: ignore[union-attr]
+        norm = norm / scale
         found_inf = joined([flag for _, flag in checks], device).amax()
-        if sharded:
+        if shards.is_sharded(params):
             found_inf = shards.largest(found_inf, params)
         if optimizer.is_perturbed:
             overflowed = ~optimizer.perturbation_is_finite()
             found_inf = torch.maximum(found_inf, overflowed.float().to(device))
         leave_found_inf(grad_scaler, optimizer, found_inf)
+    norms = norms._replace(grad_norm=norm)
     if max_norm is not None:
-        squares = joined([partials for partials, _ in checks], device).sum()
-        if sharded:
-            squares = shards.summed(squares, params)
-        norm = squares.sqrt() / scale
-        scale = scale * ((norm + 1e-6) / max_norm).clamp(min=1)
-    return scale.float(), found_inf
+        excess = torch.ones_like(norm)
+        if not isinf(max_norm):  # which leaves the bits of the step alone
+            excess = ((norm + 1e-6) / max_norm).clamp(min=1)
+            scale = excess if scale is None else scale * excess
+        norms = norms._replace(clip_factor=1 / excess)
+    return Scaling(None if scale is None else scale.float(), found_inf, norms)
 
 
 def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:

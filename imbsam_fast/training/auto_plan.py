@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .plans import Rows
+from .rows import Rows
 
 # A forward and backward of a module on no rows, in multiply-adds of one forward: from timings on a
 # CPU of networks of 2 to 9 modules, split and joint plan beside each other. Not measured on GPUs,

@@ -1,8 +1,8 @@
 """Whole training steps as CUDA graphs: one launch instead of thousands.
 
 The joint plan has the same passes for every batch of one shape and waits for nothing, so that
-all of it can be captured, forwards and backwards included. It pays where launching takes longer
-than computing: small models, small batches.
+all of it can be captured, forwards and backwards included. So has the split plan, once its parts
+have few sizes. It pays where launching takes longer than computing: small models, small batches.
 
 What a graph does not read from the device when it runs is a constant of it: settings that are
 numbers, where the weights and the base's state lie, which layers train. A graph whose constants
@@ -29,8 +29,12 @@ WARM_UP_STEPS = 3
 # So many steps in a row with changed constants are no accident.
 CHANGES = 20
 
-# One whole step, from tensors on the device to tensors on the device.
-Step = Callable[[Any, Tensor], Any]
+# Parts of the split plan are filled up to multiples of so many rows, or of this share of the batch.
+GRAIN, GRAIN_SHARE = 8, 32
+
+# One whole step, from tensors on the device to tensors on the device: inputs, and labels or a tuple
+# of them and of what else depends on them.
+Step = Callable[[Any, Any], Any]
 Constants = dict[str, Any]
 
 
@@ -54,12 +58,15 @@ class GraphedSteps:
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
 
-    def __call__(self, inputs: Any, targets: Tensor) -> Any:
-        """One step: as it is in the first WARM_UP_STEPS of a shape, then replayed."""
+    def __call__(self, inputs: Any, targets: Any) -> Any:
+        """One step: as it is in the first WARM_UP_STEPS of a shape, then replayed.
+
+        `targets` may lie anywhere, and are moved.
+        """
         shape = self.shapes.setdefault(_shapes(inputs, targets), _Shape())
         shape.look_at(self.constants())
         if shape.graph is None and shape.steps < WARM_UP_STEPS:
-            result = self._on_the_side(inputs, targets.to(self.device, non_blocking=True))
+            result = self._on_the_side(inputs, self._moved(targets))
             shape.has_run(self.constants())  # with the state that a first step makes
             return result
         if shape.graph is None:
@@ -72,7 +79,10 @@ class GraphedSteps:
             self.pool = torch.cuda.graph_pool_handle()
         return self.stream
 
-    def _on_the_side(self, inputs: Any, targets: Tensor) -> Any:
+    def _moved(self, targets: Any) -> Any:
+        return pytree.tree_map(lambda y: y.to(self.device, non_blocking=True), targets)
+
+    def _on_the_side(self, inputs: Any, targets: Any) -> Any:
         current, side = torch.cuda.current_stream(self.device), self._side()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -80,7 +90,7 @@ class GraphedSteps:
         current.wait_stream(side)
         return result
 
-    def _captured(self, inputs: Any, targets: Tensor) -> _Graph:
+    def _captured(self, inputs: Any, targets: Any) -> _Graph:
         with torch.cuda.device(self.device):  # whose memory is freed first, and no other's
             return _Graph(self.step, inputs, targets, self.device, self._side(), self.pool)
 
@@ -124,13 +134,13 @@ class _Graph:
         self,
         step: Step,
         inputs: Any,
-        targets: Tensor,
+        targets: Any,
         device: torch.device,
         stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
         self.inputs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
-        self.targets = targets.to(device, copy=True)
+        self.targets = pytree.tree_map(lambda y: y.to(device, copy=True), targets)
         self.graph = torch.cuda.CUDAGraph()
         # Threads that load data may go on allocating pinned memory.
         with torch.cuda.graph(
@@ -138,24 +148,30 @@ class _Graph:
         ):
             self.result = step(self.inputs, self.targets)
 
-    def replay(self, inputs: Any, targets: Tensor) -> Any:
+    def replay(self, inputs: Any, targets: Any) -> Any:
         """The captured step on another batch; what it returns is a copy."""
         for place, x in zip(pytree.tree_leaves(self.inputs), pytree.tree_leaves(inputs)):
             if isinstance(x, Tensor):
                 place.copy_(x, non_blocking=True)
-        self.targets.copy_(targets, non_blocking=True)
+        for place, y in zip(pytree.tree_leaves(self.targets), pytree.tree_leaves(targets)):
+            place.copy_(y, non_blocking=True)
         self.graph.replay()
         return pytree.tree_map_only(Tensor, Tensor.clone, self.result)  # the next replay's memory
 
 
-def _shapes(inputs: Any, targets: Tensor) -> tuple:
+def _shapes(inputs: Any, targets: Any) -> tuple:
     """What a graph is made for: the layout of every tensor, and all that is no tensor."""
     leaves, structure = pytree.tree_flatten(inputs)
     kinds = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-    return (str(structure), *kinds, targets.shape)
+    return (str(structure), *kinds, *(y.shape for y in pytree.tree_leaves(targets)))
 
 
 # ---------------------------------------------------------------- of a training step
+
+
+def grain(rows: int) -> int:
+    """Parts of a batch of so many rows are filled up to multiples of this."""
+    return max(GRAIN, rows // GRAIN_SHARE)
 
 
 def constants_of(

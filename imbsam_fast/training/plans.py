@@ -15,26 +15,38 @@ from torch.utils import _pytree as pytree
 
 from ..losses import SplitLoss
 from ..optim import ImbSAM
+from ..optim.scaling import Norms
 from ..optim.two_backwards import compiled_for_two_backwards
+from .rows import Rows, assemble, take_rows
 
 
 class StepResult(NamedTuple):
-    """What one step saw at the unperturbed weights, without gradients."""
+    """What one step saw at the unperturbed weights, without gradients.
+
+    Nothing here has waited for the device: what is a tensor is computed there, and waits when it is
+    read. The norms are float64, over all parameters and ranks, without a gradient scaler's scale;
+    in a step that overflowed they are infinite or not a number. None is what a step does not know:
+
+    - `grad_norm` and `clip_factor` without `max_norm`, which costs a pass over g_h and g_p (2n
+      read); `max_norm=float("inf")` measures and clips nothing. A gradient scaler makes that pass
+      anyway, and `grad_norm` is known with it.
+    - `tail_grad_norm`, which costs nothing, where no tail gradient was taken at these weights: a
+      step without tail rows (0 where ranks run its passes all the same) or between those of
+      `perturb_every`, a lagged one after the first; and with `adaptive`, where the perturbation
+      has another norm.
+    - `tail_share` and `perturbed` in a CUDA graph, which does not look at the labels; steps between
+      those of `perturb_every` are False there too.
+    """
 
     loss: Tensor  # () head + tail
     head: Tensor  # ()
     tail: Tensor  # () in a lagged step perhaps at the perturbed weights: see TrainStep
     logits: Any  # the model's outputs, one row per row of the batch, in its order
-
-
-class Rows(NamedTuple):
-    """Which rows of a batch a plan needs in which pass, and how many count (b)."""
-
-    head: Tensor  # bool (N,): rows of the head pass; the ones with no weight at all included
-    tail: Tensor  # bool (N,): rows with sharp > 0
-    head_rows: int
-    tail_rows: int
-    counted: int | None  # None: the criterion counts them itself
+    grad_norm: Tensor | None = None  # () of g_h + g_p, before clipping
+    tail_grad_norm: Tensor | None = None  # () of g_t over the perturbed groups, sampled: of g_t^S
+    clip_factor: Tensor | None = None  # () what g_h + g_p was multiplied with, at most 1
+    tail_share: float | None = None  # tail rows among the counted rows of this process
+    perturbed: bool | None = None  # whether the step had a perturbed pass
 
 
 class Passes(Protocol):
@@ -63,7 +75,7 @@ class Passes(Protocol):
         self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
     ) -> None: ...
 
-    def update(self) -> None: ...
+    def update(self) -> Norms: ...
 
 
 # Runs the passes of one step and the optimizer's calls between them.
@@ -95,9 +107,8 @@ def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(inputs, targets, rows.counted)
-    result = step_result(seen.head, seen.tail, seen.outputs())
-    step.update()
-    return result
+    result = step_result(rows, seen.head, seen.tail, seen.outputs())
+    return result._replace(**step.update()._asdict())
 
 
 def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
@@ -112,9 +123,8 @@ def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
-    result = step_result(head.head, tail.tail, _assemble(rows, head, tail))
-    step.update()
-    return result
+    result = step_result(rows, head.head, tail.tail, _assemble(rows, len(targets), head, tail))
+    return result._replace(**step.update()._asdict())
 
 
 def _head_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
@@ -149,9 +159,8 @@ def lagged_joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
         step.perturb_lagged()
         only = None if rows.head_rows else seen
         step.perturbed_backward(inputs, targets, rows.counted, only)
-    result = step_result(seen.head, seen.tail, seen.outputs())
-    step.update()
-    return result
+    result = step_result(rows, seen.head, seen.tail, seen.outputs())
+    return result._replace(**_lagged(step.update()))
 
 
 def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
@@ -160,9 +169,13 @@ def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
     if rows.tail_rows:
         step.perturb_lagged()
         step.perturbed_backward(*take_rows(rows.tail, inputs, targets), rows.counted, tail)
-    result = step_result(head.head, tail.tail, _assemble(rows, head, tail))
-    step.update()
-    return result
+    result = step_result(rows, head.head, tail.tail, _assemble(rows, len(targets), head, tail))
+    return result._replace(**_lagged(step.update()))
+
+
+def _lagged(norms: Norms) -> dict[str, Any]:
+    """The tail gradient that the step perturbed along was an earlier step's."""
+    return norms._replace(tail_grad_norm=None)._asdict()
 
 
 # ---------------------------------------------------------------- what passes leave behind
@@ -220,55 +233,22 @@ class Seen:
         )
 
 
-# ---------------------------------------------------------------- rows
-
-
-def take_rows(mask: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
-    """The rows of a batch where `mask` is set, in its order and memory format."""
-    if mask.all():
-        return inputs, targets
-    rows = mask.nonzero().squeeze(1)
-
-    def take(x: Tensor) -> Tensor:
-        index = rows.to(x.device, non_blocking=True)
-        if x.requires_grad:
-            raise ValueError("inputs requires a gradient, expected none; detach it")
-        if x.layout != torch.strided:
-            return x.index_select(0, index)
-        # Like x, so that channels_last images stay channels_last.
-        return torch.index_select(x, 0, index, out=torch.empty_like(x[: rows.shape[0]]))
-
-    return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
-
-
-def _assemble(rows: Rows, head: Seen, tail: Seen) -> Any:
+def _assemble(rows: Rows, size: int, head: Seen, tail: Seen) -> Any:
     """The outputs of the parts as one batch in its original order."""
     if not (head.pieces and tail.pieces):
         return (head if head.pieces else tail).outputs()
-    indices = rows.head.nonzero().squeeze(1), rows.tail.nonzero().squeeze(1)
-
-    def merge(h: Any, t: Any) -> Any:
-        if not isinstance(h, Tensor):
-            return h
-        if h.dim() == 0 or (h.shape[0], t.shape[0]) != (indices[0].shape[0], indices[1].shape[0]):
-            raise ValueError(
-                f"the model's outputs hold tensors of shape {tuple(h.shape)} for "
-                f"{len(indices[0])} rows, expected one entry a row; use plan='joint'"
-            )
-        out = h.new_empty(rows.head.shape[0], *h.shape[1:])
-        for index, part in zip(indices, (h, t)):  # a row in both parts: as in the tail's pass
-            out.index_copy_(0, index.to(h.device, non_blocking=True), part)
-        return out
-
-    return pytree.tree_map(merge, head.outputs(), tail.outputs())
+    return assemble(rows, size, head.outputs(), tail.outputs())
 
 
 def _detached(outputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
 
-def step_result(head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
-    """What a step returns; a part that had no pass is 0."""
+def step_result(rows: Rows, head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:
+    """What a step returns, but for the norms; a part that had no pass is 0.
+
+    Made before the update: a failure here must leave the weights as they were.
+    """
     known = next(part for part in (head, tail) if part is not None)
     head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
-    return StepResult(head + tail, head, tail, outputs)
+    return StepResult(head + tail, head, tail, outputs, tail_share=rows.tail_share)

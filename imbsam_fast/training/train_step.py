@@ -18,7 +18,7 @@ from ..optim.buckets import params_of
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM, check_whole_gradient
 from ..optim.replicas import average_
-from ..optim.scaling import found_inf_of, in_use
+from ..optim.scaling import Norms, found_inf_of, in_use
 from ..optim.two_backwards import backward
 from ..split import ClassSplit
 from ..validation import (
@@ -35,14 +35,13 @@ from .batch_norm import (
     has_batch_statistics,
     statistics_where,
 )
-from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of
-from .data_parallel import Ranks, keep_in_step, parts_overlap
+from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of, grain
+from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .lagged import TailGradient
 from .own_writes import ChangesItselfError, OwnWrites
 from .plans import (
     Plan,
-    Rows,
     Seen,
     StepResult,
     joint_plan,
@@ -50,6 +49,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
+from .rows import Rows, filled, positions, rows_of
 from .sampled import CheaperSteps, SampledPlan, check_sampled, plain_plan
 from .wrappers import Wrapper
 
@@ -86,7 +86,8 @@ class TrainStep:
         grad_scaler: scales every loss, for float16; it is updated here. A step with a
             gradient that is not finite only restores the weights. None: the one of Accelerate's
             or Lightning's optimizer, if there is one.
-        max_norm: clip the combined gradient to this global norm.
+        max_norm: clip the combined gradient to this global norm; infinity only measures it, for
+            `StepResult.grad_norm`, which costs a pass over both gradients.
         perturbation: under DistributedDataParallel, "global" perturbs every rank along the
             mean of the ranks' tail gradients, as one process with all rows would, "local" each
             along its own, which saves one of the two all-reduces. "global" for sharded weights.
@@ -94,13 +95,15 @@ class TrainStep:
             gradients. The perturbation is that of the whole batch, so that the step equals
             the one without pieces wherever rows do not influence each other.
         cuda_graph: capture the whole step as a CUDA graph, one for each shape of the batch after
-            three ordinary steps, and replay it. For the joint plan on one GPU; a learning rate
-            must be a tensor on the device (`torch.optim.SGD(params, torch.tensor(0.1,
-            device="cuda"))`), which schedulers then change in place. Other settings are constants
-            of a graph: steps run as usual after one has changed (OneCycleLR's momentum), until
-            they stay the same for three steps. A batch without tail rows costs as much as any
-            other. Not captured, since the number of rows in their passes is known on the host
-            alone: split, lagged and micro-batches.
+            three ordinary steps, and replay it, on one GPU; a learning rate must be a tensor on
+            the device (`torch.optim.SGD(params, torch.tensor(0.1, device="cuda"))`), which
+            schedulers then change in place. Other settings are constants of a graph: steps run as
+            usual after one has changed (OneCycleLR's momentum), until they stay the same for three
+            steps. Under the joint plan a batch without tail rows costs as much as any other. The
+            split plan, for models without batch statistics, is captured for parts of few sizes:
+            each is filled up to a multiple of 8 rows, or of a 32nd of the batch, with rows that
+            weigh nothing in it; a batch with ignored rows runs as usual, and labels belong on the
+            CPU. Not captured: lagged and micro-batches.
         lagged: EXPERIMENTAL, NOT IN THE PAPER. Perturb along the perturbed tail gradient of the
             last step that had tail rows, without a pass for the present one: one SGD step under
             the split plan and 2F + 2B, two, under the joint plan. The first step with tail rows
@@ -216,8 +219,8 @@ class TrainStep:
         with self.wrapper.one_step():
             if self.graphs is not None:
                 with self.cheaper.one_step(counts=True) as perturbs:
-                    return self.graphs[perturbs](inputs, targets)
-            rows = self._rows(targets)
+                    return self._graphed(perturbs, inputs, targets)
+            rows = rows_of(self.criterion, targets, self.ranks.same_passes)
             # Ranks have tail rows in different steps, and count alike.
             together = self.group is not None or self.ranks.sharded
             with self.cheaper.one_step(counts=rows.tail_rows > 0 or together) as perturbs:
@@ -248,20 +251,6 @@ class TrainStep:
             self.optimizer.restore()
             raise
 
-    def _rows(self, targets: Tensor) -> Rows:
-        """From the labels alone, on their device."""
-        ignore_index = getattr(self.criterion, "ignore_index", None)
-        if ignore_index is None:
-            counted = torch.ones_like(targets, dtype=torch.bool)
-        else:
-            counted = targets != ignore_index
-        split = self.criterion.split  # type: ignore[attr-defined]
-        tail = split.tail_mask(targets) & counted
-        head = (split.plain_mask(targets) & counted) | ~tail
-        if self.ranks.same_passes:
-            keep_in_step(head, tail, split)
-        return Rows(head, tail, int(head.sum()), int(tail.sum()), int(counted.sum()))
-
     def _check_lean(self, cuda_graph: bool) -> None:
         check_whole_gradient(self.grad_scaler, self.max_norm)
         if self.group is not None:
@@ -275,9 +264,9 @@ class TrainStep:
 
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
+        mixes = has_batch_statistics(self.model)
         needs = {
-            "plan": self.plan == "joint"
-            or (self.plan == "auto" and has_batch_statistics(self.model)),
+            "plan": self.plan == "joint" or self.plan == ("auto" if mixes else "split"),
             "micro_batch_size": self.micro_batch_size is None,
             "model": self.group is None,
             "lagged": not self.lagged,
@@ -287,14 +276,28 @@ class TrainStep:
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
-                    "plan, no micro-batches, no DistributedDataParallel, lagged=False, "
-                    "same_dropout=False"
+                    "plan, or the split plan where no BatchNorm layer uses batch statistics, no "
+                    "micro-batches, no DistributedDataParallel, lagged=False, same_dropout=False"
                 )
         device = check_capturable(self.optimizer, in_use(self.grad_scaler))
+        perturbed = self.split_parts if self.plan == "split" else self.unconditional
+        plain = partial(self.unconditional, plan=plain_plan)
         return {
-            perturbs: GraphedSteps(partial(self.unconditional, plan), device, self._constants)
-            for perturbs, plan in ((True, joint_plan), (False, plain_plan))
+            perturbs: GraphedSteps(step, device, self._constants)
+            for perturbs, step in ((True, perturbed), (False, plain))
         }
+
+    def _graphed(self, perturbs: bool, inputs: Any, targets: Tensor) -> StepResult:
+        graphs = self.graphs[perturbs]  # type: ignore[index]  # asked by __call__
+        if not perturbs or self.plan != "split":
+            return graphs(inputs, targets)
+        rows = rows_of(self.criterion, targets, same_passes=False)
+        # How many rows count would be a constant of the graph.
+        if rows.counted != len(targets) or self.sees_all_rows_at_once():
+            return self._run(split_plan, inputs, targets, rows)
+        parts = filled(rows, grain(len(targets)))
+        result = graphs(inputs, (targets, positions(parts.head), positions(parts.tail)))
+        return result._replace(tail_share=rows.tail_share, perturbed=rows.tail_rows > 0)
 
     def _constants(self) -> Constants:
         return constants_of(
@@ -302,14 +305,21 @@ class TrainStep:
             batch_norm=self.batch_norm, max_norm=self.max_norm,
         )  # fmt: skip
 
-    def unconditional(self, plan: Plan, inputs: Any, targets: Tensor) -> StepResult:
+    def unconditional(self, inputs: Any, targets: Tensor, plan: Plan = joint_plan) -> StepResult:
         """A plan with all its passes, whatever the labels say: they are not looked at.
 
         Without tail rows the tail's gradient is zero, and so is the perturbation.
         """
         all_rows = torch.ones(len(targets), dtype=torch.bool, device="cpu")
         rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
-        return self._run(plan, inputs, targets, rows)
+        result = self._run(plan, inputs, targets, rows)
+        return result._replace(perturbed=None) if plan is joint_plan else result
+
+    def split_parts(self, inputs: Any, parts: tuple[Tensor, Tensor, Tensor]) -> StepResult:
+        """The split plan of a batch all of whose rows count: labels, and each part's positions."""
+        targets, head, tail = parts
+        rows = Rows(head, tail, len(head), len(tail), counted=len(targets))
+        return self._run(split_plan, inputs, targets, rows)
 
     def _tail_gradient(self) -> TailGradient:
         common = self.perturbation == "global"
@@ -430,7 +440,7 @@ class TrainStep:
         self.tail_gradient.hand_over()  # type: ignore[union-attr]  # asked by _planned
         self.optimizer.second_step()
 
-    def update(self) -> None:
+    def update(self) -> Norms:
         """The optimizer's update, with clipping and the gradient scaler."""
         seen = None
         if self.tail_gradient is not None:
@@ -439,7 +449,7 @@ class TrainStep:
             self.optimizer.merge_held()
             average_(self.optimizer.gradients(), self.group)
         with uninterrupted():  # an updated weight and what the next step needs belong together
-            self.optimizer.third_step(self.grad_scaler, self.max_norm)
+            norms = self.optimizer.third_step(self.grad_scaler, self.max_norm)
             if self.tail_gradient is not None and seen is not None:
                 self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
             found_inf = found_inf_of(self.grad_scaler, self.optimizer)
@@ -447,3 +457,4 @@ class TrainStep:
                 self.grad_scaler.update()
         self.wrapper.note_skipped(found_inf)
         self.ranks.gather_anew()
+        return norms

@@ -244,8 +244,8 @@ for calls, message in (
     refuse(f"calls {calls}", message, lambda w, c=calls: in_order(w, c))
 each(
     "third_step(max_norm)",
-    {**{k: v for k, v in NO_NUMBER.items() if v is not None}, **NEGATIVE, **TOO_LARGE, "0": 0.0},
-    "max_norm is {}, expected a finite number > 0",
+    {**{k: v for k, v in NO_NUMBER.items() if v is not None}, **NEGATIVE, "0": 0.0},
+    "max_norm is {}, expected a number > 0",
     lambda w, v: in_order(w, "123", max_norm=v),
 )
 NO_SCALER = {"text": "scaler", "True": True, "number": 2.0, "class": torch.amp.GradScaler}
@@ -369,8 +369,8 @@ each(
 )
 each(
     "TrainStep(max_norm)",
-    {"text": "1", "True": True, "0": 0.0, **NEGATIVE, **TOO_LARGE},
-    "max_norm is {}, expected a finite number > 0",
+    {"text": "1", "True": True, "0": 0.0, **NEGATIVE},
+    "max_norm is {}, expected a number > 0",
     lambda w, v: w.train_step(max_norm=v),
 )
 each(

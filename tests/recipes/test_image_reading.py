@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,6 +20,7 @@ from imbsam_fast.recipes.data import augmentation, decoding
 from imbsam_fast.recipes.data.decoding import decode
 from imbsam_fast.recipes.data.images import generator
 from imbsam_fast.recipes.data.transfer import RawBatch, SideStream, one_ahead
+from imbsam_fast.recipes.data.workers import Request, Workers
 
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -191,3 +194,20 @@ def test_a_batch_is_copied_beside_the_step_before_it(monkeypatch):
             assert cuda.seen.index(f"read {i + 1}") < step
     freed = [what for what in cuda.seen if what.startswith("buffer")]  # there are two
     assert freed == [f"buffer free after event {2 * i + 1}" for i in range(3)]
+
+
+# ---------------------------------------------------------------- worker processes
+
+
+def test_more_workers_than_cores_are_a_single_warning(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    Image.new("RGB", (8, 8)).save(path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        workers = Workers(2, rows=1, size=4, persistent=False)
+        request = Request([str(path)], None, slice(0, 1), 1, 0)
+        assert [pixels.shape for pixels, _ in workers.read([request])] == [(1, 4, 4, 3)]
+    assert [str(w.message)[:36] for w in told if "worker processes" in str(w.message)] == [
+        "This DataLoader will create 2 worker"
+    ]

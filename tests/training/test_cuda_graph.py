@@ -21,8 +21,10 @@ from imbsam_fast.training.cuda_graph import (
     WARM_UP_STEPS,
     GraphedSteps,
     check_capturable,
+    grain,
 )
-from imbsam_fast.training.plans import joint_plan
+from imbsam_fast.training.plans import StepResult
+from imbsam_fast.training.rows import filled, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,7 +125,7 @@ def test_replays_are_the_steps_of_the_joint_plan(stand_in):
     graphed, plain = train_step(model), train_step(expected)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = graphed.unconditional(joint_plan, x, y)
+        result = graphed.unconditional(x, y)
         return result.loss, result.logits
 
     steps = GraphedSteps(stand_in(step), CPU)
@@ -141,6 +143,74 @@ def test_replays_are_the_steps_of_the_joint_plan(stand_in):
         torch.testing.assert_close(loss, expected_loss)
 
 
+class NoGraph:
+    """A split step as it stands in front of its graphs, with its batches."""
+
+    def __init__(self, train: TrainStep) -> None:
+        self.train, self.sizes = train, []
+
+    def __call__(self, inputs: Any, parts: tuple[Tensor, Tensor, Tensor]) -> Any:
+        self.sizes.append(tuple(map(len, parts)))
+        return self.train.split_parts(inputs, parts)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [ClassSplit.from_counts(COUNTS), ClassSplit.focal(COUNTS, 1.0, 0.8)],
+    ids=["imbsam", "focal"],
+)
+def test_replays_are_the_steps_of_the_split_plan(runtime, monkeypatch, split):
+    """Whose parts have few sizes; batches with ignored rows run as usual."""
+    model, expected = network("group"), network("group")
+    steps = [TrainStep(m, SplitCrossEntropy(split), imbsam(m), "split") for m in (model, expected)]
+    graphed, plain = steps
+    seen = NoGraph(graphed)
+
+    def step(x: Tensor, parts: Any) -> Any:
+        graph = StandIn.capturing
+        if graph is None:
+            return seen(x, parts)
+        graph.work = lambda: seen(x, parts)[:4]
+        graph.results = plain_result(len(x))[:4]
+        return plain_result(len(x))._replace(**dict(zip(StepResult._fields, graph.results)))
+
+    graphed.graphs = {True: GraphedSteps(step, CPU, graphed._constants)}
+    for i, (x, y) in enumerate(batches(40)):
+        if i % 10 == 9:
+            y[:3] = -100
+        result, known = graphed(x, y), plain(x, y)
+        torch.testing.assert_close(result[:4], known[:4])
+        assert (result.tail_share, result.perturbed) == (known.tail_share, known.perturbed)
+        assert distance(model, expected) < 1e-12
+    assert captured(graphed.graphs[True]) >= 1
+    assert all(size in (0, 8, 16) for sizes in seen.sizes for size in sizes)
+
+
+def plain_result(rows: int) -> StepResult:
+    """One that a capture leaves: memory in which nothing was computed."""
+    empty = [torch.full((), torch.nan, dtype=torch.float64) for _ in range(3)]
+    return StepResult(*empty, torch.full((rows, 10), torch.nan, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 64, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_parts_are_filled_up_with_rows_that_weigh_nothing(rows, share):
+    split = ClassSplit.from_counts([500, 3], eta=100)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    targets[: round(share * rows)] = 1
+    targets = targets[torch.randperm(rows)]
+    before = rows_of(SplitCrossEntropy(split), targets, same_passes=False)
+    after = filled(before, grain(rows))
+    for name in ("head", "tail"):
+        was, now = getattr(before, name), getattr(after, name)
+        size = int(now.sum())
+        assert torch.equal(was & now, was)
+        assert size == getattr(after, f"{name}_rows")
+        assert size == rows or size % grain(rows) == 0
+        assert size - int(was.sum()) < grain(rows) and (size > 0) == bool(was.any())
+    assert (after.counted, after.tail_share) == (before.counted, before.tail_share)
+
+
 def test_every_shape_has_a_graph_after_its_own_warm_up(stand_in):
     model = network("group")
     train = train_step(model)
@@ -148,7 +218,7 @@ def test_every_shape_has_a_graph_after_its_own_warm_up(stand_in):
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(len(x))
-        result = train.unconditional(joint_plan, x, y)
+        result = train.unconditional(x, y)
         return result.loss, result.logits
 
     steps = GraphedSteps(stand_in(step), CPU)
@@ -196,7 +266,7 @@ def graphed(stand_in: Callable, model: nn.Module) -> tuple[TrainStep, GraphedSte
     train = train_step(model)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = train.unconditional(joint_plan, x, y)
+        result = train.unconditional(x, y)
         return result.loss, result.logits
 
     return train, GraphedSteps(stand_in(step), CPU, train._constants)
@@ -309,10 +379,10 @@ def test_the_unconditional_step_counts_rows_itself():
         split_loss(lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"), split),
     ):
         ends = []
-        for arguments in ((), (joint_plan,)):
+        for unconditional in (False, True):
             model = network("group")
             step = TrainStep(model, criterion, imbsam(model), "joint")
-            (step.unconditional if arguments else step)(*arguments, x, y)
+            (step.unconditional if unconditional else step)(x, y)
             ends.append(model)
         assert distance(*ends) < 1e-12
 
@@ -320,7 +390,7 @@ def test_the_unconditional_step_counts_rows_itself():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"plan": "split"}, "plan is 'split', expected with cuda_graph=True: the joint plan"),
+        ({"plan": "split"}, r"param_groups\[0\]\['lr'\] is 0.05 and the parameters are on cpu"),
         ({"plan": "auto"}, "plan is 'auto', expected with cuda_graph=True"),
         ({"plan": "joint", "micro_batch_size": 4}, "micro_batch_size is 4, expected with"),
         ({"plan": "joint"}, r"param_groups\[0\]\['lr'\] is 0.05 and the parameters are on cpu"),
@@ -359,21 +429,23 @@ def test_what_only_the_host_knows_is_not_captured():
 def test_the_split_plan_is_not_captured_as_another_one_under_batch_norm():
     model = network("batch")
     criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
-    with pytest.raises(ValueError, match="plan is 'split', expected with cuda_graph=True"):
+    message = "plan is 'split', expected with cuda_graph=True: the joint plan, or the split plan w"
+    with pytest.raises(ValueError, match=message):
         TrainStep(model, criterion, imbsam(model), "split", cuda_graph=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_graphs_on_a_gpu():
+@pytest.mark.parametrize(("norm", "plan"), [("batch", "joint"), ("group", "split")])
+def test_graphs_on_a_gpu(norm, plan):
     ends = []
     for cuda_graph in (True, False):
-        model = network("batch", torch.float32).cuda()
+        model = network(norm, torch.float32).cuda()
         lr = torch.tensor(0.05, device="cuda")
         base = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-3)
         criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS)).cuda()
-        step = TrainStep(model, criterion, ImbSAM(base), "joint", cuda_graph=cuda_graph)
+        step = TrainStep(model, criterion, ImbSAM(base), plan, cuda_graph=cuda_graph)
         scheduler = torch.optim.lr_scheduler.StepLR(base, 2, 0.5)
-        for x, y in batches(WARM_UP_STEPS + 6, torch.float32):
+        for x, y in batches(3 * WARM_UP_STEPS + 6, torch.float32):
             step(x.cuda(), y)
             scheduler.step()
         ends.append(model.cpu())

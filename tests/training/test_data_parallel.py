@@ -179,9 +179,33 @@ def errors_in_the_perturbed_pass_restore_every_rank(rank: int, ranks: int) -> No
     assert not any(map(torch.equal, model.parameters(), before))
 
 
+def norms_are_those_of_all_rows(rank: int, ranks: int) -> None:
+    """g_t is each rank's own under a local perturbation."""
+    wanted = {"plan": "joint", "max_norm": float("inf")}
+    models = [network("group") for _ in range(3)]
+    distributed = [DistributedDataParallel(model) for model in models[1:]]
+    alone, ours, local = (
+        TrainStep(wrapped, SplitCrossEntropy(SPLIT), imbsam(model), **settings)
+        for wrapped, model, settings in zip(
+            [models[0], *distributed],
+            models,
+            [wanted, wanted, {**wanted, "perturbation": "local"}],
+        )
+    )
+    batch = data()[3]
+    expected = alone(*batch)
+    found, apart = (step(*own(batch, rank, ranks)) for step in (ours, local))
+    for name in ("grad_norm", "tail_grad_norm", "clip_factor"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    sizes = [torch.zeros((), dtype=torch.float64) for _ in range(ranks)]
+    dist.all_gather(sizes, apart.tail_grad_norm)
+    assert len({float(size) for size in sizes}) == ranks
+
+
 CHECKS = {
     check.__name__: check
     for check in (
+        norms_are_those_of_all_rows,
         synchronised_statistics_are_those_of_the_whole_batch,
         errors_in_the_perturbed_pass_restore_every_rank,
     )

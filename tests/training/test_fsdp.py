@@ -40,8 +40,9 @@ def grouped(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    model: nn.Module, rank: int, ranks: int, base: Base = sgd, adaptive: bool = False, **settings
-) -> ImbSAM:
+    model: nn.Module, rank: int, ranks: int, base: Base = sgd, adaptive: bool = False,
+    norms: list | None = None, **settings: Any,
+) -> ImbSAM:  # fmt: skip
     criterion = SplitCrossEntropy(settings.pop("split", SPLIT))
     optimizer = ImbSAM(base(model), RHO, adaptive)
     with torch.no_grad():
@@ -51,6 +52,10 @@ def train(
     for x, y in data():
         seen = step(*own((x, y), rank, ranks))
         assert len(seen.logits) == len(y) // ranks
+        if norms is not None:
+            zero = torch.zeros((), dtype=torch.float64)  # ranks perturb by it without tail rows
+            tail_norm = zero if seen.tail_grad_norm is None else seen.tail_grad_norm
+            norms.append((seen.grad_norm, tail_norm, seen.clip_factor))
     return optimizer
 
 
@@ -108,6 +113,18 @@ LIKE_ONE_PROCESS: dict[str, dict[str, Any]] = {
     "SGD": {"split": ClassSplit.none()},
     "scaler": {"plan": "joint", "grad_scaler": torch.amp.GradScaler("cpu", init_scale=256.0)},
 }
+
+
+def norms_are_those_of_all_shards(rank: int, ranks: int) -> None:
+    found: list[list] = [[], []]
+    for norms, model, (own_rank, own_ranks) in zip(
+        found,
+        (Scaled("group", torch.float64), sharded(Scaled("group", torch.float64))),
+        ((0, 1), (rank, ranks)),
+    ):
+        train(model, own_rank, own_ranks, plan="split", max_norm=0.05, norms=norms)
+    torch.testing.assert_close(found[1][0], found[0][0])  # later ones: clipped in float32
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 def batch_norm_trains(rank: int, ranks: int) -> None:
@@ -370,7 +387,8 @@ CHECKS: dict[int, dict[str, processes.Check]] = {
     2: likes()
     | named(
         batch_norm_trains, sam_with_ignored_rows, calls_and_closure,
-        overflow_on_one_rank_skips_the_step_on_all, master_weights_move_by_less_than_a_rounding,
+        norms_are_those_of_all_shards, overflow_on_one_rank_skips_the_step_on_all,
+        master_weights_move_by_less_than_a_rounding,
         checkpoints_go_on_with_the_same_bits, checkpoints_of_plain_sgd_load,
         failures_restore_every_rank, a_failure_ends_training_where_torch_cannot_reset,
         unsynchronised_gradients_are_refused, settings_are_refused, placements_are_refused,

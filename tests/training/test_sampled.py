@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.ops import dispatch
-from imbsam_fast.training.plans import Rows
+from imbsam_fast.training.rows import Rows
 from imbsam_fast.training.sampled import SampledPlan, is_compiled
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -174,12 +174,12 @@ def test_a_train_step_clips():
     assert max(differences) > 1e-3
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])
 def test_an_unusable_norm_is_named(max_norm):
     params = parameters()
     optimizer = ImbSAM(BASES["SGD"](params))
     fill(params, gradients(0))
-    with pytest.raises(ValueError, match=r"max_norm is .*, expected a finite number > 0"):
+    with pytest.raises(ValueError, match=r"max_norm is .*, expected a number > 0"):
         optimizer.third_step(max_norm=max_norm)
     assert equal(params, parameters())
 

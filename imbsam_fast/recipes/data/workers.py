@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,9 @@ class Workers:
         self._requests.all = requests
         try:
             before = active_children()
-            with _held_back_signals():
+            with _held_back_signals(), warnings.catch_warnings():
+                # More workers than cores: the loader warned of it when it was made.
+                warnings.filterwarnings("ignore", "This DataLoader will create")
                 replies = iter(self._loader)
             self._processes += [p for p in active_children() if p not in before]
             for i, reply in enumerate(replies):
