@@ -43,7 +43,7 @@ from imbsam_fast.recipes.anomaly.summary import (
     difference,
     over_seeds,
 )
-from imbsam_fast.recipes.anomaly.tables import HEADER, by_family, signed, tables, value
+from imbsam_fast.recipes.anomaly.tables import HEADER, by_family, published, signed, tables, value
 
 DOCUMENT = "docs/results.md"
 RESULTS = "benchmarks/results/anomaly"
@@ -159,8 +159,8 @@ def _levels_of(
         fits = [f for f in other.fits if f.detector == detector and (alike or detector == "devnet")]
         yield other.settings.label("sgd"), [_level(fits, sets, ratio, "sgd") for ratio in ratios]
     (family,) = {paper.family(name) for name in sets}
-    published = [paper.adbench_reported(detector, "sgd", family, ratio) for ratio in ratios]
-    yield "ADBench's tables", [NO_VALUE if p is None else f"{p:.1f}" for p in published]
+    at_ratios = (paper.adbench_reported(detector, "sgd", family, ratio) for ratio in ratios)
+    yield "ADBench's tables", [published(area, 2) for area in at_ratios]
 
 
 def _level(
@@ -199,7 +199,7 @@ def pretraining(root: Path) -> Lines:
         ]
         for method in sorted({f.method for f in pair[0]}, key=method_order):
             own, other = (areas([f for f in p if f.method == method], "aucroc") for p in pair)
-            if own.keys() == other.keys():
+            if own.keys() & other.keys():
                 rows.append((first.settings.label(method), *_changes(own, other)))
         made += [
             line for fits, g in zip(pair, (first, second)) for line in _provenance(fits, g.runs)
@@ -209,7 +209,9 @@ def pretraining(root: Path) -> Lines:
 
 
 def _changes(own: Areas, other: Areas) -> tuple[str, ...]:
-    """Sets, common seeds, the mean paired difference, and the least and the greatest one."""
+    """Common sets and seeds, the mean paired difference, and the least and the greatest one."""
+    own, other = ({k: v for k, v in found.items() if k in own.keys() & other.keys()}
+                  for found in (own, other))  # fmt: skip
     seeds = common_seeds([own, other])
     single = [own[name][seed] - other[name][seed] for name in own for seed in seeds]
     extremes = f"{min(single):+.1f} to {max(single):+.1f}"

@@ -252,6 +252,7 @@ def provenance(report: RecipeReport) -> str:
 
 DIGITS = ("recipes/digits",)
 CHEAPER = ("recipes/digits_cheaper",)
+LOSSES = ("recipes/digits_losses",)
 SMALL = ("recipes/cifar10_lt_small",)
 SHORT = ("recipes/cifar10_lt_small_60_epochs",)
 TABLES = {
@@ -259,6 +260,8 @@ TABLES = {
     "digits-paired": Table(DIGITS, paired),
     "digits-cheaper": Table(CHEAPER, accuracy),
     "digits-cheaper-paired": Table(CHEAPER, paired),
+    "digits-losses": Table(LOSSES, accuracy),
+    "digits-losses-paired": Table(LOSSES, paired),
     "cifar10-lt-small": Table(SMALL, accuracy),
     "cifar10-lt-small-paired": Table(SMALL, paired),
     "cifar10-lt-small-sharpness": Table(SMALL, sharpness),

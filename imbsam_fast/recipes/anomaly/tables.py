@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import paper
@@ -105,8 +105,8 @@ def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
             next(by_family(own)).title,  # a method may not have all sets yet
             settings.label(method),
             value(over_seeds(areas(own, "aucroc"))),
-            _reported(paper.reported, own[0], family.name),
-            _reported(paper.adbench_reported, own[0], family.name),
+            published(paper.reported(*_row_of(own[0], family))),
+            published(paper.adbench_reported(*_row_of(own[0], family)), 2),
             NO_VALUE if roc is None else signed(roc),
             NO_VALUE if roc is None else f"{roc.sets_better} of {roc.sets}",
             value(over_seeds(areas(own, "aucpr_anomaly"))),
@@ -122,9 +122,13 @@ def _difference(own: Areas, base: Areas, method: str) -> Difference | None:
     return difference(own, base)
 
 
-def _reported(source: Callable[[str, str, str, float], float | None], fit: Fit, family: str) -> str:
-    found = source(fit.detector, fit.method, family, fit.ratio)
-    return NO_VALUE if found is None else f"{found:.1f}"
+def _row_of(fit: Fit, family: Family) -> tuple[str, str, str, float]:
+    return fit.detector, fit.method, family.name, fit.ratio
+
+
+def published(area: float | None, digits: int = 1) -> str:
+    """An area in %, with as many digits as its source has."""
+    return NO_VALUE if area is None else f"{area:.{digits}f}"
 
 
 def value(v: Value) -> str:

@@ -38,8 +38,8 @@ class Method(NamedTuple):
 def make_base(method: Method, groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
     """The base optimizer over parameter groups that carry their own weight decay.
 
-    RMSprop has Keras's constants, which are not torch's, and as Keras 2 adds epsilon to the root
-    of the mean square; Keras 3 adds it to the mean square itself.
+    RMSprop has Keras's constants, which are not torch's, and as Keras up to 2.10 adds epsilon to
+    the root of the mean square; Keras since 2.11 adds it to the mean square itself.
     """
     groups = list(groups)
     if method.base == "sgd":
