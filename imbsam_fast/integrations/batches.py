@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,13 @@ class Gathered:
 
     Only inputs and targets wait here, no graph: the passes of the step run in pieces of at most as
     many rows as the largest batch has.
+
+    Args:
+        join: makes one batch of the inputs of several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, join: Callable[[list[Any]], Any] | None = None) -> None:
+        self.join = join or concatenated
         self.batches: list[tuple[Any, Tensor]] = []
 
     def __len__(self) -> int:
@@ -41,17 +45,29 @@ class Gathered:
             return step(*batches[0])
         given = step.micro_batch_size
         if given is None:
-            step.micro_batch_size = max(len(targets) for _, targets in batches)
+            step.micro_batch_size = _checked(step, max(len(targets) for _, targets in batches))
         try:
-            return step(*_joined(batches))
+            inputs = self.join([inputs for inputs, _ in batches])
+            return step(inputs, torch.cat([targets for _, targets in batches]))
         finally:
             step.micro_batch_size = given
 
 
-def _joined(batches: list[tuple[Any, Tensor]]) -> tuple[Any, Tensor]:
-    """One batch of all rows."""
-    inputs = pytree.tree_map(_concatenated, *(inputs for inputs, _ in batches))
-    return inputs, torch.cat([targets for _, targets in batches])
+def _checked(step: TrainStep, rows: int) -> int:
+    """The size of the pieces, where TrainStep would take it as `micro_batch_size`."""
+    uses_graphs = step.graphs is not None
+    if uses_graphs:
+        raise ValueError("cuda_graph is True, expected False where batches are accumulated")
+    step.ranks.check(step.plan, rows, step.perturbation, uses_graphs, step.lagged)
+    return rows
+
+
+def concatenated(batches: list[Any]) -> Any:
+    """The rows of all batches, each a pytree of tensors.
+
+    Raises ValueError where tensors differ in more than the number of rows.
+    """
+    return pytree.tree_map(_concatenated, *batches)
 
 
 def _concatenated(*parts: Any) -> Any:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from ..losses import SplitLoss
 from ..optim import ImbSAM
 from ..training.plans import StepResult
 from ..training.train_step import TrainStep
-from .batches import Gathered
+from .batches import Gathered, concatenated
 
 _COUNTS = "imbsam_step.json"  # in a checkpoint, beside Trainer's own files
 
@@ -38,7 +39,8 @@ class ImbSAMTrainer(Trainer):
     - `args.max_grad_norm` clips the combined gradient; `grad_norm` in the log is its norm, also
       where 0 stands for no clipping.
     - `args.gradient_accumulation_steps` batches make one step with all their rows, and are run
-      one after another; its loss counts each row alike. They need one shape but for the rows.
+      one after another; its loss counts each row alike. They are padded to one length by the
+      `processing_class`, if it has a `pad`, and else need one shape but for the rows.
     - `on_pre_optimizer_step` and `on_optimizer_step` of callbacks come after the step.
 
     Args:
@@ -62,11 +64,13 @@ class ImbSAMTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.criterion = criterion
-        self.imbsam_settings = {"rho": rho, "adaptive": adaptive, "master_weights": master_weights}
+        self.imbsam_settings: dict[str, Any] = {
+            "rho": rho, "adaptive": adaptive, "master_weights": master_weights
+        }  # fmt: skip
         self.step_options = dict(step_options or {})
         self.train_step: TrainStep | None = None
         self.last_result: StepResult | None = None
-        self._gathered = Gathered()
+        self._gathered = Gathered(self._joined)
         self._loaded: dict[str, int] | None = None
         super().__init__(*args, **kwargs)
         self._check()
@@ -84,12 +88,12 @@ class ImbSAMTrainer(Trainer):
                 raise ValueError(
                     f"{name} is {value!r}, expected {expected!r}: the loss is the criterion's"
                 )
-        for name, value, expected in (
+        for name, is_on, reason in (
             ("DeepSpeed", self.is_deepspeed_enabled, "its own optimizer takes the steps"),
             ("DataParallel", self.args.n_gpu > 1, "launch one process for each GPU"),
         ):
-            if value:
-                raise ValueError(f"{name} is on, expected it off with ImbSAM: {expected}")
+            if is_on:
+                raise ValueError(f"{name} is on, expected it off with ImbSAM: {reason}")
 
     # ------------------------------------------------------------ Trainer's hooks
 
@@ -140,11 +144,27 @@ class ImbSAMTrainer(Trainer):
                 step.load_state_dict(self._loaded)
         return step
 
+    def _joined(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """Batches that a collator padded each to a length of its own, as one."""
+        padded_names = getattr(self.processing_class, "model_input_names", ())
+        names = [name for name in padded_names if name in batches[0]]
+        widths = {tuple(batch[name].shape[1:]) for batch in batches for name in names[:1]}
+        if len(widths) < 2 or not hasattr(self.processing_class, "pad"):
+            return concatenated(batches)
+        rows = [
+            dict(zip(names, row)) for batch in batches for row in zip(*(batch[n] for n in names))
+        ]
+        padded = pad_without_fast_tokenizer_warning(
+            self.processing_class, rows, return_tensors="pt"
+        ).to(batches[0][names[0]].device)
+        others = [{k: v for k, v in batch.items() if k not in names} for batch in batches]
+        return {**concatenated(others), **padded}
+
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
-        return self.last_result.grad_norm
+        return self._get_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor | None:
-        return self.last_result.grad_norm
+        return None if self.last_result is None else self.last_result.grad_norm
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

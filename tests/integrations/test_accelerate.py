@@ -128,3 +128,10 @@ def test_batches_of_other_shapes_are_refused_together(accelerator):
         run.step(x2[..., :4, :4], y2)
     assert all(map(torch.equal, run.model.parameters(), before))
     run.epoch()  # nothing of it is left
+
+
+def test_graphs_are_not_accumulated(accelerator):
+    run = Run(accelerator(gradient_accumulation_steps=2))
+    run.step.train_step.graphs = {}  # as with cuda_graph=True, which needs a GPU
+    with pytest.raises(ValueError, match="cuda_graph is True, expected False where batches"):
+        run.epoch()

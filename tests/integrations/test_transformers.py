@@ -58,13 +58,27 @@ def trainer(folder: Path, model=None, optimizers=(None, None), imbsam=None, **se
         logging_steps=1, **{"max_steps": 4, "save_strategy": "no", **settings},
     )  # fmt: skip
     return ImbSAMTrainer(
-        network() if model is None else model, arguments, train_dataset=dataset(),
-        optimizers=optimizers, **{"criterion": CRITERION, **(imbsam or {})},
+        network() if model is None else model, arguments, optimizers=optimizers,
+        **{"criterion": CRITERION, "train_dataset": dataset(), **(imbsam or {})},
     )  # fmt: skip
 
 
 def logged(run, name: str) -> list[float]:
     return [entry[name] for entry in run.state.log_history if name in entry]
+
+
+def OnStep(call):  # noqa: N802  # Transformers itself takes seconds to import
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            call()
+
+    return Callback()
+
+
+def different(a: dict, b: dict) -> bool:
+    return not all(map(torch.equal, a.values(), b.values()))
 
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -131,12 +145,66 @@ def test_a_resumed_run_is_the_run_without_the_break_bit_for_bit(tmp_path):
     assert resumed.train_step.state_dict() == whole.train_step.state_dict() == {"counted_steps": 8}
 
 
+def tokenizer(side: str):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[PAD]": 0, **{f"w{i}": i for i in range(1, 20)}}
+    made = Tokenizer(WordLevel(words, unk_token="[PAD]"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", padding_side=side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_accumulated_batches_of_other_lengths_are_padded(tmp_path, side):
+    """As the collator would pad them together."""
+    generator = torch.Generator().manual_seed(2)
+    rows = [
+        {"input_ids": torch.randint(1, 20, (2 + i // 4,), generator=generator).tolist()}
+        for i in range(8)
+    ]
+    data = [{**row, "labels": int(y)} for row, y in zip(rows, LABELS)]
+    run = trainer(
+        tmp_path, network(0), per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential", max_steps=1, optim="sgd",
+        imbsam={"processing_class": tokenizer(side), "train_dataset": data},
+    )  # fmt: skip
+    run.train()
+    whole = trainer(
+        tmp_path, network(0), per_device_train_batch_size=8, train_sampling_strategy="sequential",
+        max_steps=1, optim="sgd",
+        imbsam={
+            "processing_class": tokenizer(side), "train_dataset": data,
+            "step_options": {"plan": "joint"},
+        },
+    )  # fmt: skip
+    whole.train()
+    assert run.last_result.logits.shape == (8, CLASSES)
+    assert torch.allclose(run.last_result.logits, whole.last_result.logits, atol=1e-6)
+    assert logged(run, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-4)
+
+
 def test_the_norm_is_logged_without_clipping(tmp_path):
     run = trainer(tmp_path, max_grad_norm=0.0, max_steps=2)
     run.train()
     assert len(logged(run, "grad_norm")) == 2
     assert all(0 < norm < float("inf") for norm in logged(run, "grad_norm"))
     assert run.last_result.clip_factor == 1
+
+
+def test_a_step_that_overflows_is_skipped_by_the_schedule_too(tmp_path):
+    run = trainer(tmp_path, max_steps=3)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # fp16 needs a GPU
+    run.model.classifier.register_forward_hook(
+        lambda module, given, logits: logits * torch.inf if run.state.global_step == 0 else logits
+    )
+    before = copy.deepcopy(run.model.state_dict())
+    changed = []
+    run.add_callback(OnStep(lambda: changed.append(different(run.model.state_dict(), before))))
+    run.train()
+    assert changed == [False, True, True]
+    assert logged(run, "learning_rate")[1:] == pytest.approx([1e-2, 1e-2 * 2 / 3])
+    assert run.accelerator.scaler.get_scale() == 512
 
 
 def test_an_optimizer_and_a_schedule_of_the_users(tmp_path):
