@@ -9,6 +9,7 @@ import warnings
 import pytest
 import ranks as processes
 import torch
+from accelerators import no_state_left
 from networks import COUNTS, batches, distance, imbsam, network
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -184,16 +185,8 @@ def test_fabric_runs_its_callbacks():
 @pytest.fixture
 def accelerator():
     accelerate = pytest.importorskip("accelerate")
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    def reset() -> None:
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-
-    reset()
-    yield lambda **settings: accelerate.Accelerator(cpu=True, **settings)
-    reset()
+    with no_state_left():
+        yield lambda **settings: accelerate.Accelerator(cpu=True, **settings)
 
 
 def prepared(accelerator):
