@@ -137,7 +137,9 @@ def _draw_gains(axes: Axes, gains: list[Difference], colour: str) -> None:
         if bars:
             x, y, low, high = zip(*bars)
             error = [[m - end for m, end in zip(y, low)], [end - m for m, end in zip(y, high)]]
-            axes.errorbar(x, y, error, fmt="none", ecolor=INK, elinewidth=0.9, capsize=1.5, zorder=3)
+            axes.errorbar(
+                x, y, error, fmt="none", ecolor=INK, elinewidth=0.9, capsize=1.5, zorder=3
+            )
         return
     window = len(gains) // 50
     parts = [means[i : i + window] for i in range(0, len(means), window)]

@@ -80,14 +80,14 @@ def _section(section: Section, number: int) -> dict[str, Any]:
     return {
         "id": name,
         "title": section.title,
-        "first": [_table(t, name) for t in tables if t.name.startswith(FIRST)],
-        "rest": [_table(t, name) for t in tables if not t.name.startswith(FIRST) and t.shown],
-        "files": [(t.caption, _links(t, name)) for t in tables if not t.shown],
+        "first": [_table(t, number) for t in tables if t.name.startswith(FIRST)],
+        "rest": [_table(t, number) for t in tables if not t.name.startswith(FIRST) and t.shown],
+        "files": [(t.caption, _links(t, number)) for t in tables if not t.shown],
         "pictures": list(_pictures(section, name)),
     }
 
 
-def _table(table: DataTable, section: str) -> dict[str, Any]:
+def _table(table: DataTable, section: int) -> dict[str, Any]:
     """Headings over several columns are counted: (text, columns), "" where there is none."""
     over: list[list[Any]] = []
     for column in table.columns:
@@ -96,7 +96,7 @@ def _table(table: DataTable, section: str) -> dict[str, Any]:
         else:
             over.append([column.over, 1])
     return {
-        "id": f"{section}-{table.name}",
+        "id": f"data-{section}-{table.name}",
         "name": table.name,
         "caption": table.caption,
         "columns": table.columns,
@@ -107,13 +107,12 @@ def _table(table: DataTable, section: str) -> dict[str, Any]:
     }
 
 
-def _links(table: DataTable, section: str) -> list[Link]:
+def _links(table: DataTable, section: int) -> list[Link]:
+    media = {"csv": "text/csv", "json": "application/json"}
     return [
-        Link(f"{section}-{table.name}.{kind}", kind.upper(), _address(text, media))
-        for kind, text, media in (
-            ("csv", table.csv(), "text/csv"),
-            ("json", table.json(), "application/json"),
-        )
+        Link(file, kind.upper(), _address(text, media[kind]))
+        for file, text in table.files(section).items()
+        for kind in [file.rpartition(".")[2]]
     ]
 
 

@@ -39,7 +39,12 @@ def student(freedom: int) -> float:
     if freedom <= len(T_975):
         return T_975[freedom - 1]
     z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    terms = (
+        (z**3 + z) / (4 * freedom),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3),
+    )
+    return z + sum(terms)
 
 
 def difference(values: Sequence[float]) -> Difference:
@@ -74,7 +79,9 @@ def paired_classes(group: Group, other: Group) -> list[Difference]:
     """The same for every class, after the last epoch, images as they are."""
     ours, theirs = (g.tested("last", "plain") for g in (group, other))
     found = []
-    for k in range(min((len(t["per_class"]) for t in (*ours.values(), *theirs.values())), default=0)):
+    for k in range(
+        min((len(t["per_class"]) for t in (*ours.values(), *theirs.values())), default=0)
+    ):
         one, two = (
             {seed: t["per_class"][k] for seed, t in tested.items()} for tested in (ours, theirs)
         )
@@ -136,9 +143,7 @@ def _nearest(
 # ---------------------------------------------------------------- the best
 
 
-def marks(
-    groups: Sequence[Group], checkpoint: str, view: str
-) -> dict[str, dict[str, str]]:
+def marks(groups: Sequence[Group], checkpoint: str, view: str) -> dict[str, dict[str, str]]:
     """Label -> column -> "best", or "near" where pairs do not tell it from the best.
 
     A column has marks where two groups have accuracies there. "near" needs two shared seeds.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..metrics import COLUMNS, accuracy_cell, group_of
 from .accuracy import NOTES, AccuracyRow, accuracy_rows, meaning, paper_text, titles
-from .comparison import CHECKPOINTS, ComparedRun, Group, Section, Value, differences
-from .paper_results import SETTING
+from .comparison import CHECKPOINTS, ComparedRun, Comparison, Group, Section, Value, differences
 from .pairs import Difference, baseline, control, marks, paired, paired_classes
+from .paper_results import SETTING
 from .repeat import command, shared_settings
 
 VIEW_NAMES = {"plain": "images as they are", "flip": "flip average"}
@@ -67,6 +68,23 @@ class DataTable(NamedTuple):
         writer.writeheader()
         writer.writerows(flat)
         return file.getvalue()
+
+    def files(self, section: int) -> dict[str, str]:
+        """Name -> content of both, `section` being the number of its data set, from 1."""
+        stem = f"data-{section}-{self.name}"
+        return {f"{stem}.csv": self.csv(), f"{stem}.json": self.json()}
+
+
+def write_tables(comparison: Comparison, directory: Path) -> list[Path]:
+    """CSV and JSON of every table into `directory`, which is made; returns the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, section in enumerate(comparison.sections, 1):
+        for table in section_tables(section):
+            for name, text in table.files(number).items():
+                written.append(directory / name)
+                written[-1].write_text(text, encoding="utf-8")
+    return written
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +192,9 @@ def _accuracy_cells(
 def difference_table(section: Section, checkpoint: str) -> DataTable:
     """Every configuration minus SGD, and minus its control, seed by seed."""
     headings = titles(section.borders)
-    views = [view for view in section.views if any(g.tested(checkpoint, view) for g in section.groups)]
+    views = [
+        view for view in section.views if any(g.tested(checkpoint, view) for g in section.groups)
+    ]
     columns = [Column("configuration", "configuration", kind="text"),
                Column("against", "minus", kind="text"),
                Column("seeds", "seeds\nin pairs")]  # fmt: skip
@@ -188,7 +208,9 @@ def difference_table(section: Section, checkpoint: str) -> DataTable:
                 continue
             all_ = found[0]["all"]
             cells = [_difference(table[c]) for table in found if table for c in COLUMNS]
-            rows.append([_text(group.label), _text(other.label), _text(all_ and all_.seeds), *cells])
+            rows.append(
+                [_text(group.label), _text(other.label), _text(all_ and all_.seeds), *cells]
+            )
     note = (
         f"Percentage points, and in brackets the {INTERVAL}. Bold: the interval does not hold 0. "
         "SGD with the same tail weight and no perturbation is the control: what is gained over it "
