@@ -7,7 +7,7 @@ blind readers; lines and points differ in dashes and markers too, for print.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def plain_axes(axes: Axes, grid: str = "y") -> None:
+def plain_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
     """Grid lines along one axis, and no frame above and on the right."""
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color=GRID, zorder=0)

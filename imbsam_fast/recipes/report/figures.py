@@ -233,7 +233,7 @@ def curves_chart(section: Section) -> Chart | None:
             drawn[group.label] = look[group.label]
             _curve(axes, points, look[group.label], smallest / 2 if logarithmic else -math.inf)
         axes.set(xlabel="epoch", ylabel=unit)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         if logarithmic:
             axes.set_yscale("log")
             axes.set_ylabel(f"{unit}, log scale")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..figures import GRID, INK, PALETTE, Style
 from .figures import MUTED
@@ -50,10 +50,10 @@ def drawing() -> Iterator[None]:
     """Inside the block figures are made for a page: its ink, and text that a phone shows."""
     import matplotlib
 
-    ink = dict.fromkeys(
+    ink: Any = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
-    plain = {"figure.facecolor": "none", "axes.facecolor": "none", "font.size": 11}
+    plain: Any = {"figure.facecolor": "none", "axes.facecolor": "none", "font.size": 11}
     with matplotlib.rc_context({**ink, **plain}):
         yield
 

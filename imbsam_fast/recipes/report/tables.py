@@ -263,7 +263,8 @@ def worst_table(section: Section) -> DataTable:
         top = max(value[0] for value in values.values())
         cells = [_text(section.class_names[k]), _text(counts[k])]
         if mistakes:
-            cells.append(_text(None if mistakes[k] is None else section.class_names[mistakes[k]]))
+            other = mistakes[k]
+            cells.append(_text(None if other is None else section.class_names[other]))
         alone = len(values) > 1
         cells += [_accuracy(v, "best" if alone and v[0] == top else "") for v in values.values()]
         rows.append(cells)
@@ -278,8 +279,8 @@ def worst_table(section: Section) -> DataTable:
 
 def _mistakes(groups: list[Group]) -> list[int | None]:
     """For each class the one it is most often taken for, None without mistakes; [] if unknown."""
-    recorded = [found for group in groups if (found := group.confusion())]
-    total = [[sum(cells) for cells in zip(*rows)] for rows in zip(*recorded)]
+    recorded = [cells for group in groups if (cells := group.confusion())]
+    total = [[sum(counts) for counts in zip(*rows)] for rows in zip(*recorded)]
     found: list[int | None] = []
     for k, row in enumerate(total):
         wrong = [0 if i == k else count for i, count in enumerate(row)]

@@ -58,7 +58,7 @@ def evaluate(
             f"no image of class {k} could be read for testing, expected at least one; see "
             "--test-list and --validation-list"
         )
-    tested = {}
+    tested: dict[str, dict[str, Any]] = {}
     for view, cells in zip(("plain", "flip"), ranks.sum_(hits).cpu().view(2, classes, wide)):
         accuracy = shares(cells.diagonal() if wide > 1 else cells[:, 0], seen)
         tested[view] = {"per_class": accuracy, **group_accuracies(accuracy, counts, borders)}
