@@ -30,6 +30,15 @@ MOVED = (
 )
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Documents that the navigation does not name come last in it."""
+    named = re.findall(r"[\w-]+\.md", str(config.nav))
+    others = [p.name for p in sorted((ROOT / "docs").glob("*.md")) if p.name not in named]
+    if others:
+        config.nav = [*(config.nav or []), {"More": others}]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made."""
     for name, text in (
@@ -61,6 +70,12 @@ def reference() -> str:
     for name in assigned["__all__"]:
         if name in assigned["_MODULES"]:
             parts.append(f"::: imbsam_fast.{assigned['_MODULES'][name]}.{name}")
+    parts.append("## Integrations")
+    described = (ROOT / "docs" / "integrations.md").read_text()
+    for file in sorted((ROOT / "imbsam_fast" / "integrations").glob("[!_]*.py")):
+        name = f"imbsam_fast.integrations.{file.stem}"
+        if name in described:  # the others serve these
+            parts.append(f"::: {name}")
     return "\n\n".join(parts) + "\n"
 
 
