@@ -36,7 +36,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.quick
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
@@ -59,7 +59,7 @@ def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- the host's side
 
 
-@pytest.mark.slow  # measures
+@pytest.mark.quick
 def test_the_hosts_side_is_measured_in_processor_time(tmp_path, monkeypatch, capsys):
     path = tmp_path / "bench_host.json"
     monkeypatch.setattr("sys.argv", ["x", "--quick", "--json", str(path)])

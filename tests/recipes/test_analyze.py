@@ -275,6 +275,7 @@ def test_the_report_shows_the_analyses_of_all_runs(analysed, tmp_path):
     assert "Few (classes 0, 2): all 13 training images." in html
 
 
+@pytest.mark.quick
 def test_spectra_of_runs_share_their_axes(analysed):
     found = {
         run.name: json.loads((run / "analyses" / "hessian-few.json").read_text())
@@ -350,6 +351,7 @@ def test_a_configuration_that_does_not_fit_is_refused(tmp_path, capsys, setting,
     assert not (run / "analyses").exists()
 
 
+@pytest.mark.quick
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     with tiny_data_set():
         run = train(tmp_path, "sgd", epochs=1)

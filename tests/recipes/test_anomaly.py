@@ -318,6 +318,7 @@ def test_unusable_data_is_refused():
         fit(X, y).decision_function(X[:, :5])
 
 
+@pytest.mark.quick
 def test_deepsad_does_without_labelled_anomalies():
     X, _ = features()
     detector = quick(DeepSAD).fit(X, np.zeros(len(X)))
