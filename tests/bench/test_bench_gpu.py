@@ -154,6 +154,7 @@ def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
     assert "Measured: Loom 9; copy 2300 GB/s; imbsam-fast 1.2.3" in filled
 
 
+@pytest.mark.quick
 def test_without_results_the_tables_say_so() -> None:
     text = "<!-- results: gpu-steps -->\n9000 images/s\n<!-- end -->\n"
     filled, complaints = documents.filled(text, {})

@@ -275,7 +275,6 @@ def test_the_report_shows_the_analyses_of_all_runs(analysed, tmp_path):
     assert "Few (classes 0, 2): all 13 training images." in html
 
 
-@pytest.mark.quick
 def test_spectra_of_runs_share_their_axes(analysed):
     found = {
         run.name: json.loads((run / "analyses" / "hessian-few.json").read_text())
@@ -290,6 +289,7 @@ def test_spectra_of_runs_share_their_axes(analysed):
         assert x[0] < min(values) and max(values) < x[-1]
 
 
+@pytest.mark.quick
 def test_a_landscape_of_infinite_losses_can_be_drawn():
     line = {"steps": [-1, 0, 1], "tail": [None, 1.0, None]}
     plane = {"steps": [-1, 0, 1], "tail": [[None] * 3, [None, 1.0, None], [None] * 3]}

@@ -373,6 +373,7 @@ class Executed:
         return print, ("executed",)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "content",
     [b"no archive", {"format": 1}, {"format": 99}, [1], Executed()],
