@@ -21,7 +21,7 @@ from .rows import Rows, assemble, take_rows
 
 
 class StepResult(NamedTuple):
-    """What one step saw at the unperturbed weights, without gradients.
+    """Loss, outputs and norms of one step at the unperturbed weights, without gradients.
 
     Nothing here has waited for the device: what is a tensor is computed there, and waits when it is
     read. The norms are float64, over all parameters and ranks, without a gradient scaler's scale;
@@ -41,16 +41,19 @@ class StepResult(NamedTuple):
     loss: Tensor  # () head + tail
     head: Tensor  # ()
     tail: Tensor  # () in a lagged step perhaps at the perturbed weights: see TrainStep
-    logits: Any  # the model's outputs, one row per row of the batch, in its order
+    # The model's outputs, or their entry `TrainStep(logits=...)`: a row for a row of the batch, in
+    # its order.
+    logits: Any
     grad_norm: Tensor | None = None  # () of g_h + g_p, before clipping
     tail_grad_norm: Tensor | None = None  # () of g_t over the perturbed groups, sampled: of g_t^S
     clip_factor: Tensor | None = None  # () what g_h + g_p was multiplied with, at most 1
-    tail_share: float | None = None  # tail rows among the counted rows of this process
+    # Of this process's counted labels, or of their mass in label distributions.
+    tail_share: float | None = None
     perturbed: bool | None = None  # whether the step had a perturbed pass
 
 
 class Passes(Protocol):
-    """What plans are made of: a TrainStep."""
+    """The parts of TrainStep that plans call."""
 
     model: nn.Module
     optimizer: ImbSAM
@@ -174,7 +177,7 @@ def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
 
 
 def _lagged(norms: Norms) -> dict[str, Any]:
-    """The tail gradient that the step perturbed along was an earlier step's."""
+    """The norms of a lagged step: it takes no tail gradient of its own."""
     return norms._replace(tail_grad_norm=None)._asdict()
 
 
@@ -193,7 +196,7 @@ class Gradients:
 
     @contextmanager
     def added_up(self) -> Iterator[None]:
-        """The backward inside the block adds to the sums."""
+        """Add the gradients of the backward inside the block to the sums."""
         if self.sums is not None:
             self.hand_over()
         yield
@@ -202,14 +205,14 @@ class Gradients:
             p.grad = None
 
     def hand_over(self) -> None:
-        """Put the sums into `p.grad`, and keep no reference."""
+        """Move the sums into `p.grad`."""
         for p, total in zip(self.params, self.sums or ()):
             p.grad = total
         self.sums = None
 
 
 class Seen:
-    """What the unperturbed passes gave: outputs and losses, piece by piece."""
+    """Outputs and losses of the unperturbed passes, piece by piece."""
 
     def __init__(self) -> None:
         self.pieces: list[Any] = []
