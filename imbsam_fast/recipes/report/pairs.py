@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..metrics import COLUMNS
+from ..settings.config import COMMON_DEFAULTS
 from .comparison import Group, differences
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; `student` has the formula for more.
@@ -135,9 +136,15 @@ def _nearest(
         for other in groups
         if other.config.get("optimizer") == optimizer
         and all(other.config.get(k) == group.config.get(k) for k in ("method", *equal))
+        and (not equal or all(_loss(other, k) == _loss(group, k) for k in ("loss", "tau")))
         and other.finished
     ]
     return min(same, key=lambda other: len(differences([group, other])), default=None)
+
+
+def _loss(group: Group, key: str) -> Any:
+    """A setting of the loss, which older runs do not name."""
+    return group.config.get(key, COMMON_DEFAULTS[key])
 
 
 # ---------------------------------------------------------------- the best
