@@ -10,6 +10,8 @@ constant of a captured graph; one on the device is read when the kernel runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +88,23 @@ def update_(
         _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(device),
     )  # fmt: skip
     advance_(step, found_inf)
+
+
+def perturb_all(device: torch.device, *arguments: Any) -> bool:
+    """See optim.one_call.perturb."""
+    *lists, pending = arguments
+    empty = partial(torch.empty, dtype=torch.float64, device=device)
+    return _C.perturb_all(*lists, empty, pending, 0, *_on(device))
+
+
+def update_all(
+    device: torch.device, op: str, groups: Any, params: Any, lists: Any, state: Any, names: Any,
+    wanted: Any, step: bool, *rest: Any,
+) -> bool:  # fmt: skip
+    """See optim.one_call.update; with counts of steps, which are to be on the device, not."""
+    return not step and _C.update_all(
+        op, groups, params, lists, state, names, wanted, step, *rest, 0, *_on(device)
+    )
 
 
 def _counts(step: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:

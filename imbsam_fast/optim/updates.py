@@ -85,6 +85,11 @@ def base_step(
     base.zero_grad()
 
 
+def has_global_hooks() -> bool:
+    """Whether torch's step hooks of all optimizers are in use."""
+    return any(_GLOBAL_HOOKS)
+
+
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
     """torch's step hooks of all optimizers run around the ImbSAM's update, and not once more."""
