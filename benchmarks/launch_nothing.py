@@ -50,7 +50,7 @@ def build() -> None:
     (top,) = [line.split("=", 1)[1] for line in dry_run.splitlines() if line.startswith("#$ TOP=")]
     includes = [BUILD, Path(top.strip()) / "include", sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-fPIC", "-O2", "-w", "-fvisibility=hidden"]
-    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
+    flags += ["-DIMBSAM_CUDA", '-DIMBSAM_CUDA_ARCHITECTURES=""', "-DIMBSAM_ISA=baseline"]
     flags += [f"-I{path}" for path in (*includes, pybind11.get_include())]
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cuda").glob("*.cu")), stand_in.parent / "fibers.cpp"]

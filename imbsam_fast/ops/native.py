@@ -185,12 +185,14 @@ def perturb_all(device: torch.device, *arguments: Any) -> bool:
     """See optim.one_call.perturb."""
     *lists, pending = arguments
     empty = partial(torch.empty, dtype=torch.float64, device=device)
-    return _C.perturb_all(*lists, empty, pending, torch.get_num_threads(), 0, 0)
+    on_cpu = torch.get_num_threads(), 0, 0
+    return _C.perturb_all(*lists, empty, pending, *on_cpu)  # type: ignore[call-arg]
 
 
 def update_all(device: torch.device, *arguments: Any) -> bool:
     """See optim.one_call.update."""
-    return _C.update_all(*arguments, torch.get_num_threads(), 0, 0)
+    on_cpu = torch.get_num_threads(), 0, 0
+    return _C.update_all(*arguments, *on_cpu)  # type: ignore[call-arg]
 
 
 def merge_(

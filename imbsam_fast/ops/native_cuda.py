@@ -94,7 +94,8 @@ def perturb_all(device: torch.device, *arguments: Any) -> bool:
     """See optim.one_call.perturb."""
     *lists, pending = arguments
     empty = partial(torch.empty, dtype=torch.float64, device=device)
-    return _C.perturb_all(*lists, empty, pending, 0, *_on(device))
+    on_cuda = 0, *_on(device)
+    return _C.perturb_all(*lists, empty, pending, *on_cuda)  # type: ignore[call-arg]
 
 
 def update_all(
@@ -102,9 +103,8 @@ def update_all(
     wanted: Any, step: bool, *rest: Any,
 ) -> bool:  # fmt: skip
     """See optim.one_call.update; with counts of steps, which are to be on the device, not."""
-    return not step and _C.update_all(
-        op, groups, params, lists, state, names, wanted, step, *rest, 0, *_on(device)
-    )
+    lists_of = groups, params, lists, state, names, wanted, step
+    return not step and _C.update_all(op, *lists_of, *rest, 0, *_on(device))  # type: ignore[call-arg]
 
 
 def _counts(step: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:

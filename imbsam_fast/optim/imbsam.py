@@ -135,7 +135,7 @@ class ImbSAM(AroundBase):
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
-            if self._replicas.leave_g_t_apart(self._params()):
+            if self._replicas.may_be() and self._replicas.leave_g_t_apart(self._params()):
                 average_(self.gradients(), self._replicas.of(self._params())[0].process_group)
             g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
@@ -337,9 +337,11 @@ class ImbSAM(AroundBase):
 
         None where the weights are not perturbed, and with `adaptive`, which has another norm.
         """
-        if not self._pending.partials or self._pending.is_adaptive:
+        partials = self._pending.partials
+        if not partials or self._pending.is_adaptive:
             return None
-        return joined(self._pending.partials, self._params()[0].device).sum().sqrt()
+        sums = partials[0] if len(partials) == 1 else joined(partials, self._params()[0].device)
+        return sums.sum().sqrt()
 
     @torch.no_grad()
     def restore(self) -> None:

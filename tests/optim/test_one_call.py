@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from phases import equal, gradients, parameters, snapshot
 from torch import Tensor, nn
 
 from imbsam_fast import ImbSAM
-from imbsam_fast.ops import dispatch
+from imbsam_fast.ops import dispatch, native
 from imbsam_fast.optim import one_call
 
 pytestmark = [
@@ -320,6 +321,50 @@ def test_a_failure_after_the_perturbation_restores():
     assert optimizer.is_perturbed and not equal(before, everything(optimizer))
     optimizer.restore()
     assert equal(before, everything(optimizer))
+
+
+def test_a_launch_that_fails_after_another_was_perturbed(monkeypatch):
+    """Here for want of the second group's rho, once the first group is written."""
+    optimizer = new()
+    steps(optimizer, 0)
+    before = everything(optimizer)
+    perturb_all = native.perturb_all
+
+    def with_one_rho(*arguments: Any) -> bool:
+        *lists, rho, adaptive, pending = arguments
+        return perturb_all(*lists, rho[:1], adaptive, pending)
+
+    monkeypatch.setattr(native, "perturb_all", with_one_rho)
+    with pytest.raises(IndexError):
+        phase(optimizer, 1, 5)
+    assert equal(before, everything(optimizer)) and not optimizer.is_perturbed
+    monkeypatch.undo()
+    steps(optimizer, 10)
+
+
+@pytest.mark.parametrize("name", ["perturb", "update"])
+def test_ctrl_c_right_after_a_call(name, monkeypatch):
+    """Perturbed weights are restored; an update that is done stays, with its state."""
+    optimizer = new()
+    steps(optimizer, 0)
+    before = everything(optimizer)
+    whole = copy.deepcopy(optimizer)
+    steps(whole, 10, 1)
+    call = getattr(one_call, name)
+
+    def interrupted(*arguments: Any) -> bool:
+        done = call(*arguments)
+        assert done
+        signal.raise_signal(signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(one_call, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        steps(optimizer, 10, 1)
+    expected = before if name == "perturb" else everything(whole)
+    assert equal(expected, everything(optimizer)) and not optimizer.is_perturbed
+    monkeypatch.undo()
+    steps(optimizer, 20)
 
 
 def test_versions_count_every_write():
