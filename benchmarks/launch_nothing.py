@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -52,6 +53,8 @@ def build() -> None:
     flags = ["-std=c++17", "-fPIC", "-O2", "-w", "-fvisibility=hidden"]
     flags += ["-DIMBSAM_CUDA", '-DIMBSAM_CUDA_ARCHITECTURES=""', "-DIMBSAM_ISA=baseline"]
     flags += [f"-I{path}" for path in (*includes, pybind11.get_include())]
+    if platform.machine() == "x86_64":
+        flags += ["-include", "immintrin.h"]  # for streaming stores, which every one of them has
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cuda").glob("*.cu")), stand_in.parent / "fibers.cpp"]
     sources += [*sorted(csrc.glob("*.cpp")), csrc / "cpu/drivers.cpp", csrc / "cpu/kernels.cpp"]
