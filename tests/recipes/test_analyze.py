@@ -280,7 +280,7 @@ def test_spectra_of_runs_share_their_axes(analysed):
         run.name: json.loads((run / "analyses" / "hessian-few.json").read_text())
         for run in analysed.iterdir()
     }
-    figure = spectrum_figure(found, styles_of(list(found)))
+    figure = spectrum_figure(found, styles_of((run, {}) for run in found))
     first, second = figure.axes
     assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
     for axes, analysis in zip(figure.axes, found.values()):
@@ -293,7 +293,7 @@ def test_a_landscape_of_infinite_losses_can_be_drawn():
     line = {"steps": [-1, 0, 1], "tail": [None, 1.0, None]}
     plane = {"steps": [-1, 0, 1], "tail": [[None] * 3, [None, 1.0, None], [None] * 3]}
     analysis = {"groups": ["tail"], "line": line, "plane": plane}
-    figure = lines_figure({"a": analysis}, styles_of(["a"]))
+    figure = lines_figure({"a": analysis}, styles_of([("a", {})]))
     figure.draw_without_rendering()
     planes_figure({"a": analysis}).draw_without_rendering()
 
