@@ -276,6 +276,7 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
     assert f"{default:.2f} times with default SGD" in report["summary"][0]
 
 
+@pytest.mark.quick
 def test_no_rounds_are_refused():
     with pytest.raises(SystemExit, match="--rounds is 0, expected at least 1"):
         cli.main(["bench", "--rounds", "0"])

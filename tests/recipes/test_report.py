@@ -260,6 +260,7 @@ def test_the_papers_row_stands_once_beside_the_nearest_setting(tmp_path):
 # ---------------------------------------------------------------- table
 
 
+@pytest.mark.quick
 def test_the_table_in_a_terminal(tmp_path):
     for seed, few in enumerate((10.0, 20.0)):
         write_run(tmp_path / str(seed), [90.0, few, 50.0], seed=seed)

@@ -253,6 +253,7 @@ def html(runs, tmp_path_factory) -> str:
     return page(compare([runs, other]))
 
 
+@pytest.mark.quick
 @draws
 def test_the_page_is_whole_and_needs_nothing_else(html):
     document = Document(html)
