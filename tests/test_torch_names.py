@@ -13,8 +13,8 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 FILES = [p for folder in ("imbsam_fast", "kernels") for p in (ROOT / folder).rglob("*.py")]
-# Private names of others than torch: Lightning's and Accelerate's wrappers, and Python's own.
-NOT_TORCH = {"wrappers.py"}
+# Private names of others than torch: of the frameworks that wrap optimizers, and Python's own.
+NOT_TORCH = {"wrappers.py", *(p.name for p in FILES if p.parent.name == "integrations")}
 PYTHONS = {"_actions", "_asdict", "_exit", "_fields", "_GeneratorContextManager", "_replace"}
 PYTHONS |= {"_SubParsersAction"}
 
