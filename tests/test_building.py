@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import suppress
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -137,6 +139,26 @@ def test_builds_take_turns(tmp_path):
         first.stdin.close()
         thread.join(30)
         assert entered.is_set()
+
+
+def test_the_terminal_is_told_what_pip_hides():
+    inner = textwrap.dedent(f"""
+        import runpy
+        terminal = runpy.run_path({str(ROOT / "setup.py")!r}, run_name="setup")["terminal"]
+        with terminal() as tell:
+            print("captured")
+            tell("nvcc made a.cu, 1 of 9, 3 s")
+    """)
+    outer = f"import subprocess as s, sys; s.check_output([sys.executable, '-c', {inner!r}])"
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", outer])
+    seen = b""
+    with suppress(OSError):  # Linux's end of a terminal
+        while more := os.read(terminal, 1000):
+            seen += more
+    assert os.waitpid(child, 0)[1] == 0
+    assert seen.split() == b"imbsam-fast: nvcc made a.cu, 1 of 9, 3 s".split()
 
 
 @pytest.mark.parametrize("platform", ["win32", "cygwin"])
