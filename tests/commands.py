@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 from imbsam_fast import cli
 
@@ -17,3 +21,20 @@ def refused(argv: Sequence[str], capsys) -> str:
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return captured.err.splitlines()[-1]
+
+
+def forked(run: Callable[[], int], output: Path) -> int:
+    """How a process ends that does this: its exit status, or the negative number of a signal.
+
+    What it prints is in a file. A fork need not import torch, as a new process does.
+    """
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                status = run()
+            except BaseException:
+                traceback.print_exc()
+        os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

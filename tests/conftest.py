@@ -66,6 +66,8 @@ def backends(name: str | None = None) -> list[Backend]:
     return found
 
 
+INTERPRETED = Backend("triton", "cpu")
+
 # `pytest -m quick` runs the first case of so many tests of every file.
 QUICK_TESTS = 4
 
@@ -77,14 +79,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=list(left_out))
     items[:] = [item for item in items if item not in left_out]
     _mark_quick(items)
+    _mark_each(items)
 
 
 def _is_slow(callspec: Any) -> bool:
-    """The interpreter takes about a second for 300 tensors or 64 rows: in float32 only."""
+    """The interpreter takes about a second for 300 tensors or 64 rows: in float32 only.
+
+    For more than a chunk it takes a fifth of that: also in a dtype that arithmetic does not run in.
+    """
     values = callspec.params if callspec else {}
-    large = values.get("case") == "many" or values.get("rows") == 64
-    interpreted = values.get("backend") == Backend("triton", "cpu")
-    return interpreted and large and values.get("dtype") != torch.float32
+    if not any(isinstance(v, Backend) and v == INTERPRETED for v in values.values()):
+        return False
+    case, dtype = values.get("case"), values.get("dtype")
+    if case == "many" or values.get("rows") == 64:
+        return dtype != torch.float32
+    return case == "beyond a chunk" and dtype in (torch.float64, torch.float16)
 
 
 def _skipped_for(item: pytest.Item) -> str | None:
@@ -117,6 +126,20 @@ def _mark_quick(items: list[pytest.Item]) -> None:
         if not left and not drawn and name not in names and len(names) < QUICK_TESTS:
             names.add(name)
             item.add_marker("quick")
+
+
+def _mark_each(items: list[pytest.Item]) -> None:
+    """`each`: so many cases of a test that every value of each parameter is in one of them.
+
+    Of a test that is slow the first case alone.
+    """
+    seen: dict[str, set[tuple[int, str]]] = {}
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        values = set(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else set()
+        if test not in seen or not (item.get_closest_marker("slow") or values <= seen[test]):
+            item.add_marker("each")
+            seen.setdefault(test, set()).update(values)
 
 
 @pytest.fixture(params=backends(), ids=str)

@@ -19,6 +19,10 @@ from imbsam_fast.ops import native
 
 Arguments = dict[str, Any]
 
+needs_module = pytest.mark.skipif(
+    native.reason_unavailable("cpu") is not None, reason="the compiled module did not load"
+)
+
 # The lists of every operation, in the order in which they are checked.
 LISTS = {
     "squared_norm": ("g_t", "theta"),
@@ -97,9 +101,7 @@ DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @each_list
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_one_tensor_unlike_the_others(
-    backend_once: Backend, op: str, name: str, damage: str
-) -> None:
+def test_one_tensor_unlike_the_others(op: str, name: str, damage: str) -> None:
     arguments = valid(op)
     arguments[name][1] = DAMAGES[damage](arguments[name][1])
     first = LISTS[op][0]
@@ -272,8 +274,9 @@ def test_state_unlike_the_master_weights(op: str) -> None:
 WRITING = ("perturb_", *BASES, "merge_")
 
 
+@needs_module
 @pytest.mark.parametrize("op", WRITING)
-def test_one_tensor_twice(cpu_kernels: Backend, op: str) -> None:
+def test_one_tensor_twice(op: str) -> None:
     first, second = LISTS[op][:2]
     arguments = valid(op)
     arguments[second][1] = arguments[first][1]
@@ -282,9 +285,10 @@ def test_one_tensor_twice(cpu_kernels: Backend, op: str) -> None:
     assert_refused(op, arguments, ValueError, f"({named}|{reverse})")
 
 
+@needs_module
 @pytest.mark.parametrize("op", WRITING)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_that_share_one_element(cpu_kernels: Backend, op: str, dtype: torch.dtype) -> None:
+def test_tensors_that_share_one_element(op: str, dtype: torch.dtype) -> None:
     arguments = valid(op)
     for name in LISTS[op]:
         arguments[name] = [t.to(dtype) for t in arguments[name]]
@@ -306,10 +310,6 @@ def test_reading_the_same_gradient_twice_is_no_harm(backend_once: Backend) -> No
 # ---------------------------------------------------------------- raw pointers
 
 FLOAT32, HERE = 0, 1  # a dtype code and an address that is not null
-needs_module = pytest.mark.skipif(
-    native.reason_unavailable("cpu") is not None, reason="the compiled module did not load"
-)
-
 NUMEL = [4, 2]
 OK = [0, 0]  # replaced by real pointers
 

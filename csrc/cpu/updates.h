@@ -79,10 +79,10 @@ IMBSAM_INLINE void for_each_line(const T* aligned, int64_t n, bool align, Line l
   if (i < n) edge(i, n - i);
 }
 
-// Writes the new theta, and with master weights the new weights too.
+// Writes the new theta, and with master weights, whose dtype is not that of theta, these too.
 template <bool kStream, class T, class W>
 IMBSAM_INLINE void store_weights(T* theta, W* master, typename Lanes<T>::V stepped) {
-  if (master) store(master, stepped);
+  if constexpr (sizeof(W) != sizeof(T)) store(master, stepped);
   if (kStream)
     stream(theta, stepped);
   else
@@ -138,58 +138,77 @@ template <class T, class W, int kState>
 struct UpdateLines {
   T* theta;
   const W* from;
-  const T *g_h, *g_p;  // null g_h, state, master: absent
+  const T *g_h, *g_p;  // null g_h, state: absent
   W* state[kState];
-  W* master;
+  W* master;  // null where W is T
 };
+
+// Reads one vector of every input, writes the new state, returns the new theta. has: a bit for each
+// list of the state that is there; head: whether g_h is.
+template <Base kBase, class T, class W>
+IMBSAM_INLINE typename Lanes<T>::V updated(
+    const W* from, const T* g_h, const T* g_p, W* const* at, unsigned has, bool head,
+    const Formula<kBase, typename Lanes<T>::S>& formula,
+    const OfTensor<kBase, typename Lanes<T>::S>& of_tensor) {
+  typedef typename Lanes<T>::V V;
+  constexpr int count = entry(kBase).state_count;
+  V state[count];
+  bool there[count];
+  const V start = load(from);
+  for (int k = 0; k < count; ++k) {
+    there[k] = has >> k & 1;
+    state[k] = there[k] ? load(at[k]) : V{};
+  }
+  const V g = head ? load(g_h) + load(g_p) : load(g_p);
+  const V theta = stepped(formula, of_tensor, start, g, state, there);
+  for (int k = 0; k < count; ++k)
+    if (there[k]) store(at[k], state[k]);
+  return theta;
+}
+
+// The elements i .. i + m, fewer than a vector: one function for all of kHas, kHead and kStream, for
+// it runs at most twice a span.
+template <Base kBase, class T, class W>
+__attribute__((noinline)) void update_edge(
+    const UpdateLines<T, W, entry(kBase).state_count>& x, unsigned has, int64_t i, int64_t m,
+    const Formula<kBase, typename Lanes<T>::S>& formula,
+    const OfTensor<kBase, typename Lanes<T>::S>& of_tensor) {
+  constexpr int lanes = Lanes<T>::kLanes, count = entry(kBase).state_count;
+  W start[lanes] = {}, state[count][lanes] = {}, kept[lanes];
+  T h[lanes] = {}, p[lanes] = {}, theta[lanes];
+  W* at[count];
+  copy(start, x.from + i, m);
+  if (x.g_h) copy(h, x.g_h + i, m);
+  copy(p, x.g_p + i, m);
+  for (int k = 0; k < count; ++k) {
+    at[k] = state[k];
+    if (has >> k & 1) copy(at[k], x.state[k] + i, m);
+  }
+  const auto stepped =
+      updated<kBase, T, W>(start, h, p, at, has, x.g_h != nullptr, formula, of_tensor);
+  store_weights<false>(theta, kept, stepped);
+  copy(x.theta + i, theta, m);
+  if constexpr (sizeof(W) != sizeof(T)) copy(x.master + i, kept, m);
+  for (int k = 0; k < count; ++k)
+    if (has >> k & 1) copy(x.state[k] + i, at[k], m);
+}
 
 // kHas: a bit for each list of the state that is there.
 template <Base kBase, unsigned kHas, bool kHead, bool kStream, class T, class W>
 void update_lines(const UpdateLines<T, W, entry(kBase).state_count>& x, int64_t n,
                   const Formula<kBase, typename Lanes<T>::S>& formula,
                   const OfTensor<kBase, typename Lanes<T>::S>& of_tensor) {
-  typedef typename Lanes<T>::V V;
-  constexpr int lanes = Lanes<T>::kLanes, count = entry(kBase).state_count;
-  // Reads one vector of every input, writes the new state, returns the new theta.
-  const auto updated = [&](const W* from, const T* g_h, const T* g_p, W* const* at) -> V {
-    V state[count];
-    bool has[count];
-    const V start = load(from);
-    for (int k = 0; k < count; ++k) {
-      has[k] = kHas >> k & 1;
-      state[k] = has[k] ? load(at[k]) : V{};
-    }
-    const V g = kHead ? load(g_h) + load(g_p) : load(g_p);
-    const V theta = stepped(formula, of_tensor, start, g, state, has);
-    for (int k = 0; k < count; ++k)
-      if (has[k]) store(at[k], state[k]);
-    return theta;
-  };
+  constexpr int count = entry(kBase).state_count;
   for_each_line(
       x.theta, n, kStream,
       [&](int64_t i) {
         W* at[count];
         for (int k = 0; k < count; ++k) at[k] = kHas >> k & 1 ? x.state[k] + i : nullptr;
-        const V theta = updated(x.from + i, x.g_h + i, x.g_p + i, at);
-        store_weights<kStream>(x.theta + i, x.master ? x.master + i : nullptr, theta);
+        const auto theta = updated<kBase>(x.from + i, x.g_h + i, x.g_p + i, at, kHas, kHead,
+                                          formula, of_tensor);
+        store_weights<kStream>(x.theta + i, x.master + i, theta);
       },
-      [&](int64_t i, int64_t m) {
-        W start[lanes] = {}, state[count][lanes] = {}, kept[lanes];
-        T h[lanes] = {}, p[lanes] = {}, theta[lanes];
-        W* at[count];
-        copy(start, x.from + i, m);
-        if (kHead) copy(h, x.g_h + i, m);
-        copy(p, x.g_p + i, m);
-        for (int k = 0; k < count; ++k) {
-          at[k] = state[k];
-          if (kHas >> k & 1) copy(at[k], x.state[k] + i, m);
-        }
-        store_weights<false>(theta, kept, updated(start, h, p, at));
-        copy(x.theta + i, theta, m);
-        if (x.master) copy(x.master + i, kept, m);
-        for (int k = 0; k < count; ++k)
-          if (kHas >> k & 1) copy(x.state[k] + i, at[k], m);
-      });
+      [&](int64_t i, int64_t m) { update_edge<kBase>(x, kHas, i, m, formula, of_tensor); });
   if (kStream) stream_fence();
 }
 

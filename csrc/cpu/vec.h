@@ -57,64 +57,38 @@ IMBSAM_INLINE VecU16 narrow_bfloat16(VecF v) {
 
 // ---- float16
 
-#if !defined(__F16C__)
-IMBSAM_INLINE float float16_to_float(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, exponent = (h >> 10) & 31u;
-  uint32_t bits = (uint32_t)(h & 0x3ffu) << 13;
-  float magnitude;
-  if (exponent == 0) {  // subnormal: the mantissa counts 2^-24
-    magnitude = (float)(h & 0x3ffu) * 0x1p-24f;
-    __builtin_memcpy(&bits, &magnitude, 4);
-  } else {
-    bits |= (exponent == 31 ? 255u : exponent + 112u) << 23;
-  }
-  bits |= sign;
-  __builtin_memcpy(&magnitude, &bits, 4);
-  return magnitude;
-}
-
-IMBSAM_INLINE uint16_t float_to_float16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);
-  bits &= 0x7fffffffu;
-  if (bits > 0x7f800000u) return sign | 0x7e00u;
-  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 2^16 or beyond
-  if (bits < 0x38800000u) {  // below 2^-14: let a float addition round to multiples of 2^-24
-    float magnitude;
-    __builtin_memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    __builtin_memcpy(&bits, &magnitude, 4);
-    return sign | (uint16_t)(bits - 0x3f000000u);
-  }
-  bits += 0xfffu + ((bits >> 13) & 1u);
-  return sign | (uint16_t)((bits - 0x38000000u) >> 13);
-}
-#endif
-
-IMBSAM_INLINE VecF widen_float16(VecU16 h) {
 #if defined(__AVX512F__)
-  return (VecF)_mm512_cvtph_ps((__m256i)h);
+IMBSAM_INLINE VecF widen_float16(VecU16 h) { return (VecF)_mm512_cvtph_ps((__m256i)h); }
+IMBSAM_INLINE VecU16 narrow_float16(VecF v) {
+  return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 #elif defined(__F16C__)
-  return (VecF)_mm256_cvtph_ps((__m128i)h);
+IMBSAM_INLINE VecF widen_float16(VecU16 h) { return (VecF)_mm256_cvtph_ps((__m128i)h); }
+IMBSAM_INLINE VecU16 narrow_float16(VecF v) {
+  return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 #else
-  VecF v;
-  for (int i = 0; i < IMBSAM_VECTOR_BYTES / 4; ++i) v[i] = float16_to_float(h[i]);
-  return v;
-#endif
+IMBSAM_INLINE VecF widen_float16(VecU16 half) {
+  const VecU32 h = __builtin_convertvector(half, VecU32);
+  const VecU32 exponent = (h >> 10) & 31u, mantissa = h & 0x3ffu;
+  // A subnormal's mantissa counts 2^-24.
+  const VecU32 subnormal = (VecU32)(__builtin_convertvector((VecI32)mantissa, VecF) * 0x1p-24f);
+  const VecU32 not_finite = (VecU32)(exponent == 31u);  // then it becomes 255
+  const VecU32 normal = (mantissa << 13) | ((exponent + 112u + (not_finite & 112u)) << 23);
+  return (VecF)(((h & 0x8000u) << 16) | (exponent == 0u ? subnormal : normal));
 }
 
 IMBSAM_INLINE VecU16 narrow_float16(VecF v) {
-#if defined(__AVX512F__)
-  return (VecU16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__F16C__)
-  return (VecU16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  VecU16 h;
-  for (int i = 0; i < IMBSAM_VECTOR_BYTES / 4; ++i) h[i] = float_to_float16(v[i]);
-  return h;
-#endif
+  const VecI32 bits = (VecI32)v & 0x7fffffff;
+  // Below 2^-14 a float addition rounds to multiples of 2^-24.
+  const VecI32 subnormal = (VecI32)((VecF)bits + 0.5f) - 0x3f000000;
+  const VecI32 normal = (bits + (0xfff - 0x38000000) + ((bits >> 13) & 1)) >> 13;
+  VecI32 h = bits < 0x38800000 ? subnormal : normal;
+  h = bits >= 0x477ff000 ? VecI32{} + 0x7c00 : h;  // rounds to 2^16 or beyond
+  h = bits > 0x7f800000 ? VecI32{} + 0x7e00 : h;
+  return __builtin_convertvector((VecU32)h | (((VecU32)v >> 16) & 0x8000u), VecU16);
 }
+#endif
 
 // ---- load, store, stream
 

@@ -59,6 +59,7 @@ def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys
 # ---------------------------------------------------------------- the host's side
 
 
+@pytest.mark.slow  # measures
 def test_the_hosts_side_is_measured_in_processor_time(tmp_path, monkeypatch, capsys):
     path = tmp_path / "bench_host.json"
     monkeypatch.setattr("sys.argv", ["x", "--quick", "--json", str(path)])

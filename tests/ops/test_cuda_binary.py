@@ -92,9 +92,15 @@ def _readable(mangled: str) -> str:
 
 
 @functools.cache
+def architectures() -> str:
+    """What cuobjdump says of them."""
+    return _run("--list-elf")
+
+
+@functools.cache
 def kernels(architecture: str) -> dict[str, Kernel]:
     """The kernels compiled for an architecture; none where it was not asked for."""
-    if f".{architecture}." not in _run("--list-elf"):
+    if f".{architecture}." not in architectures():
         return {}
     found: dict[str, Kernel] = {}
     name = ""
@@ -117,7 +123,10 @@ if reason is None and not native._C.has_cuda:
     reason = native.reason_unavailable("cuda")
 if reason is None and cuobjdump() is None:
     reason = "no cuobjdump was found (the CUDA toolkit and Triton have one)"
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = [
+    pytest.mark.skipif(reason is not None, reason=str(reason)),
+    pytest.mark.slow,  # the first test of an architecture reads its machine code for all
+]
 
 
 # They need more than the 64 registers that sm_75 leaves a thread: bytes that ptxas spills.

@@ -122,6 +122,8 @@ SAMPLES: dict[str, Samples] = {
     },
 }
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
 CASES = [
     pytest.param(op, sample, id=f"{op}-{name}")
     for op, samples in SAMPLES.items()
@@ -135,9 +137,11 @@ def test_every_operator_has_samples() -> None:
     assert {name.partition("::")[2] for name in names} == set(SAMPLES)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "sample"), CASES)
-def test_opcheck(backend_once: Backend, op: str, sample: Callable[..., tuple[Any, ...]]) -> None:
-    arguments = sample(torch.float32, backend_once.device)
+def test_opcheck(device: str, op: str, sample: Callable[..., tuple[Any, ...]]) -> None:
+    """With the backend of the device; `test_fakes_match` looks at every backend."""
+    arguments = sample(torch.float32, device)
     torch.library.opcheck(getattr(OPERATORS, op).default, arguments)
 
 
@@ -146,11 +150,10 @@ def with_gradients(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return logits.requires_grad_(), *rest
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["all", "few"])
-def test_opcheck_of_the_differentiable_operator(backend_once: Backend, name: str) -> None:
-    arguments = with_gradients(
-        SAMPLES["split_cross_entropy"][name](torch.float32, backend_once.device)
-    )
+def test_opcheck_of_the_differentiable_operator(device: str, name: str) -> None:
+    arguments = with_gradients(SAMPLES["split_cross_entropy"][name](torch.float32, device))
     torch.library.opcheck(OPERATORS.split_cross_entropy.default, arguments)
 
 

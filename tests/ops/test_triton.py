@@ -128,8 +128,14 @@ def test_the_same_addresses_with_other_sizes(
     assert len(uploads) == 6
 
 
-@each_dtype
-@pytest.mark.parametrize("name", ["theta", "saved", "g_h", "g_p", "m"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("theta", "saved", "g_h", "m")),
+        *(("g_p", d) for d in DTYPES),
+    ],
+    ids=str,
+)
 def test_one_misaligned_tensor(triton_kernels: Backend, name: str, dtype: torch.dtype) -> None:
     """Whose records alone say that 16-byte accesses would fail."""
 
@@ -183,9 +189,9 @@ def test_perturb_by_no_partial_sums(triton_kernels: Backend) -> None:
 # ---------------------------------------------------------------- the loss
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_262144_classes(triton_kernels: Backend, dtype: torch.dtype) -> None:
-    logits, targets = logits_and_targets(3, 262_144, dtype, triton_kernels.device)
+def test_262144_classes(triton_kernels: Backend) -> None:
+    dtype = torch.float32
+    logits, targets = logits_and_targets(2, 262_144, dtype, triton_kernels.device)
     plain, sharp, class_weight = class_weights(262_144, dtype, triton_kernels.device)
     targets[0] = 262_143
     check(logits, targets, plain, sharp, class_weight, label_smoothing=0.1)

@@ -15,6 +15,8 @@ from bases import BASES
 
 import imbsam_fast
 
+pytestmark = pytest.mark.slow  # compiles
+
 # Before 3.8 it allocates registers otherwise, and needs AMD's linker.
 pytest.importorskip("triton", minversion="3.8")
 

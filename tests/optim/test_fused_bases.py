@@ -104,6 +104,7 @@ def test_what_is_not_finite_skips_the_step(base, settings):
         assert equal(params, expected) and equal(own_state(optimizer), own_state(plain))
 
 
+@pytest.mark.slow  # compiles
 @pytest.mark.parametrize("base", bases.FUSED, ids=class_id)
 def test_the_phases_compile_as_full_graphs(base):
     torch._dynamo.reset()

@@ -64,6 +64,7 @@ def saved_fits(directory) -> list[Fit]:
 # ---------------------------------------------------------------- whole grids
 
 
+@pytest.mark.slow  # trains 40 detectors
 def test_a_grid_is_trained_shown_and_saved(data_dir, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ("--ratio", 0.5, 0.1, "--tail-weight", 2, "--save", out, "--keep-detectors")
@@ -113,6 +114,7 @@ def interrupted(data_dir, out, after: int, monkeypatch) -> None:
         file.write('["other", "clean", 0.2')
 
 
+@pytest.mark.slow  # trains two grids
 def test_an_interrupted_grid_goes_on(data_dir, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert cli.main(command(data_dir, "--save", whole)) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import signal
 import subprocess
@@ -33,31 +35,29 @@ ARGUMENTS = [
     "--optimizer", "imbsam", "--workers", "2", "--validation-list", LISTS[1],
 ]  # fmt: skip
 
-# Runs a command line in which one thing happens at the `at`-th call of a function: the process
-# group gets a SIGTERM, or this process a SIGKILL.
-CUT = """
-import importlib, os, signal, sys
-where, at, number, *argv = sys.argv[1:]
-module, name = where.rsplit(".", 1)
-module = importlib.import_module(module)
-original, left = getattr(module, name), [int(at)]
-
-def called(*arguments, **named):
-    left[0] -= 1
-    if left[0] == 0:
-        if number == "SIGTERM":
-            os.killpg(os.getpgid(0), signal.SIGTERM)
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return original(*arguments, **named)
-
-setattr(module, name, called)
-from imbsam_fast.cli import main
-sys.exit(main(argv))
-"""
 STEP = "imbsam_fast.recipes.train.training.generator"  # called once or twice a step
 TEST = "imbsam_fast.recipes.train.evaluation.in_eval_mode"
 REPLACE = "os.replace"  # the last thing that happens to a file: what is written is not there yet
+
+
+def run_and_cut(argv: list[str], where: str, at: int, number: str) -> int:
+    """Runs a command line in which one thing happens at the `at`-th call of a function: the process
+    group gets a SIGTERM, or this process a SIGKILL.
+    """
+    os.setsid()
+    module, _, name = where.rpartition(".")
+    original, calls = getattr(importlib.import_module(module), name), itertools.count(1)
+
+    def called(*arguments, **named):
+        if next(calls) == at:
+            if number == "SIGTERM":
+                os.killpg(os.getpgid(0), signal.SIGTERM)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **named)
+
+    setattr(sys.modules[module], name, called)
+    return cli.main(argv)
 
 
 @pytest.fixture
@@ -99,6 +99,7 @@ def whole(tmp_path_factory) -> RunDirectory:
     return find_runs([path / "runs"])[0]
 
 
+@pytest.mark.slow  # starts processes
 @pytest.mark.parametrize(
     ("where", "at", "number", "reached"),
     [
@@ -116,15 +117,13 @@ def test_a_run_with_workers_that_is_cut_ends_bit_for_bit_the_same(
     where, at, number, reached, whole, data_dir, tmp_path
 ):
     argv = command(data_dir, tmp_path / "runs")
-    cut = subprocess.run(
-        [sys.executable, "-c", CUT, where, str(at), number, *argv],
-        capture_output=True, text=True, start_new_session=True, timeout=600,
-    )  # fmt: skip
-    assert cut.returncode == (130 if number == "SIGTERM" else -signal.SIGKILL), cut.stderr
+    output = tmp_path / "output"
+    status = commands.forked(lambda: run_and_cut(argv, where, at, number), output)
+    assert status == (130 if number == "SIGTERM" else -signal.SIGKILL), output.read_text()
     (run,) = find_runs([tmp_path / "runs"])
     assert run.result() is None
     if number == "SIGTERM":
-        assert "goes on with --resume" in cut.stdout
+        assert "goes on with --resume" in output.read_text()
         assert run.has_checkpoint() and not (run.path / ".holder").exists()
     assert cli.main([*argv, "--resume"]) == 0
     one, other = whole.load_checkpoint(), run.load_checkpoint()
@@ -134,6 +133,7 @@ def test_a_run_with_workers_that_is_cut_ends_bit_for_bit_the_same(
     assert [r["loss"] for r in run.log()] == [r["loss"] for r in whole.log()]
 
 
+@pytest.mark.slow  # starts processes
 def test_workers_end_with_the_training_process_and_hold_no_lock(data_dir, tmp_path, capsys):
     argv = [*command(data_dir, tmp_path / "runs"), "--epochs", "1000"]
     process = subprocess.Popen([sys.executable, "-m", "imbsam_fast", *argv])

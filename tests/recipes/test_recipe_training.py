@@ -138,6 +138,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(number, data, tm
     assert run.result() is None
 
 
+@pytest.mark.slow  # compiles
 def test_compiled_runs_follow_one_another(data, tmp_path, monkeypatch):
     compiled = nn.Module.compile
     # As torch.compile does it, without the minutes that Inductor would take.

@@ -2,51 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 pytest.importorskip("yaml")
 
-from imbsam_fast.recipes.run_directory import RunDirectory
-
-# Writes a checkpoint, and is killed when half of the next one, or of the first file, is written.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
 from imbsam_fast.recipes import run_directory
+from imbsam_fast.recipes.run_directory import RunDirectory
+from tests import commands
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 
 write = run_directory._write
 
-def killed(path, put):
+
+def write_half(path, put):
+    """Half of a file, and no more of this process."""
+
     def put_half(file):
         put(file)
         file.truncate(file.tell() // 2)
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    write(path, put_half)
 
-path = Path(sys.argv[1])
-if sys.argv[2] == "checkpoint":
-    run = run_directory.RunDirectory.create(path, {})
-    run.save_checkpoint({"epoch": 1, "weights": torch.arange(100_000)})
-run_directory._write = killed
-if sys.argv[2] == "checkpoint":
-    run.save_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)})
-run_directory.RunDirectory.create(path, {})
-"""
+    write(path, put_half)
 
 
 def killed(path, what):
-    # Elsewhere than in a checkout, which would hide what is installed.
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), what], capture_output=True, cwd=path.parent
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """Writes a checkpoint, and is killed in the middle of the next one, or of the first file."""
+
+    def run():
+        if what == "checkpoint":
+            run = RunDirectory.create(path, {})
+            run.save_checkpoint({"epoch": 1, "weights": torch.arange(100_000)})
+        run_directory._write = write_half  # in the fork alone
+        if what == "checkpoint":
+            run.save_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)})
+        RunDirectory.create(path, {})
+        return 0
+
+    output = path.parent / "output"
+    assert commands.forked(run, output) == -signal.SIGKILL, output.read_text()
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_old_one(tmp_path):
