@@ -97,13 +97,15 @@ def outputs(process: subprocess.Popen[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outputs_of(tmp_path_factory) -> Callable[[str], list[str]]:
-    """By the name of a command; all are started at once."""
+def outputs_of(request, tmp_path_factory) -> Callable[[str], list[str]]:
+    """By the name of a command; all that are tested are started at once."""
     folder = tmp_path_factory.mktemp("examples")
+    tests = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = {params["name"] for params in tests if params.get("name") in COMMANDS}
     running = {
-        name: started(example, folder / name)
-        for name, example in COMMANDS.items()
-        if not is_missing(example)
+        name: started(COMMANDS[name], folder / name)
+        for name in sorted(names)
+        if not is_missing(COMMANDS[name])
     }
     return functools.cache(lambda name: outputs(running[name]))
 

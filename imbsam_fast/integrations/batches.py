@@ -48,7 +48,7 @@ class Gathered:
             step.micro_batch_size = _checked(step, max(len(targets) for _, targets in batches))
         try:
             inputs = self.join([inputs for inputs, _ in batches])
-            return step(inputs, torch.cat([targets for _, targets in batches]))
+            return step(inputs, concatenated([targets for _, targets in batches]))
         finally:
             step.micro_batch_size = given
 

@@ -11,43 +11,54 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep
 
-lightning = pytest.importorskip("lightning")
-from imbsam_fast.integrations.lightning import ImbSAMMixin  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.slow,  # Lightning takes seconds to import
+]
 
 CRITERION = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
 STEPS = 6  # an epoch
 
 
-class Module(ImbSAMMixin, lightning.LightningModule):
-    def __init__(self, schedule=None, **options) -> None:
-        super().__init__()
-        self.model = network("group", torch.float32)
-        self.schedule = schedule
-        self.options = options
-        self.rates: list[float] = []
+@pytest.fixture(scope="module")
+def lightning():
+    return pytest.importorskip("lightning")
 
-    def configure_optimizers(self):
-        optimizer = imbsam(self.model)
-        if self.schedule is None:
-            return optimizer
-        schedule, settings = self.schedule
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule(optimizer), **settings},
-        }
 
-    def configure_step(self) -> TrainStep:
-        return TrainStep(self.model, CRITERION, self.optimizers(), **self.options)
+@pytest.fixture(scope="module")
+def module_class(lightning):
+    from imbsam_fast.integrations.lightning import ImbSAMMixin
 
-    def training_step(self, batch, _) -> None:
-        self.rates.append(self.optimizers().param_groups[0]["lr"])
-        self.imbsam_step(*batch)
+    class Module(ImbSAMMixin, lightning.LightningModule):
+        def __init__(self, schedule=None, **options) -> None:
+            super().__init__()
+            self.model = network("group", torch.float32)
+            self.schedule = schedule
+            self.options = options
+            self.rates: list[float] = []
 
-    def validation_step(self, batch, _) -> None:
-        x, y = batch
-        self.log("val_loss", CRITERION(self.model(x), y).total, batch_size=len(y))
+        def configure_optimizers(self):
+            optimizer = imbsam(self.model)
+            if self.schedule is None:
+                return optimizer
+            schedule, settings = self.schedule
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": schedule(optimizer), **settings},
+            }
+
+        def configure_step(self) -> TrainStep:
+            return TrainStep(self.model, CRITERION, self.optimizers(), **self.options)
+
+        def training_step(self, batch, _) -> None:
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+            self.imbsam_step(*batch)
+
+        def validation_step(self, batch, _) -> None:
+            x, y = batch
+            self.log("val_loss", CRITERION(self.model(x), y).total, batch_size=len(y))
+
+    return Module
 
 
 def loader() -> DataLoader:
@@ -56,6 +67,7 @@ def loader() -> DataLoader:
 
 
 def trainer(tmp_path, **settings):
+    lightning = pytest.importorskip("lightning")
     return lightning.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
         num_sanity_val_steps=0, enable_model_summary=False, default_root_dir=tmp_path,
@@ -67,8 +79,8 @@ def step_lr(optimizer):
     return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 
 
-def test_the_steps_are_those_of_a_train_step_and_are_logged(tmp_path):
-    module, fit = Module(max_norm=0.5), trainer(tmp_path, max_epochs=1)
+def test_the_steps_are_those_of_a_train_step_and_are_logged(tmp_path, module_class):
+    module, fit = module_class(max_norm=0.5), trainer(tmp_path, max_epochs=1)
     fit.fit(module, loader())
     model = network("group", torch.float32)
     step = TrainStep(model, CRITERION, imbsam(model), max_norm=0.5)
@@ -88,14 +100,15 @@ def test_the_steps_are_those_of_a_train_step_and_are_logged(tmp_path):
         ({"interval": "epoch"}, [0.05] * 6 + [0.025] * 6),
     ],
 )
-def test_schedules_have_their_turn(tmp_path, settings, expected):
-    module = Module(schedule=(step_lr, settings))
+def test_schedules_have_their_turn(tmp_path, settings, expected, module_class):
+    module = module_class(schedule=(step_lr, settings))
     trainer(tmp_path, max_epochs=2).fit(module, loader())
     assert module.rates == pytest.approx(expected)
 
 
 def automatic_rates(tmp_path, schedule, settings) -> list[float]:
     """The learning rates that Lightning's own optimisation has."""
+    lightning = pytest.importorskip("lightning")
 
     class Automatic(lightning.LightningModule):
         def __init__(self) -> None:
@@ -120,16 +133,16 @@ def automatic_rates(tmp_path, schedule, settings) -> list[float]:
     return module.rates
 
 
-def test_schedules_are_stepped_as_lightning_does(tmp_path):
+def test_schedules_are_stepped_as_lightning_does(tmp_path, module_class):
     settings = {"interval": "epoch", "frequency": 2}
-    module = Module(schedule=(step_lr, settings))
+    module = module_class(schedule=(step_lr, settings))
     trainer(tmp_path, max_epochs=4).fit(module, loader(), loader())
     expected = automatic_rates(tmp_path, step_lr, settings)
     assert module.rates == expected and len(set(expected)) == 2
 
 
-def test_a_schedule_that_monitors_is_left_to_the_module(tmp_path):
-    class Plateau(Module):
+def test_a_schedule_that_monitors_is_left_to_the_module(tmp_path, module_class):
+    class Plateau(module_class):
         def on_train_epoch_end(self) -> None:
             self.lr_schedulers().step(1.0)
 
@@ -139,15 +152,15 @@ def test_a_schedule_that_monitors_is_left_to_the_module(tmp_path):
     assert module.rates == [0.05] * 12 + [0.025] * 6
 
 
-def test_a_resumed_fit_is_the_fit_without_the_break_bit_for_bit(tmp_path):
+def test_a_resumed_fit_is_the_fit_without_the_break_bit_for_bit(tmp_path, lightning, module_class):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     settings = {"schedule": (step_lr, {"interval": "epoch"}), "perturb_every": 4}
-    whole = Module(**settings)
+    whole = module_class(**settings)
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, monitor=None)
     fit = trainer(tmp_path, max_epochs=3, callbacks=[checkpoint], enable_checkpointing=True)
     fit.fit(whole, loader(), loader())
-    resumed = Module(**settings)
+    resumed = module_class(**settings)
     again = trainer(tmp_path, max_epochs=3)
     path = tmp_path / "epoch=0.ckpt"
     again.fit(resumed, loader(), loader(), ckpt_path=path, weights_only=False)
@@ -160,18 +173,20 @@ def test_a_resumed_fit_is_the_fit_without_the_break_bit_for_bit(tmp_path):
     assert second.global_step == STEPS
 
 
-def test_the_precision_is_the_trainers(tmp_path):
-    module = Module()
+def test_the_precision_is_the_trainers(tmp_path, module_class):
+    module = module_class()
     dtypes = []
     module.model[-1].register_forward_hook(lambda m, i, out: dtypes.append(out.dtype))
     trainer(tmp_path, max_epochs=1, precision="bf16-mixed").fit(module, loader())
     assert set(dtypes) == {torch.bfloat16}
 
 
-def test_the_order_of_bases_is_checked(tmp_path):
+def test_the_order_of_bases_is_checked(tmp_path, lightning, module_class):
+    ImbSAMMixin, *_ = module_class.__bases__
+
     class Wrong(lightning.LightningModule, ImbSAMMixin):
-        configure_optimizers = Module.configure_optimizers
-        training_step = Module.training_step
+        configure_optimizers = module_class.configure_optimizers
+        training_step = module_class.training_step
         schedule = None
 
         def __init__(self) -> None:
@@ -183,15 +198,16 @@ def test_the_order_of_bases_is_checked(tmp_path):
         trainer(tmp_path, max_epochs=1).fit(Wrong(), loader())
 
 
-def test_a_module_without_configure_step_is_told(tmp_path):
-    class Without(Module):
-        configure_step = ImbSAMMixin.configure_step
+def test_a_module_without_configure_step_is_told(tmp_path, module_class):
+    class Without(module_class):
+        def configure_step(self):
+            return super(module_class, self).configure_step()
 
     with pytest.raises(NotImplementedError, match="Without has no configure_step"):
         trainer(tmp_path, max_epochs=1).fit(Without(), loader())
 
 
 @pytest.mark.parametrize("setting", [{"gradient_clip_val": 1.0}, {"accumulate_grad_batches": 2}])
-def test_what_lightning_refuses_stays_refused(tmp_path, setting):
+def test_what_lightning_refuses_stays_refused(tmp_path, setting, module_class):
     with pytest.raises(Exception, match="not supported for manual optimization"):
-        trainer(tmp_path, max_epochs=1, **setting).fit(Module(), loader())
+        trainer(tmp_path, max_epochs=1, **setting).fit(module_class(), loader())
