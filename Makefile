@@ -1,4 +1,4 @@
-# make demo | quick | test | lint | wheel | bench | clean; everything happens inside $(VENV).
+# make demo | quick | test | lint | docs | wheel | bench | clean; everything happens inside $(VENV).
 # make gpu uses the environment of $(PYTHON) as it is.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +11,7 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo quick test lint ptx wheel release-wheel wheel-test bench benchmark guard gpu gpu-wheels gpu-dry-run clean
+.PHONY: demo quick test lint docs ptx wheel release-wheel wheel-test bench benchmark guard gpu gpu-wheels gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +29,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of the documentation, in build/site; a warning is an error. Its search needs a server:
+# `python -m http.server --directory build/site`.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file site/mkdocs.yml
 
 # The source distribution, and the wheel that is built from it: on Linux repaired, which names the
 # oldest glibc it runs with. torch's libgomp is used, so that a process has one.

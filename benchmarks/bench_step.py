@@ -74,10 +74,10 @@ class TimedStep:
                 self.step(*self.batch)
         watch.laps = {name: seconds / self.steps for name, seconds in watch.laps.items()}
 
-    def _timed(self, call: Callable[..., None]) -> Callable[..., None]:
-        def timed(*args: object) -> None:
+    def _timed(self, call: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object) -> object:
             with self.watch.lap(OPTIMIZER):
-                call(*args)
+                return call(*args)
 
         return timed
 

@@ -25,8 +25,9 @@ class ClassSplit(nn.Module):
     that holds it works with logits on any device whether it was moved or not.
 
     Args:
-        plain, sharp: float (K,), finite and not negative, one entry a class. (1,) means the
-            same weight for any number of classes.
+        plain: float (K,), finite and not negative, one entry a class. (1,) means the same
+            weight for any number of classes.
+        sharp: the same.
         counts: int (K,), training images per class, where they are known.
 
     Wherever counts are taken they are integers in the order of the classes, or a mapping from

@@ -68,8 +68,11 @@ def backends(name: str | None = None) -> list[Backend]:
 
 INTERPRETED = Backend("triton", "cpu")
 
-# `pytest -m quick` runs the first case of so many tests of every file.
+# `pytest -m quick` runs the first case of so many tests of every file, and tests that are marked
+# themselves, for modules that no other test there runs.
 QUICK_TESTS = 4
+# They start ranks, or train.
+SLOW_FIXTURES = {"outcome", "outcomes", "trained"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -122,6 +125,7 @@ def _mark_quick(items: list[pytest.Item]) -> None:
         names = chosen.setdefault(item.path, set())
         name = getattr(item, "originalname", item.name)
         left = item.get_closest_marker("slow") or _skipped_for(item) is not None
+        left = left or not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ()))
         drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)  # many examples
         if not left and not drawn and name not in names and len(names) < QUICK_TESTS:
             names.add(name)

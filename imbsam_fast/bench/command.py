@@ -18,7 +18,8 @@ from ..env import environment
 from . import cases
 from .measure import Group, measure, warm_up
 from .process import OtherLoad, keep_freed_memory, return_freed_memory
-from .report import Report, save, show
+from .progress import progress_of
+from .report import Report, limits, print_lines, save, show
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,9 +39,10 @@ def run(
     summary: Callable[[Report], list[str]],
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Measure, print the table and write the JSON: what all benchmarks share.
+    """Measure, print each group's table when it is there, and write the JSON.
 
-    Groups are made one after the other, each freed before the next is made.
+    What all benchmarks share. Groups are made one after the other, each freed before the next is
+    made.
     """
     if args.rounds < 1:
         raise SystemExit(f"--rounds is {args.rounds}, expected at least 1")
@@ -51,9 +53,10 @@ def run(
     others = OtherLoad()
     numbers = itertools.count()
     for group in groups(args.quick):  # not enumerate, which would hold on to the last one
-        warm_up(group)
-        with others:
-            timings = measure(group, args.rounds, clock)
+        with progress_of(group, args.rounds) as ticked:
+            warm_up(group, ticked=ticked)
+            with others:
+                timings = measure(group, args.rounds, clock, ticked=ticked)
         del group
         gc.collect()
         return_freed_memory()
@@ -61,20 +64,23 @@ def run(
         for t in timings:
             t.group = number
         report.timings += timings
+        show(title, timings)
     report.settings["cores_used_by_others"] = others.cores
-    report.summary = summary(report) + _warnings(others)
-    show(report)
+    report.summary = summary(report) + limits(report.timings) + _warnings(args.quick, others)
+    print_lines(report.summary)
     if args.json is not None:
         save(report, args.json)
     return 0
 
 
-def _warnings(others: OtherLoad) -> list[str]:
+def _warnings(quick: bool, others: OtherLoad) -> list[str]:
+    small = ["Tiny sizes, which a cache holds, to see that it runs: no result."] if quick else []
     if others.cores is None or others.cores < 0.1:
-        return []
+        return small
     return [
+        *small,
         f"Not a quiet machine: other processes kept {others.cores:.1f} cores busy, which slows "
-        "the contestants with many small operations most. Do not quote these ratios."
+        "the contestants with many small operations most. Do not quote these ratios.",
     ]
 
 

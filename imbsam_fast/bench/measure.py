@@ -91,12 +91,20 @@ class Memory:
     peak_bytes: int
 
 
-def warm_up(group: Group, rounds: int = WARM_UP_ROUNDS) -> None:
+Ticked = Callable[[Operation], None]  # called after every run of a contestant, outside its time
+
+
+def _unseen(operation: Operation) -> None:
+    """Of who does not look at the progress."""
+
+
+def warm_up(group: Group, rounds: int = WARM_UP_ROUNDS, ticked: Ticked = _unseen) -> None:
     """Run every contestant untimed: caches fill, compilers compile."""
     for _ in range(rounds):
         for operation in group:
             for contestant in operation.contestants.values():
                 contestant(Stopwatch())
+                ticked(operation)
 
 
 def measure(
@@ -104,6 +112,7 @@ def measure(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
+    ticked: Ticked = _unseen,
 ) -> list[Timing]:
     """Run every contestant `rounds` times, interleaved, and compare their medians."""
     entries = [(i, name) for i, op in enumerate(group) for name in op.contestants]
@@ -117,6 +126,7 @@ def measure(
                 watch = Stopwatch(clock)
                 group[i].contestants[name](watch)
                 laps[i, name].append(watch.laps)
+                ticked(group[i])
         timings = [_timing(group[i], name, laps[i, name]) for i, name in entries]
         # In a pass of its own, since looking at memory takes time.
         for t, (i, name) in zip(timings, entries):

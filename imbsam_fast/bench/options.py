@@ -10,7 +10,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options on `parser`."""
     parser.add_argument("--rounds", type=int, default=15, help="rounds to take the median over")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny sizes and two rounds, to see in less than a minute that it runs",
+    )
     parser.add_argument(
         "--return-memory",
         action="store_true",

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .measure import Memory, Timing
+from .measure import LIMIT, Memory, Timing
 
 
 @dataclass
@@ -33,15 +33,19 @@ class Report:
         )
 
 
-def show(report: Report) -> None:
-    """Print the table and the summary."""
-    table = Table(title=report.title)
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def show(title: str, timings: list[Timing]) -> None:
+    """Print the table of one or more groups."""
+    table = Table(title=title)
     for column in ("operation", "size", "contestant"):
         table.add_column(column)
     for column in ("ms", "GB/s", "% of limit", "ratio"):
         table.add_column(column, justify="right")
     previous = None
-    for t in report.timings:
+    for t in timings:
         key = (t.operation, t.size, t.group)
         if previous not in (None, key):
             table.add_section()
@@ -53,10 +57,37 @@ def show(report: Report) -> None:
             f"{t.ratio:.2f}",
         )
         previous = key
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    for line in report.summary:
-        console.print(line, soft_wrap=True, highlight=False)
+    _console().print(table)
+
+
+def print_lines(lines: list[str]) -> None:
+    """Print each in a line, however long."""
+    for line in lines:
+        _console().print(line, soft_wrap=True, highlight=False)
+
+
+def limits(timings: list[Timing]) -> list[str]:
+    """What the memory of the machine can do, and why something seems to do more."""
+    found = [t for t in timings if t.operation == LIMIT and t.gb_per_s]
+    if not found:
+        return []
+    best = max(found, key=lambda t: t.gb_per_s or 0.0)
+    of_group: dict[int, float] = {}
+    for t in found:
+        of_group[t.group] = max(of_group.get(t.group, 0.0), t.gb_per_s or 0.0)
+    lines = [
+        f"Machine limit, 100 %: {best.gb_per_s:.1f} GB/s of memory traffic (best of {best.size}, "
+        f"{best.contestant}); measured anew beside every group, at worst "
+        f"{min(of_group.values()):.1f} GB/s."
+    ]
+    more = [t for t in timings if t.operation != LIMIT and (t.percent_of_limit or 0) > 100]
+    if more:
+        lines.append(
+            f"{len(more)} rows are above 100 %: the limit reads and writes one to three arrays "
+            "that no cache holds, while an operation finds some of its data in a cache, or keeps "
+            "more streams of memory busy at once by working on several lists."
+        )
+    return lines
 
 
 def save(report: Report, path: Path) -> None:

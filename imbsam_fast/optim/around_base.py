@@ -1,4 +1,4 @@
-"""What an optimizer around another one shares with it: groups, state, checkpoints, copies."""
+"""What a wrapping optimizer shares with its base: groups, state, checkpoints, copies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BASE_HAS = ("param_groups", "state", "step", "zero_grad")
 
 
 class AroundBase(torch.optim.Optimizer):
-    """The part of `ImbSAM` that makes it one optimizer with its base, between steps."""
+    """The part of `ImbSAM` between steps: its groups, state and checkpoints are the base's."""
 
     base: torch.optim.Optimizer
     master_weights: bool
@@ -34,7 +34,7 @@ class AroundBase(torch.optim.Optimizer):
         return self._pending.saved is not None
 
     def require_idle(self, action: str, instead: str = "") -> None:
-        """RuntimeError, naming `action`, where a step has begun and not ended."""
+        """Raise RuntimeError, which names `action`, if a step has begun and not ended."""
         if self._pending.held is not None or self._pending.saved is not None:
             where = "the weights are perturbed" if self.is_perturbed else "a gradient is held"
             raise RuntimeError(
@@ -87,7 +87,7 @@ class AroundBase(torch.optim.Optimizer):
             p.grad = None
 
     def train(self) -> None:
-        """The base's own, where it has one: schedule-free optimizers move the weights."""
+        """The base's `train`, if it has one: schedule-free optimizers move weights there."""
         self._switch_base("train")
 
     def eval(self) -> None:
@@ -100,15 +100,15 @@ class AroundBase(torch.optim.Optimizer):
             getattr(self.base, mode)()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's, which plain training can load. RuntimeError inside a step."""
+        """The base's, which training without ImbSAM can load. RuntimeError inside a step."""
         self.require_idle("state_dict", _TO_SAVE)
         return self.unperturbed_state_dict()
 
     def unperturbed_state_dict(self) -> dict[str, Any]:
-        """`state_dict`, also in the middle of a step, as from the handler of a signal.
+        """`state_dict` that also works in the middle of a step, for example in a signal handler.
 
-        The weights are no part of it; see `unperturbed_weights`. It is the state before the step,
-        that of a LeanImbSAM as after a step that failed here.
+        The weights are not part of it; see `unperturbed_weights`. It is the state before the step;
+        for a LeanImbSAM, the state after a step that failed at this point.
         """
         if not has_own_checkpoints(self.base):
             return super().state_dict()
@@ -121,7 +121,7 @@ class AroundBase(torch.optim.Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load one of `state_dict`, or of the base. RuntimeError inside a step."""
+        """Load a state_dict of this optimizer or of its base. RuntimeError inside a step."""
         self.require_idle("load_state_dict")
         if has_own_checkpoints(self.base):
             self._load_into_base(state_dict)
@@ -139,7 +139,7 @@ class AroundBase(torch.optim.Optimizer):
                 handle.remove()
 
     def _load_into_base(self, state_dict: dict[str, Any]) -> None:
-        """load_state_dict where the base has its own, around which the user's hooks run."""
+        """Load into a base with its own load_state_dict; the user's hooks run around it."""
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
@@ -206,7 +206,7 @@ class AroundBase(torch.optim.Optimizer):
 
 
 class Pending:
-    """What lives between the calls of one step, never in a checkpoint.
+    """State between the calls of one step; it is never part of a checkpoint.
 
     An object of its own because torch.compile does not see assignments to an optimizer's
     attributes.
@@ -230,7 +230,7 @@ def wraps_imbsam(optimizer: object) -> bool:
 
 
 def check_base(base: object) -> None:
-    """Refuse what cannot be a base."""
+    """Raise an error for a base that cannot be used."""
     if isinstance(base, AroundBase) or not all(hasattr(base, name) for name in _BASE_HAS):
         raise TypeError(
             f"base is {type(base).__name__}, expected a plain torch optimizer, as in "

@@ -1,4 +1,4 @@
-"""The fused bases, one entry each: what `updates` needs to take the step of a torch optimizer.
+"""The fused bases: one entry for each torch optimizer whose step `updates` takes in one kernel.
 
 Another base is another entry here and an operator in `ops.updates`: CONTRIBUTING.md names every
 place.
@@ -21,7 +21,7 @@ Group = dict[str, Any]
 
 
 class Check(NamedTuple):
-    """What a number among a group's settings must be."""
+    """A condition on a number among a group's settings, e.g. >= 0."""
 
     expected: str
     accepts: Callable[[float], bool]
@@ -122,7 +122,7 @@ STATE_NAMES = frozenset(name for base in BASES for name in base.state)
 
 
 def reason_not_fused(optimizer: Optimizer) -> str | None:
-    """None where its entry does what optimizer.step() would do, else why it does not."""
+    """Why the fused step would differ from optimizer.step(), or None if it would not."""
     base = FUSED.get(type(optimizer))  # a subclass may step otherwise
     if base is None:
         return f"base is {type(optimizer).__name__}"
@@ -139,7 +139,7 @@ def reason_not_fused(optimizer: Optimizer) -> str | None:
 
 
 def check_fused(optimizer: Optimizer) -> None:
-    """Refuse a base around which there can be no master weights."""
+    """Raise an error for a base that is not fused; master weights need one."""
     reason = reason_not_fused(optimizer)
     if reason is not None:
         names = ", ".join(f"torch.optim.{kind.__name__}" for kind in FUSED)
@@ -149,7 +149,7 @@ def check_fused(optimizer: Optimizer) -> None:
 
 
 def check_settings(name: str, group: Group, optimizer: Optimizer) -> None:
-    """Refuse numbers that torch lets into a group of a fused base and that no step could use."""
+    """Raise ValueError for numbers in a group that torch accepts but that no step could use."""
     base = FUSED.get(type(optimizer))
     if base is None:
         return
@@ -165,6 +165,6 @@ def check_settings(name: str, group: Group, optimizer: Optimizer) -> None:
 
 
 def _items(group: Group, name: str) -> tuple:
-    """The numbers of a setting that is several, () for one number."""
+    """The numbers in a setting such as betas; () for a setting that is one number."""
     value = group.get(name)
     return tuple(value) if isinstance(value, (tuple, list)) else ()

@@ -1,4 +1,4 @@
-"""Parameters with what goes with them, sorted into buckets that one launch takes."""
+"""Parameters and the tensors that belong to them, sorted into buckets: one kernel launch each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Slots = list[Tensor | None]
 class Bucket:
     """The parameters that one launch takes: one group, device and dtype, the same inputs.
 
-    Of parameters that are sharded, `params` are this rank's parts.
+    For sharded parameters, `params` are the local parts of this rank.
     """
 
     def __init__(self, group: dict[str, Any], indices: Sequence[int], params: list[Tensor]) -> None:
         self.group, self.indices, self.params = group, indices, params
 
     def pick(self, slots: Slots) -> list[Tensor]:
-        """This bucket's tensors; [] where it has none."""
+        """The tensors of this bucket; [] if it has none."""
         return [] if slots[self.indices[0]] is None else _picked(slots, self.indices)
 
     def give(self, slots: Slots, tensors: Slots) -> None:
@@ -52,14 +52,14 @@ def local_params_of(groups: Sequence[dict[str, Any]]) -> list[Tensor]:
 
 
 def all_present(slots: Slots) -> bool:
-    """Whether all entries are tensors; False where that is not seen at once."""
+    """Whether all entries are tensors; False too where only a slow look would tell."""
     return unobserved() and native.occupancy(slots) is True
 
 
 def buckets(groups: Sequence[dict[str, Any]], *lists: Slots) -> list[Bucket]:
-    """The parameters with a tensor in the last list, as launches take them.
+    """Sort the parameters with a tensor in the last list into buckets, one per launch.
 
-    That is by group, device and dtype, and by which of the lists have a tensor.
+    Parameters of a bucket have the same group, device, dtype and lists with a tensor.
     """
     params = local_params_of(groups)
     if unobserved():

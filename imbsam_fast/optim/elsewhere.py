@@ -1,4 +1,4 @@
-"""Calls as SAM has them elsewhere, refused with the lines that do the same here."""
+"""Calls in the form of other SAM packages: the error shows the equivalent lines for this one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ or all of it at once: imbsam_fast.TrainStep(model, criterion, optimizer)(inputs,
 def own_signature(
     init: Callable[Concatenate[Made, Options], None],
 ) -> Callable[Concatenate[Made, Options], None]:
-    """A constructor that tells who calls it as another SAM's what to write."""
+    """Give a constructor an error that says what to write, if it is called like another SAM's."""
 
     @functools.wraps(init)
     def checked(self: Made, *args: Options.args, **kwargs: Options.kwargs) -> None:
@@ -64,14 +64,14 @@ def _arguments(given: Mapping[str, Any]) -> str:
 
 
 def _name(base: Any) -> str:
-    """As it is written: torch.optim.SGD, or the name alone."""
+    """The class as it is written in code: torch.optim.SGD, or the name alone."""
     name = getattr(base, "__name__", type(base).__name__)
     of_torch = getattr(base, "__module__", "").startswith("torch.optim.")
     return f"torch.optim.{name}" if of_torch else name
 
 
 def check_no_zero_grad(call: str, zero_grad: object) -> None:
-    """Refuse what SAM has elsewhere; None is what our own callers give."""
+    """Raise an error for other packages' argument `zero_grad`; None: it was not given."""
     if zero_grad is not None:
         raise TypeError(
             f"{call} got zero_grad={zero_grad!r}, expected none: every call takes the gradients "

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks, or torch would round, when it is loaded through either optimizer."""
+"""Loading of checkpoints: settings that the file lacks, and state that torch would round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .master_weights import MasterWeights
 
 
 def has_own_checkpoints(base: Any) -> bool:
-    """Whether `base` makes its checkpoints in a way of its own, as wrappers with state do."""
+    """Whether `base` overrides state_dict, as wrappers with state of their own do."""
     methods = ("state_dict", "load_state_dict")
     return all(hasattr(base, m) for m in methods) and any(
         getattr(type(base), m, None) is not getattr(Optimizer, m) for m in methods
@@ -21,10 +21,10 @@ def has_own_checkpoints(base: Any) -> bool:
 
 
 class Loading:
-    """Hooks around load_state_dict, also on the base, where users may call it too.
+    """Hooks around load_state_dict of ImbSAM and of its base, both of which users may call.
 
-    Groups keep their own settings where the checkpoint has none, as one of plain SGD, and the
-    state beside master weights stays in float32.
+    Groups keep their settings if the checkpoint has none (one of plain SGD, for example), and the
+    state that belongs to master weights stays in float32.
     """
 
     def __init__(self, base: Optimizer, masters: MasterWeights) -> None:
@@ -33,7 +33,7 @@ class Loading:
         self.settings: list[dict[str, Any]] = []
 
     def hook_base(self) -> list[RemovableHandle]:
-        """Hang the hooks on a base that takes them; whoever owns this removes them."""
+        """Register the hooks on a base that takes hooks; the owner of this object removes them."""
         if has_own_checkpoints(self.base) or not hasattr(
             self.base, "_optimizer_load_state_dict_pre_hooks"
         ):
@@ -55,7 +55,7 @@ class Loading:
         ]
 
     def before(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Refuses a state_dict that no step could use."""
+        """Raise an error for a state_dict that no step could use."""
         check_state_dict(state_dict, self.base)
         self.state_dict = state_dict
         self.note_settings()
@@ -68,13 +68,13 @@ class Loading:
         ]
 
     def after(self, _: Optimizer) -> None:
-        """After torch has loaded: put back what the file lacks, load the master weights."""
+        """After torch has loaded: fill in settings that the file lacks, load the master weights."""
         self.give_back_settings()
         self.masters.load(self.state_dict)
         self.state_dict = {}
 
     def give_back_settings(self) -> None:
-        """Fill in what `note_settings` remembered, where a group lacks it."""
+        """Fill in the settings from `note_settings` that a group lacks."""
         for group, settings in zip(self.base.param_groups, self.settings):
             for name, value in settings.items():
                 group.setdefault(name, value)

@@ -1,7 +1,7 @@
 """Float32 master weights of bfloat16 and float16 parameters, in the base's state.
 
-`state[p]["master_weight"]` is what is perturbed and updated; the parameter is its rounding. What
-the base keeps of such a parameter is in float32 too.
+`state[p]["master_weight"]` is perturbed and updated; the parameter is its rounded copy. The base's
+state of such a parameter is in float32 too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEPT = STATE_NAMES | {NAME}
 
 
 class MasterWeights:
-    """The master weights of one base; none at all where they are not enabled."""
+    """The master weights of one base; empty if they are not enabled."""
 
     def __init__(self, base: Optimizer, enabled: bool) -> None:
         self.base, self.enabled = base, enabled
@@ -63,7 +63,7 @@ class MasterWeights:
         return master
 
     def written(self, masters: Slots) -> None:
-        """Take note that the parameters with these master weights are their rounding."""
+        """Note that the parameters with these master weights are now their rounded copies."""
         self.new.clear()
         if self.enabled and not torch.compiler.is_compiling():
             for p, master in zip(params_of(self.base.param_groups), masters):
@@ -71,7 +71,7 @@ class MasterWeights:
                     self.versions[p] = _version(p)
 
     def abandon(self) -> None:
-        """Forget those that were made in a step that failed."""
+        """Forget the master weights that were made in a step that failed."""
         while self.new:
             p = self.new.pop()
             state = self.base.state[p]
@@ -80,7 +80,7 @@ class MasterWeights:
                 del self.base.state[p]
 
     def load(self, state_dict: dict[str, Any]) -> None:
-        """What torch rounded to the parameters' dtype when it loaded `state_dict`, in float32."""
+        """Load again, in float32, what torch rounded to the parameters' dtype."""
         self.versions.clear()
         if not self.enabled:
             return
@@ -96,5 +96,5 @@ class MasterWeights:
 
 
 def _version(p: Tensor) -> tuple[int, int]:
-    """Of a sharded parameter too, whoever wrote: torch counts writes to the part apart."""
+    """Version counters of `p` and of its local part, which torch counts apart."""
     return p._version, local(p)._version

@@ -1,4 +1,4 @@
-"""Whose memory a gradient is: only what nobody else can reach is held, or becomes *saved* weights.
+"""Which gradients other code can reach: only the others are held or become *saved* weights.
 
 DistributedDataParallel's bucket views, a flat gradient buffer, a gradient that a logger keeps:
 others write there in the next backward pass, or sooner. Such a gradient is copied.
@@ -24,7 +24,7 @@ _USES = 2
 
 
 def owned(gradients: Slots) -> Slots:
-    """`gradients`, with copies of those whose memory anything outside this list may reach.
+    """`gradients`, with copies of those that code outside this list can reach.
 
     That is a tensor that is referred to elsewhere, a view or a tensor with views, memory that
     torch did not allocate (NumPy's, other processes', a CUDA graph's pool), and whatever a tensor

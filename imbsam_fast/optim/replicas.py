@@ -25,15 +25,15 @@ BUCKET_ELEMENTS = 16 * 1024 * 1024
 class Replicas:
     """The DDP models that hold an optimizer's parameters, looked for at its first step.
 
-    An optimizer is given parameters and never sees the model; who steps on several ranks without
-    knowing of the others trains a model of his own on each.
+    An optimizer is given parameters and never sees the model. Without this search each rank would
+    silently train a model of its own.
     """
 
     def __init__(self) -> None:
         self.found: list[DistributedDataParallel] | None = None
 
     def of(self, params: Sequence[Tensor]) -> list[DistributedDataParallel]:
-        """[] for one process, for ranks that train apart, and for `fully_shard`."""
+        """The DDP models; [] in one process, on ranks that train apart, and for `fully_shard`."""
         if self.found is None:
             if not _several_ranks():
                 return []  # not remembered: the group may come later
@@ -56,7 +56,7 @@ def _several_ranks() -> bool:
 
 @torch.compiler.disable
 def replicas_of(params: Sequence[Tensor]) -> list[DistributedDataParallel]:
-    """The DDP models in this process that hold any of `params`, whoever wrapped them.
+    """The DDP models in this process that hold any of `params`.
 
     Raises ValueError where a FullyShardedDataParallel (FSDP1) holds one.
     """
@@ -91,7 +91,7 @@ def _wrappers() -> list[torch.nn.Module]:
 
 
 def group_of(replicas: Sequence[DistributedDataParallel]) -> dist.ProcessGroup | None:
-    """The ranks that the models are replicated on, None without any.
+    """The process group that the models are replicated on; None if there are no models.
 
     Raises ValueError for models that a step cannot average by itself.
     """
@@ -111,7 +111,7 @@ def group_of(replicas: Sequence[DistributedDataParallel]) -> dist.ProcessGroup |
 
 @contextmanager
 def no_sync(replicas: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Inside the block DDP leaves gradients to us."""
+    """Inside the block DDP does not average gradients."""
     with ExitStack() as stack:
         for model in replicas:
             stack.enter_context(model.no_sync())

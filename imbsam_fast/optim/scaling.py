@@ -1,4 +1,4 @@
-"""What a gradient scaler and clipping make of the combined gradient, and the norms of a step."""
+"""Gradient scaling and clipping of the combined gradient, and the norms of a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .buckets import Slots, buckets, params_of
 
 
 class Perturbing(Protocol):
-    """What is asked of the optimizer, an ImbSAM: where its step stands."""
+    """What this module needs of an ImbSAM: the state of its step."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -30,7 +30,7 @@ class Perturbing(Protocol):
 
 
 class Norms(NamedTuple):
-    """What a step measured, float64 () on the device, without waiting for it; None: not measured.
+    """The norms that a step measured: float64 () on the device, not waited for; None: not measured.
 
     Over all parameters and ranks, and without the scale of a gradient scaler.
     """
@@ -42,7 +42,7 @@ class Norms(NamedTuple):
 
 
 class Scaling(NamedTuple):
-    """How many times too large g_h + g_p is, clipping included, found_inf, and the norms."""
+    """By what g_h + g_p is to be divided (scaler and clipping), found_inf, and the norms."""
 
     scale: Tensor | None
     found_inf: Tensor | None
@@ -56,7 +56,7 @@ def scaling(
     grad_scaler: GradScaler | None,
     max_norm: float | None,
 ) -> Scaling:
-    """The factors of one update. Ranks that hold shards of the gradients get the same.
+    """The factors of one update; the same on all ranks that hold shards of the gradients.
 
     bytes: 2n read, none without a scaler and max_norm; the norm of g_t is known from before.
     """
@@ -108,15 +108,15 @@ def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def in_use(grad_scaler: GradScaler | None) -> GradScaler | None:
-    """`grad_scaler`; None where it is disabled and scales nothing."""
+    """`grad_scaler`, or None if it is disabled."""
     return grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
 
 
 def scale_of(grad_scaler: GradScaler, optimizer: object) -> Tensor:
     """The factor on every loss of the step, ().
 
-    Raises RuntimeError for a scaler that has scaled nothing, or has unscaled already what
-    third_step is to unscale.
+    Raises RuntimeError for a scaler that has scaled nothing, or that has already unscaled the
+    gradients, which third_step does.
     """
     scale = grad_scaler._get_scale_async()
     if scale is None:
@@ -134,7 +134,7 @@ def scale_of(grad_scaler: GradScaler, optimizer: object) -> Tensor:
 
 
 def leave_found_inf(grad_scaler: GradScaler, optimizer: object, found_inf: Tensor) -> None:
-    """For `grad_scaler.update`: what `grad_scaler.step` would have left."""
+    """Leave found_inf for `grad_scaler.update`, as `grad_scaler.step` does."""
     state = grad_scaler._per_optimizer_states[id(optimizer)]
     state["found_inf_per_device"] = {found_inf.device: found_inf}
 

@@ -30,7 +30,7 @@ _GLOBAL_HOOKS: tuple[dict, ...] = (_global_optimizer_pre_hooks, _global_optimize
 
 
 class _Launch(NamedTuple):
-    """One call of a fused operator, what checks its arguments, and what it writes."""
+    """One call of a fused operator, its argument check, and the tensors that it writes."""
 
     check: Callable[..., Any]
     operator: Callable[..., None]
@@ -73,7 +73,7 @@ def merge(base: Optimizer, saved: Slots, g_h: Slots, g_p: Slots) -> None:
 def base_step(
     base: Optimizer, gradients: Slots, scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The base's own step on the merged gradients, none where found_inf says so."""
+    """Run the base's own step on the merged gradients, unless found_inf is set."""
     for p, g in zip(params_of(base.param_groups), gradients):
         p.grad = None if g is None else as_part_of(p, g)
         if g is not None and scale is not None:
@@ -87,7 +87,7 @@ def base_step(
 
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
-    """torch's step hooks of all optimizers run around the ImbSAM's update, and not once more."""
+    """Inside the block torch's global step hooks do not run: they run around ImbSAM's update."""
     kept = [(hooks, dict(hooks)) for hooks in _GLOBAL_HOOKS if hooks]
     try:
         for hooks, _ in kept:
@@ -100,7 +100,7 @@ def _without_global_hooks() -> Iterator[None]:
 
 @contextmanager
 def all_or_none(written: Sequence[list[list[Tensor]]]) -> Iterator[None]:
-    """What several launches write inside the block, put back where a later one fails.
+    """Put back what several launches wrote inside the block if a later one fails.
 
     Only the reference can fail there, out of memory: it keeps copies.
     """
@@ -133,7 +133,7 @@ def _launches(
     scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> tuple[list[_Launch], Callable[[], None]]:
-    """The launches, one a bucket, and what stores new state after them."""
+    """The launches, one per bucket, and functions that store new state after them."""
     entry = FUSED[type(base)]
     groups = base.param_groups
     weights = _weights(local_params_of(groups), masters)
@@ -178,7 +178,7 @@ def _launches(
 
 
 def _weights(params: list[Tensor], masters: Slots) -> list[Tensor]:
-    """Where the weights are kept: the dtype and the layout of the state."""
+    """The tensors that keep the weights; the state has their dtypes and layouts."""
     return [p if master is None else master for p, master in zip(params, masters)]
 
 
@@ -189,7 +189,7 @@ def _found(
     g_p: Slots,
     weights: list[Tensor],
 ) -> tuple[Slots, Slots]:
-    """What the base has of this name for parameters with a gradient, None where it has none.
+    """The base's state of this name for parameters with a gradient; None where it has none.
 
     As it is, and in the layout of the weights, which is mostly the same list.
     """
@@ -224,7 +224,7 @@ def _made_where_missing(
     g_p: Slots,
     weights: list[Tensor],
 ) -> Slots:
-    """State with zeros where a first step needs some."""
+    """State with zeros made where a first step needs them."""
     if all_present(known):
         return known
     made: Slots = []
@@ -238,7 +238,7 @@ def _made_where_missing(
 
 
 def _step_counts(base: Optimizer, g_p: Slots) -> Slots:
-    """The steps taken, for parameters with a gradient: new ones where torch has them."""
+    """The step counts of parameters with a gradient, made where torch would make them."""
     # Of a new count on the CPU; those on the device are float32 in every case.
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     found: Slots = []

@@ -46,6 +46,25 @@ def group_accuracies(
     return {**accuracies, "all": fmean(per_class)}
 
 
+def confusion_rows(cells: Tensor) -> list[str]:
+    """One text a class from counts (K, K), such as "0:48 7:2": 48 taken for 0 and 2 for 7."""
+    return [
+        " ".join(f"{k}:{int(row[k])}" for k in row.nonzero().flatten().tolist()) for row in cells
+    ]
+
+
+def read_confusion(rows: Sequence[str]) -> list[list[int]]:
+    """The counts (K, K) that `confusion_rows` wrote. Raises ValueError for anything else."""
+    cells = [[0] * len(rows) for _ in rows]
+    for row, text in zip(cells, rows):
+        for pair in text.split():
+            k, _, count = pair.partition(":")
+            if not (k.isdecimal() and count.isdecimal() and int(k) < len(rows)):
+                raise ValueError(f"{pair!r} in a row of confusions, expected class:count")
+            row[int(k)] = int(count)
+    return cells
+
+
 def mean_and_std(values: Sequence[float]) -> tuple[float, float | None]:
     """The mean and the sample standard deviation, None for a single value."""
     return fmean(values), stdev(values) if len(values) > 1 else None

@@ -1,7 +1,7 @@
-"""Which of the exact plans is cheaper for a batch: rows cost work, and passes cost some besides.
+"""plan="auto": which of the exact plans is cheaper for a batch.
 
-In SGD steps of the batch's rows the joint plan takes 8/3, the split plan h + 2f, in one forward
-more. What a forward costs whatever its rows is most of a step in small networks.
+The joint plan costs 8/3 SGD steps, the split plan h + 2f, with h and f the shares of head and tail
+rows, and one forward more. In small networks most of the time is a fixed cost per forward.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ WORK_OF_A_MODULE = 2_000_000
 
 
 def split_is_cheaper(model: nn.Module, inputs: Any, rows: Rows) -> bool:
-    """Whether the split plan is, for a model whose rows do not influence each other."""
+    """Whether the split plan is cheaper, for a model whose rows do not influence each other."""
     saved = 8 * rows.head.shape[0] - 3 * (rows.head_rows + 2 * rows.tail_rows)  # thirds of rows
     modules = sum(1 for m in model.modules() if not any(True for _ in m.children()))
     return saved * work_of_a_row(model, inputs) >= 3 * WORK_OF_A_MODULE * modules
 
 
 def work_of_a_row(model: nn.Module, inputs: Any) -> int:
-    """Multiply-adds of a forward, roughly: every weight at every position of an image or a text."""
+    """Multiply-adds of a row's forward, roughly: each weight once a position of image or text."""
     x = next(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
     channels = 2 if x.is_floating_point() else 1  # dimensions before the positions
     return sum(p.numel() for p in model.parameters()) * prod(x.shape[channels:])

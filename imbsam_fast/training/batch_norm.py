@@ -1,4 +1,4 @@
-"""Statistics of normalising layers: who uses those of the batch, when running ones change."""
+"""Normalising layers: which use statistics of the batch, and when running ones change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 
 def has_batch_statistics(model: nn.Module) -> bool:
-    """Whether a layer of `model` takes statistics of the batch now.
+    """Whether a layer of `model` uses batch statistics in its present mode.
 
-    That is a BatchNorm that normalises by them, or an InstanceNorm that keeps running ones.
+    That is a BatchNorm that normalises by them, or an InstanceNorm that tracks running ones.
     """
     return any(
         (isinstance(m, _BatchNorm) and (m.training or m.running_mean is None))
@@ -51,9 +51,9 @@ def frozen_batch_norm_statistics(model: nn.Module) -> Iterator[None]:
 def statistics_where(
     finite: Tensor, model: nn.Module, others: Sequence[Tensor] = ()
 ) -> Iterator[None]:
-    """Running statistics keep what happens inside the block only where `finite`.
+    """Undo changes of running statistics inside the block unless `finite`.
 
-    Those of `model`, and `others`, buffers that it writes to as well.
+    These are the statistics of `model` and `others`, further buffers that it writes to.
     """
     buffers = [*(b for m in _tracking(model) for b in m.buffers(recurse=False)), *others]
     before = [b.clone() for b in buffers]
@@ -65,7 +65,7 @@ def statistics_where(
 
 
 def _tracking(model: nn.Module) -> list[_NormBase]:
-    """The layers whose running statistics a forward pass updates now."""
+    """The layers that update running statistics in a forward pass, in their present mode."""
     return [m for m in model.modules() if isinstance(m, _NormBase) and _updates_statistics(m)]
 
 
@@ -75,7 +75,7 @@ def _updates_statistics(m: _NormBase) -> bool:
 
 
 def check_batch_norm_is_visible(model: nn.Module) -> None:
-    """Refuse BatchNorm inside TorchScript."""
+    """Raise an error for BatchNorm inside TorchScript, which cannot be seen."""
     for m in model.modules():
         if isinstance(m, torch.jit.ScriptModule) and "BatchNorm" in m.original_name:
             raise TypeError(

@@ -1,4 +1,4 @@
-"""Several ranks, one step: DistributedDataParallel, and models that `fully_shard` spread.
+"""One step on several ranks: DistributedDataParallel, and models sharded by `fully_shard`.
 
 DDP's own reducer allows one backward per forward and would reduce all three gradients. Its hooks
 stay off here: g_t is averaged for the perturbation and g_h + g_p for the update, two all-reduces
@@ -20,11 +20,11 @@ from ..split import ClassSplit
 
 
 class Ranks:
-    """The processes that take the steps of `model` together: only this one of an ordinary model.
+    """The processes that train `model` together; for an ordinary model only this one.
 
     Attributes:
-        replicas: the DistributedDataParallel models in `model`, or around it, whoever put them
-            there (Lightning wraps the module that trains, torch.compile what it compiles).
+        replicas: the DistributedDataParallel models inside or around `model` (Lightning wraps the
+            module that trains, torch.compile the module that it compiles).
         group: the ranks that they are replicated on, None without them.
         sharded: whether the weights are spread over ranks by `fully_shard`.
         same_passes: whether ranks talk to each other in a pass, so that all must run it.
@@ -43,7 +43,7 @@ class Ranks:
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
-        """The passes inside the block leave gradients to us; a failure leaves a usable model."""
+        """Inside the block DDP does not average gradients; after a failure the model is usable."""
         if self.failed:
             raise RuntimeError(
                 "a step of this fully_shard model failed, and this torch has no reset_iter_state "
@@ -59,7 +59,7 @@ class Ranks:
             raise
 
     def gather_anew(self) -> None:
-        """Let the next pass see the weights that the optimizer wrote."""
+        """Make the next pass gather the weights again, since the optimizer changed them."""
         shards.forget_unsharded(self.modules)
 
     def check(
@@ -70,7 +70,7 @@ class Ranks:
         cuda_graph: bool,
         lagged: bool,
     ) -> None:
-        """Refuse settings of TrainStep that these ranks cannot have."""
+        """Raise ValueError for settings of TrainStep that do not work on these ranks."""
         if self.same_passes and plan in ("split", "sampled") and micro_batch_size is not None:
             # A rank with more rows of a part would run more pieces than the others.
             raise ValueError(
@@ -105,7 +105,7 @@ def keep_in_step(head: Tensor, tail: Tensor, split: ClassSplit) -> None:
 
 
 def parts_overlap(split: ClassSplit) -> bool:
-    """Whether a class belongs to both parts."""
+    """Whether a class belongs to both the head and the tail."""
     labels = torch.arange(len(split.plain), device="cpu")
     return bool((split.plain_mask(labels) & split.tail_mask(labels)).any())
 

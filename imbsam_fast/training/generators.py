@@ -1,4 +1,4 @@
-"""The random numbers of forward passes: drawn again for the same rows, or given back."""
+"""Random states of forward passes, so that later passes can draw the same numbers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class Generators:
         self.model = model
 
     def states(self) -> list[Tensor]:
-        """One state a generator; it is read on the host, without waiting for a device."""
+        """The state of each generator; it is read on the host, without waiting for a device."""
         return [torch.get_rng_state(), *(_get(device) for device in self._devices())]
 
     def set(self, states: Sequence[Tensor]) -> None:
-        """Go on from what `states` returned."""
+        """Set the generators to what `states` returned."""
         torch.set_rng_state(states[0])
         for device, state in zip(self._devices(), states[1:]):
             _set(device, state)
 
     @contextmanager
     def replayed(self, states: Sequence[Tensor] | None) -> Iterator[None]:
-        """Draw from `states` on inside the block, and afterwards as if nothing had been drawn."""
+        """Inside the block, draw from `states` on; afterwards, restore the generators."""
         if states is None:
             yield
             return
@@ -45,7 +45,7 @@ class Generators:
 
 
 class Draws:
-    """From where the passes of a step drew, so that others can draw the same for the same rows."""
+    """The generator states at the start of a step's passes, to draw the same numbers again."""
 
     def __init__(self, generators: Generators, wanted: bool) -> None:
         self.generators = generators
@@ -57,12 +57,12 @@ class Draws:
         self.passes = []
 
     def note(self, rows: int) -> None:
-        """A pass of so many rows comes now."""
+        """Note the states before a pass of so many rows."""
         if self.wanted:
             self.passes.append((rows, self.generators.states()))
 
     def of_last(self, rows: Sequence[int]) -> Sequence[list[Tensor] | None]:
-        """Where the last passes started from, which had so many rows each."""
+        """The states at the start of the last passes with these numbers of rows."""
         if not self.wanted:
             return [None] * len(rows)
         last = self.passes[-len(rows) :]

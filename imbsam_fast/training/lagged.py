@@ -1,7 +1,7 @@
 """Lagged ImbSAM: epsilon from the tail gradient of an earlier step. Experimental, not in the paper.
 
-The perturbed tail gradient of the last step that had tail rows takes the place of g_t, whose pass
-is saved:
+The perturbed tail gradient of the last step with tail rows is used in place of g_t, which saves one
+pass:
 
     g = g_p of the last step with tail rows
     epsilon = rho g / ||g||;  g_p = grad tail(theta + epsilon)
@@ -29,7 +29,7 @@ TAIL_GRADIENT = "tail_gradient"
 
 
 class Seen(NamedTuple):
-    """What the perturbed pass of a step left."""
+    """The gradients that the perturbed pass of a step left."""
 
     gradients: Slots
     is_void: Tensor | None  # (1,): not zero where the earlier gradient stays; None: never
@@ -39,7 +39,7 @@ class TailGradient:
     """The tail gradient that the next step perturbs along, in `optimizer.state`.
 
     Args:
-        optimizer: whose state it is kept in.
+        optimizer: its state keeps the gradient.
         group: the ranks that keep the mean of their gradients, None where each keeps its own.
         shared: whether others write to the gradients, so that copies are kept; those of a base
             whose update is not fused are copied anyway.
@@ -51,18 +51,18 @@ class TailGradient:
         self.shared = shared
 
     def is_known(self) -> bool:
-        """Whether an earlier step left one; ranks of one group agree."""
+        """Whether an earlier step left a gradient; the same on all ranks of a group."""
         return any(g is not None for g in self._kept())
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Put copies into `p.grad`: the perturbation writes there, and may be for nothing."""
+        """Put copies into `p.grad`: the perturbation writes there, and the step may still fail."""
         for p, g in zip(self._params(), self._kept()):
             p.grad = None if g is None else g.clone()
 
     @torch.no_grad()
     def seen(self, may_be_skipped: bool) -> Seen | None:
-        """What `p.grad` holds after the perturbed pass; None where no rank had one.
+        """The gradients in `p.grad` after the perturbed pass; None if no rank had one.
 
         Takes the memory that `keep` needs after the update, where nothing may fail any more.
         """
@@ -85,7 +85,7 @@ class TailGradient:
         return Seen(gradients, is_void)
 
     def _averaged(self, gradients: Slots, group: dist.ProcessGroup) -> Seen:
-        """The mean over the ranks, void where none of them had tail rows."""
+        """The mean over the ranks; void if none of them had tail rows."""
         copies: Slots = [
             (torch.zeros_like(p) if g is None else g.clone()) if p.requires_grad else None
             for p, g in zip(self._params(), gradients)
@@ -98,7 +98,7 @@ class TailGradient:
 
     @torch.no_grad()
     def keep(self, seen: Seen, found_inf: Tensor | None) -> None:
-        """Take the gradients of a step that ended; found_inf says that it was skipped."""
+        """Keep the gradients of a step that ended, unless found_inf says it was skipped."""
         gradients, is_void = seen
         if found_inf is not None and is_void is not None:
             is_void.logical_or_(found_inf.reshape(1).to(is_void.device))
@@ -133,7 +133,7 @@ class TailGradient:
 
 
 def _choose(is_void: Tensor, new: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    """`kept` where is_void says so, else `new`, whose memory it takes."""
+    """`kept` if is_void, else `new`, written into the memory of `new`."""
     if new is None:
         return None
     is_void = is_void.to(new.device)

@@ -1,4 +1,4 @@
-"""What a forward pass writes to besides its outputs: buffers of the model, and its own inputs.
+"""What a forward pass writes besides its outputs: buffers of the model, and its inputs.
 
 torch's BatchNorm and InstanceNorm are known by their classes (batch_norm.py). All others, spectral
 norm, observers of quantisation, a layer's own averages, are noticed by the values of the buffers
@@ -26,7 +26,7 @@ class ChangesItselfError(Exception):
 
 
 class _Buffer(NamedTuple):
-    """A buffer at some moment."""
+    """A buffer with its value and version at one moment."""
 
     owner: dict[str, Tensor | None]  # of a module: its buffers by name
     name: str
@@ -39,20 +39,20 @@ class _Buffer(NamedTuple):
 
 
 class _Before(NamedTuple):
-    """The moment before a forward pass."""
+    """Buffers and versions before a forward pass."""
 
     buffers: list[_Buffer]
     given: list[tuple[str, Tensor, int]]  # who may write to it, the tensor, its version
 
 
 class OwnWrites:
-    """The buffers that forward passes of `model` and `criterion` write to, as far as was seen.
+    """The buffers that forward passes of `model` and `criterion` were seen to write to.
 
     Args:
-        model: what runs; layers that batch_norm.py looks after are left to it.
+        model: the model; batch_norm.py handles its normalising layers.
         criterion: watched too where it is a module.
-        generators: what the passes draw from.
-        same_everywhere: whether ranks must conclude the same, whatever the values are.
+        generators: the random generators that the passes use.
+        same_everywhere: whether all ranks must find the same buffers, whatever their values.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class OwnWrites:
         self.reads_again = False
 
     def begin_step(self, may_restart: bool, reads_again: bool) -> None:
-        """Keep what a pass of a kind that was never seen may write to.
+        """Copy what a pass may write to if no pass of its kind has been seen.
 
         Args:
             may_restart: whether the first pass may raise ChangesItselfError.
@@ -117,7 +117,7 @@ class OwnWrites:
 
     @contextmanager
     def kept_out(self) -> Iterator[None]:
-        """Inside the block forward passes leave the buffers that they change as they are."""
+        """Inside the block, undo what forward passes write to buffers."""
         buffers = self._changing_now()
         values = _copies(buffers)
         try:
@@ -126,7 +126,7 @@ class OwnWrites:
             _put_back(buffers, values)
 
     def changing_tensors(self) -> list[Tensor]:
-        """The tensors that are changing now."""
+        """The buffers that passes write to, as tensors."""
         return [b.tensor for b in self._changing_now()]
 
     def _now(self) -> list[_Buffer]:

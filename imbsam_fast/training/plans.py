@@ -21,7 +21,7 @@ from .rows import Rows, assemble, take_rows
 
 
 class StepResult(NamedTuple):
-    """What one step saw at the unperturbed weights, without gradients.
+    """Loss, outputs and norms of one step at the unperturbed weights, without gradients.
 
     Nothing here has waited for the device: what is a tensor is computed there, and waits when it is
     read. The norms are float64, over all parameters and ranks, without a gradient scaler's scale;
@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
 
 
 class Passes(Protocol):
-    """What plans are made of: a TrainStep."""
+    """The parts of TrainStep that plans call."""
 
     model: nn.Module
     optimizer: ImbSAM
@@ -174,7 +174,7 @@ def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
 
 
 def _lagged(norms: Norms) -> dict[str, Any]:
-    """The tail gradient that the step perturbed along was an earlier step's."""
+    """The norms of a lagged step: it takes no tail gradient of its own."""
     return norms._replace(tail_grad_norm=None)._asdict()
 
 
@@ -193,7 +193,7 @@ class Gradients:
 
     @contextmanager
     def added_up(self) -> Iterator[None]:
-        """The backward inside the block adds to the sums."""
+        """Add the gradients of the backward inside the block to the sums."""
         if self.sums is not None:
             self.hand_over()
         yield
@@ -202,14 +202,14 @@ class Gradients:
             p.grad = None
 
     def hand_over(self) -> None:
-        """Put the sums into `p.grad`, and keep no reference."""
+        """Move the sums into `p.grad`."""
         for p, total in zip(self.params, self.sums or ()):
             p.grad = total
         self.sums = None
 
 
 class Seen:
-    """What the unperturbed passes gave: outputs and losses, piece by piece."""
+    """Outputs and losses of the unperturbed passes, piece by piece."""
 
     def __init__(self) -> None:
         self.pieces: list[Any] = []

@@ -87,12 +87,12 @@ class SampledPlan:
 
 
 class CheaperSteps:
-    """Which steps perturb, by their number: that of the steps that counted, the only state.
+    """Which steps perturb; the number of counted steps decides and is the only state.
 
     Attributes:
-        every: one of so many steps perturbs.
-        sampled: the plan of those, None for another one.
-        counted: the steps that were taken and counted.
+        every: every how many steps one perturbs.
+        sampled: the sampled plan of these steps; None for another plan.
+        counted: how many steps were taken.
     """
 
     def __init__(self, every: int) -> None:
@@ -124,7 +124,7 @@ class CheaperSteps:
 
 
 def check_sampled(batch_norm: str, lagged: bool) -> None:
-    """Refuse settings of TrainStep that the sampled plan cannot have."""
+    """Raise ValueError for settings of TrainStep that the sampled plan excludes."""
     for name, value, expected in (
         ("batch_norm", batch_norm, "once"),  # statistics of a sample are not the batch's
         ("lagged", lagged, False),  # there is no g_t of the sample then
@@ -153,7 +153,7 @@ def _all_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has a part in `model`."""
+    """Whether torch.compile compiled `model` or a module in it."""
     return any(
         getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
         for m in model.modules()

@@ -1,7 +1,7 @@
-"""What Lightning's and Accelerate's wrappers of an optimizer do around its step.
+"""The work of Lightning's and Accelerate's optimizer wrappers around a step.
 
-TrainStep takes the steps of the `ImbSAM` inside, past `wrapper.step()`; so it does what that would
-have done. The classes are known by name, since neither library is needed here.
+TrainStep calls the `ImbSAM` inside the wrapper and not `wrapper.step()`, so it does the rest of
+wrapper.step() itself. The classes are known by name, since neither library is needed here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PACKAGES = ("lightning", "pytorch_lightning", "lightning_fabric", "accelerate")
 
 
 def kind_of(wrapper: object) -> str | None:
-    """Which of the known wrappers it is, None for the optimizer itself."""
+    """Which of the known wrappers `optimizer` is; None for an ImbSAM itself."""
     for cls in type(wrapper).__mro__:
         if cls.__module__.partition(".")[0] in _PACKAGES and cls.__name__ in (
             _LIGHTNING, _FABRIC, _ACCELERATE
@@ -28,7 +28,7 @@ def kind_of(wrapper: object) -> str | None:
 
 
 class Wrapper:
-    """The optimizer as TrainStep was given it, `optimizer` being the ImbSAM inside."""
+    """An optimizer as TrainStep was given it; `optimizer` is the ImbSAM inside."""
 
     def __init__(self, given: Any, optimizer: torch.optim.Optimizer) -> None:
         self.given = given
@@ -36,7 +36,7 @@ class Wrapper:
         self.kind = kind_of(given)
 
     def grad_scaler(self) -> torch.amp.GradScaler | None:
-        """The one that the wrapper's own step would use."""
+        """The gradient scaler that the wrapper's own step would use."""
         if self.kind == _ACCELERATE:
             return self.given.scaler
         if self.kind == _LIGHTNING and self.given._strategy is not None:
@@ -45,7 +45,7 @@ class Wrapper:
 
     @contextmanager
     def one_step(self) -> Iterator[None]:
-        """What the wrapper does before and after a step that ends well."""
+        """Do what the wrapper does before a step, and after one that succeeds."""
         if self.kind is None:
             yield
             return

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import time
 import weakref
 
 import pytest
 import torch
+from rich.console import Console
 
 from imbsam_fast import cli
-from imbsam_fast.bench import command
+from imbsam_fast.bench import command, progress
 from imbsam_fast.bench.measure import (
     LIMIT,
     WARM_UP_ROUNDS,
@@ -21,7 +24,8 @@ from imbsam_fast.bench.measure import (
     warm_up,
 )
 from imbsam_fast.bench.optimizers import AUTHORS, AUTHORS_FUSED, STEP
-from imbsam_fast.bench.report import load
+from imbsam_fast.bench.progress import progress_of
+from imbsam_fast.bench.report import limits, load
 
 # ---------------------------------------------------------------- the harness
 
@@ -151,6 +155,73 @@ def test_a_group_is_freed_before_the_next_is_made(tmp_path):
     assert len(made) == 3
 
 
+# ---------------------------------------------------------------- what is shown
+
+
+def ticking(group: list[Operation], rounds: int, terminal: bool) -> str:
+    """What stderr shows while `group` is measured."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    with progress_of(group, rounds, console) as ticked:
+        warm_up(group, ticked=ticked)
+        measure(group, rounds, ticked=ticked)
+    return file.getvalue()
+
+
+def test_progress_is_shown_between_runs_and_never_within_one(monkeypatch):
+    shown = []
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "REFRESH", 0.0)
+
+    def contestant(watch: Stopwatch) -> None:
+        with watch.lap("call"):
+            before = file.tell()
+            time.sleep(0.002)
+            shown.append(file.tell() - before)
+
+    group = [Operation("squared_norm", "", {"x": contestant, "y": contestant})]
+    console = Console(file=file, force_terminal=True, width=100)
+    with progress_of(group, 3, console) as ticked:
+        warm_up(group, ticked=ticked)
+        measure(group, 3, ticked=ticked)
+    text = file.getvalue()
+    runs = 2 * (WARM_UP_ROUNDS + 3)
+    assert shown == [0] * runs
+    assert "Measuring squared_norm: 2 contestants, 3 rounds" in text
+    assert f"1/{runs}" in text and f"{runs}/{runs}" in text
+
+
+def test_without_a_terminal_there_are_lines(monkeypatch):
+    clock = FakeClock()
+    group = [Operation("op", "", {"x": sleeper(clock, *[1.0] * 9)})]
+    assert ticking(group, 1, terminal=False).splitlines() == [
+        "Measuring op: 1 contestants, 1 rounds"
+    ]
+    monkeypatch.setattr(progress, "LINE", 0.0)
+    lines = ticking(group, 1, terminal=False).splitlines()
+    assert lines[1:] == ["1 of 3 runs", "2 of 3 runs", "3 of 3 runs"]
+
+
+def test_the_limit_is_one_line_and_more_than_it_is_explained():
+    clock = FakeClock()
+    limit = Operation(LIMIT, "copy, 160 MB", {"plain stores": sleeper(clock, 1.0, 2.0)},
+                      bytes=30 * 10**9)  # fmt: skip
+    slow, fast = (
+        Operation("op", "", {"x": sleeper(clock, seconds)}, bytes=45 * 10**9)
+        for seconds in (3.0, 0.5)
+    )
+    (line,) = limits(measure([limit, slow], 1, clock))
+    assert line.startswith(
+        "Machine limit, 100 %: 10.0 GB/s of memory traffic (best of copy, 160 MB"
+    )
+    again = measure([limit, fast], 1, clock)
+    for timing in again:
+        timing.group = 1
+    lines = limits(again)
+    assert "at worst 5.0 GB/s" in lines[0] and lines[1].startswith("1 rows are above 100 %")
+    assert limits([t for t in again if t.operation != LIMIT]) == []
+
+
 # ---------------------------------------------------------------- quick runs
 
 
@@ -205,6 +276,7 @@ def test_quick_run_writes_what_it_measured(tmp_path, capsys):
     assert f"{default:.2f} times with default SGD" in report["summary"][0]
 
 
+@pytest.mark.quick
 def test_no_rounds_are_refused():
     with pytest.raises(SystemExit, match="--rounds is 0, expected at least 1"):
         cli.main(["bench", "--rounds", "0"])

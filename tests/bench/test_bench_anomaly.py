@@ -194,6 +194,7 @@ def test_other_bases_have_tables_of_their_own(root):
     assert any(line.startswith("| MVTec-AD_a | Adam | 95.0 ± 0.0 |") for line in lines)
 
 
+@pytest.mark.quick
 def test_rates_are_means_over_the_sets_of_a_family(root):
     trials = [
         anomaly_rates.Trial("devnet", lr, name, "clean", 0.5, area + 1000 * lr)

@@ -112,6 +112,7 @@ def test_the_networks_of_a_gpu_can_be_made(monkeypatch: pytest.MonkeyPatch) -> N
             assert sum(p.numel() for p in network.make().parameters()) > 4e5
 
 
+@pytest.mark.quick
 def test_everything_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:
     for contests in (bench_gpu.contests, bench_gpu_steps.contests):
         gpu_timing.run_script("", contests, 1, ["--dry-run"])
@@ -153,6 +154,7 @@ def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
     assert "Measured: Loom 9; copy 2300 GB/s; imbsam-fast 1.2.3" in filled
 
 
+@pytest.mark.quick
 def test_without_results_the_tables_say_so() -> None:
     text = "<!-- results: gpu-steps -->\n9000 images/s\n<!-- end -->\n"
     filled, complaints = documents.filled(text, {})

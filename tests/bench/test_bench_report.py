@@ -300,6 +300,7 @@ def test_the_documents_of_this_repository_have_every_table_once():
     assert sorted(found) == sorted(report.TABLES)
 
 
+@pytest.mark.quick
 @pytest.mark.skipif(
     not (REPOSITORY / "benchmarks/results").exists(), reason="no results are recorded yet"
 )

@@ -26,7 +26,12 @@ from imbsam_fast.bench.report import Report, load
 from imbsam_fast.bench.script import run_script
 from imbsam_fast.bench.shapes import elements
 
-SCRIPTS = [bench_optimizer, bench_split_cross_entropy, bench_step, bench_growth]
+SCRIPTS = [
+    pytest.param(bench_optimizer, marks=pytest.mark.slow),  # it and bench_growth compile
+    pytest.param(bench_split_cross_entropy, marks=pytest.mark.quick),
+    pytest.param(bench_step, marks=pytest.mark.quick),
+    pytest.param(bench_growth, marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +41,6 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.json"
@@ -56,10 +60,19 @@ def test_scripts_run_on_the_shared_harness(script, tmp_path, monkeypatch, capsys
     assert json.loads(path.read_text())["settings"]["environment"]["versions"]["torch"]
 
 
+@pytest.mark.quick
+def test_the_optimizers_are_timed_in_phases_and_in_steps():
+    phases, steps = bench_optimizer.groups(quick=True)
+    names, of_steps = ([operation.name for operation in group] for group in (phases, steps))
+    assert names[3:] == ["squared_norm", "perturb_", "sgd_update_", "merge_", "grad_check"]
+    assert names[:3] == of_steps[:3] == [LIMIT] * 3
+    assert of_steps[3:5] == ["ImbSAM optimizer step", "SAM optimizer step"]
+
+
 # ---------------------------------------------------------------- the host's side
 
 
-@pytest.mark.slow  # measures
+@pytest.mark.quick
 def test_the_hosts_side_is_measured_in_processor_time(tmp_path, monkeypatch, capsys):
     path = tmp_path / "bench_host.json"
     monkeypatch.setattr("sys.argv", ["x", "--quick", "--json", str(path)])

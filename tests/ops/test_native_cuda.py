@@ -55,6 +55,7 @@ A, B = (MEMORY.data_ptr() + offset for offset in (0, 16))
 LAST = (0, 0)  # device, stream
 
 
+@pytest.mark.quick
 @has_cuda
 @pytest.mark.parametrize(
     ("call", "message"),

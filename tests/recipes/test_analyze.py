@@ -280,7 +280,7 @@ def test_spectra_of_runs_share_their_axes(analysed):
         run.name: json.loads((run / "analyses" / "hessian-few.json").read_text())
         for run in analysed.iterdir()
     }
-    figure = spectrum_figure(found, styles_of(list(found)))
+    figure = spectrum_figure(found, styles_of((run, {}) for run in found))
     first, second = figure.axes
     assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
     for axes, analysis in zip(figure.axes, found.values()):
@@ -289,11 +289,12 @@ def test_spectra_of_runs_share_their_axes(analysed):
         assert x[0] < min(values) and max(values) < x[-1]
 
 
+@pytest.mark.quick
 def test_a_landscape_of_infinite_losses_can_be_drawn():
     line = {"steps": [-1, 0, 1], "tail": [None, 1.0, None]}
     plane = {"steps": [-1, 0, 1], "tail": [[None] * 3, [None, 1.0, None], [None] * 3]}
     analysis = {"groups": ["tail"], "line": line, "plane": plane}
-    figure = lines_figure({"a": analysis}, styles_of(["a"]))
+    figure = lines_figure({"a": analysis}, styles_of([("a", {})]))
     figure.draw_without_rendering()
     planes_figure({"a": analysis}).draw_without_rendering()
 
@@ -350,6 +351,7 @@ def test_a_configuration_that_does_not_fit_is_refused(tmp_path, capsys, setting,
     assert not (run / "analyses").exists()
 
 
+@pytest.mark.quick
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, capsys):
     with tiny_data_set():
         run = train(tmp_path, "sgd", epochs=1)

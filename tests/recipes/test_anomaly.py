@@ -318,6 +318,7 @@ def test_unusable_data_is_refused():
         fit(X, y).decision_function(X[:, :5])
 
 
+@pytest.mark.quick
 def test_deepsad_does_without_labelled_anomalies():
     X, _ = features()
     detector = quick(DeepSAD).fit(X, np.zeros(len(X)))
@@ -372,6 +373,7 @@ class Executed:
         return print, ("executed",)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "content",
     [b"no archive", {"format": 1}, {"format": 99}, [1], Executed()],

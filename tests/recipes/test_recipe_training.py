@@ -269,7 +269,7 @@ def test_stage_two_of_another_run_changes_the_classifier_only(method, changed, d
         cap = norms.min() + 0.1 * (norms.max() - norms.min())
         assert (after["fc.weight"].norm(dim=1) <= cap * 1.0001).all()
     model = load_model(second, 4)
-    assert evaluate(model, data.test, COUNTS, (200, 1000)) == {
+    assert evaluate(model, data.test, COUNTS, (200, 1000), confusion=True) == {
         key: result["last"][key] for key in ("plain", "flip")
     }
 
@@ -308,7 +308,7 @@ def test_best_is_chosen_on_the_validation_set(data, tmp_path):
     first_best = accuracies.index(max(accuracies)) + 1
     assert result["best"]["epoch"] == run.load_checkpoint(best=True)["epoch"] == first_best
     assert result["last"]["epoch"] == 4
-    tested = evaluate(load_model(run, 4, best=True), data.test, COUNTS, (200, 1000))
+    tested = evaluate(load_model(run, 4, best=True), data.test, COUNTS, (200, 1000), confusion=True)
     assert tested["plain"] == result["best"]["plain"]
 
 
@@ -337,6 +337,10 @@ def test_the_flip_average_sees_both_images():
     assert found["plain"] == {"per_class": [50, 50], "many": 50, "few": 50, **common}
     assert found["flip"] == {"per_class": [100, 0], "many": 100, "few": 0, **common}
     assert model.training
+    seen = evaluate(model, images, [150, 10], confusion=True)
+    assert seen["plain"].pop("confusion") == ["0:1 1:1", "0:1 1:1"]
+    assert seen["flip"].pop("confusion") == ["0:2", "0:2"]
+    assert seen == found
 
 
 def test_epoch_sums_are_means_over_images_of_head_and_tail():

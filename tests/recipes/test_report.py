@@ -1,39 +1,28 @@
-"""`imbsam-fast report`: which runs are compared, their numbers, table, pictures and page."""
+"""`imbsam-fast report`: which runs are compared, their numbers and tables, and the command."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from statistics import stdev
 
 import pytest
 from rich.console import Console
-from tiny_runs import tiny_data_set, train, write_run
+from tiny_runs import TEST_PER_CLASS, tiny_data_set, train, write_run
 
 from imbsam_fast import cli
 from imbsam_fast.recipes.data.digits import long_tail_counts
 from imbsam_fast.recipes.metrics import group_of
-from imbsam_fast.recipes.report import figures
-from imbsam_fast.recipes.report.comparison import (
-    Comparison,
-    baseline,
-    compare,
-    differences,
-    families,
-)
-from imbsam_fast.recipes.report.cost import Cost, cost
-from imbsam_fast.recipes.report.page import page
+from imbsam_fast.recipes.report.accuracy import accuracy_rows
+from imbsam_fast.recipes.report.comparison import Comparison, compare, differences
 from imbsam_fast.recipes.report.paper_results import REWEIGHTED_SAM, TABLES, paper_result
-from imbsam_fast.recipes.report.table import accuracy_rows, print_comparison
+from imbsam_fast.recipes.report.terminal import print_comparison
 
 pytest.importorskip("yaml")
-pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
 
 
 def one_section(root: Path):
@@ -151,6 +140,20 @@ def spoil_an_accuracy(run: Path) -> None:
     (run / "result.json").write_text(json.dumps(result))
 
 
+def add_confusions(run: Path, rows: list[str]) -> None:
+    result = json.loads((run / "result.json").read_text())
+    result["last"]["plain"]["confusion"] = rows
+    (run / "result.json").write_text(json.dumps(result))
+
+
+def spoil_a_confusion(run: Path) -> None:
+    add_confusions(run, ["0:5", "0:x", ""])
+
+
+def shorten_confusions(run: Path) -> None:
+    add_confusions(run, ["0:5", "1:2"])
+
+
 def damage_log(run: Path) -> None:
     (run / "log.jsonl").write_text("epoch 1\n")
 
@@ -172,6 +175,8 @@ def damage_analysis(run: Path) -> None:
         (drop_accuracies, "without accuracies: its result is damaged.*few"),
         (shorten_accuracies, "3 class counts and 2 accuracies"),
         (spoil_an_accuracy, "an accuracy is 'high'"),
+        (spoil_a_confusion, "'0:x' in a row of confusions, expected class:count"),
+        (shorten_confusions, "3 class counts and other confusions"),
         (damage_log, "without curves: its log is damaged"),
         (log_without_epochs, "without curves: its log is damaged.*epoch"),
         (damage_analysis, "left out: damaged .*no classes in it"),
@@ -187,7 +192,7 @@ def test_a_damaged_run_is_named_and_the_others_are_compared(tmp_path, damage, wh
     assert tmp_path / "bad" in (fault.path, fault.path.parent.parent)
     assert re.search(what, fault.what)
     assert comparison.sections[0].groups[0].accuracy("last", "plain")["many"][0] in (1.0, 2.5)
-    assert "bad" in shown(comparison, 1000) and "bad" in page(comparison)
+    assert "bad" in shown(comparison, 1000)
 
 
 def test_an_unfinished_run_is_named_and_has_curves_only(tmp_path):
@@ -197,7 +202,7 @@ def test_an_unfinished_run_is_named_and_has_curves_only(tmp_path):
     (section,) = comparison.sections
     assert section.groups[0].curve("loss") == [(1, 2.0, None), (2, 1.0, None)]
     assert not section.groups[0].finished and accuracy_rows(section, "last") == []
-    assert all("no finished run" in text for text in (shown(comparison), page(comparison)))
+    assert "no finished run" in shown(comparison)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +260,7 @@ def test_the_papers_row_stands_once_beside_the_nearest_setting(tmp_path):
 # ---------------------------------------------------------------- table
 
 
+@pytest.mark.quick
 def test_the_table_in_a_terminal(tmp_path):
     for seed, few in enumerate((10.0, 20.0)):
         write_run(tmp_path / str(seed), [90.0, few, 50.0], seed=seed)
@@ -263,7 +269,7 @@ def test_the_table_in_a_terminal(tmp_path):
     assert "cifar100-lt: 260 training images, 200 to 10 in each of 3 classes" in text
     paper = next(line for line in text.splitlines() if line.split()[:1] == ["paper"])
     assert paper.split() == ["paper", "77.8", "46.6", "13.5", "47.6"]
-    assert "Settings that differ" not in text
+    assert "Settings that differ" not in text and "minus" not in text
 
 
 def test_markup_in_names_is_text(tmp_path):
@@ -271,148 +277,6 @@ def test_markup_in_names_is_text(tmp_path):
     write_run(tmp_path / "[/red]x", None, label="[/bold]")
     comparison = compare([tmp_path])
     assert "[bold]<script>" in shown(comparison, 300)
-    html = page(comparison)
-    assert "<script" not in html and "&lt;script&gt;" in html
-
-
-# ---------------------------------------------------------------- pictures
-
-
-@pytest.fixture
-def section(tmp_path):
-    """SGD, its control and two ImbSAM of two seeds, with class 1 the rarest."""
-    log = [{"epoch": e, "loss": 3.0 / e, "train_accuracy": 30.0 * e} for e in (1, 2, 3)]
-    for seed in (0, 1):
-        write_run(tmp_path / f"sgd{seed}", [80, 10 + seed, 40], seed=seed, log=log)
-        for eta, rho in ((100.0, 0.05), (100.0, 0.1), (20.0, 0.05)):
-            write_run(
-                tmp_path / f"imbsam{eta}{rho}{seed}",
-                [75, 20 + seed + 100 * rho, 50],
-                label=f"ImbSAM, paper, eta {eta:g}" + (", rho 0.1" if rho == 0.1 else ""),
-                optimizer="imbsam",
-                seed=seed,
-                eta=eta,
-                rho=rho,
-                log=log,
-            )
-    return one_section(tmp_path)
-
-
-def test_gain_over_sgd_from_frequent_to_rare(section):
-    figure = figures.gain_figure(section)
-    heights = [[bar.get_height() for bar in axes.patches] for axes in figure.axes]
-    assert heights == [[-5, 10, 15], [-5, 10, 15], [-5, 10, 20]]
-    assert figure.axes[0].get_title("left") == "ImbSAM, paper, eta 20, minus SGD"
-
-
-def test_gain_of_many_classes_is_a_moving_average(tmp_path):
-    counts = [2000 - k for k in range(400)]
-    write_run(tmp_path / "a", [50.0] * 400, counts)
-    write_run(tmp_path / "b", [50.0 + k // 8 for k in range(400)], counts, optimizer="sam")
-    (axes,) = figures.gain_figure(one_section(tmp_path)).axes
-    vertices = axes.collections[0].get_paths()[0].vertices
-    assert not axes.patches and vertices[:, 1].max() == pytest.approx(49.0)
-
-
-def test_no_gain_without_sgd(tmp_path):
-    write_run(tmp_path / "a", [1, 2, 3], optimizer="sam")
-    assert figures.gain_figure(one_section(tmp_path)) is None
-
-
-def test_the_baseline_is_the_sgd_that_differs_least(tmp_path):
-    for i, (optimizer, model) in enumerate((("sgd", "a"), ("sgd", "b"), ("sam", "b"))):
-        write_run(tmp_path / str(i), [1, 2, 3], label=optimizer, optimizer=optimizer, model=model)
-    write_run(tmp_path / "wb", [1, 2, 3], label="WB", method="wb", optimizer="sam")
-    groups = one_section(tmp_path).groups
-    by_label = {group.label: group for group in groups}
-    assert baseline(by_label["sam"], groups).config["model"] == "b"
-    assert baseline(by_label["WB"], groups) is None
-    assert baseline(groups[0], groups) is None
-
-
-def test_families_differ_in_rho_and_eta_alone(section):
-    (family,) = families(section.groups)
-    assert family.label == "ImbSAM, paper"
-    assert list(family.members) == [(20.0, 0.05), (100.0, 0.05), (100.0, 0.1)]
-
-
-def test_accuracy_against_rho_and_eta(section):
-    (figure,) = figures.ablation_figures(section).values()
-    few = figure.axes[3]
-    assert few.get_title("left") == "Few classes"
-    lines = {line.get_label(): line for line in few.containers}
-    x, y = lines["eta 100"].lines[0].get_data()
-    assert list(x) == [0.05, 0.1] and list(y) == [25.5, 30.5]
-    assert list(lines["eta 20"].lines[0].get_xdata()) == [0.05]
-
-
-def test_curves_are_means_over_seeds(section):
-    figure = figures.curves_figure(section)
-    titles = [axes.get_title("left") for axes in figure.axes if axes.get_visible()]
-    assert titles == ["Training loss", "Training accuracy"]
-    assert list(figure.axes[0].lines[0].get_ydata()) == [3.0, 1.5, 1.0]
-
-
-def test_many_groups_look_different():
-    looks = figures.styles_of([str(i) for i in range(32)])
-    assert len(set(looks.values())) == 32
-
-
-# ---------------------------------------------------------------- page
-
-
-class Document(HTMLParser):
-    """What a page refers to, its ids, and the cells of every table's rows."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
-        self.links: list[str] = []
-        self.open: list[str] = []
-        self.cells: list[int] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        values = dict(attrs)
-        self.tags[tag] += 1
-        self.ids.update([values["id"]] if "id" in values else [])
-        names = ("href", "src", "xlink:href", "srcset", "action", "data")
-        self.links += [values[name] for name in names if name in values]
-        if tag == "tr":
-            self.cells.append(0)
-        if tag in ("td", "th"):
-            self.cells[-1] += int(values.get("colspan", 1))
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
-def test_the_page_is_whole_and_needs_nothing_else(section, tmp_path):
-    write_run(tmp_path / "other", [1, 2, 3], imbalance_factor=10.0)
-    html = page(compare([tmp_path]))
-    document = Document(html)
-    assert document.open == [] and document.tags["svg"] == document.tags["figure"] == 5
-    assert all(link.startswith("#") for link in document.links)
-    assert "script" not in document.tags and "link" not in document.tags
-    assert "@import" not in html and "url(http" not in html
-    glyphs = {name for name in document.ids if name.startswith("DejaVu")}
-    repeated = {name for name, n in document.ids.items() if n > 1} - glyphs
-    assert not {f"#{name}" for name in repeated} & set(document.links)
-    assert "The paper's columns hold its published numbers" in html and "77.8" in html
-
-
-def test_rows_of_a_table_have_its_columns(section, tmp_path):
-    document = Document(page(compare([tmp_path])))
-    accuracy = 4 + 3 * 4  # label, seeds, time, memory; plain, flip, paper
-    assert document.cells[:6] == [accuracy, 12, *[accuracy] * 4]
-    assert document.cells[6:11] == [4] * 5  # settings: label, optimizer, rho, eta
 
 
 # ---------------------------------------------------------------- command
@@ -429,9 +293,14 @@ def trained(tmp_path_factory) -> Iterator[Path]:
         yield root
 
 
+@pytest.mark.slow  # trains, and draws a page
 def test_report_of_real_runs(trained, tmp_path, capsys):
     file = tmp_path / "report.html"
-    assert cli.main(["report", str(trained), "--out", str(file)]) == 0
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    tables = tmp_path / "tables"
+    command = ["report", str(trained), "--out", str(file), "--tables", str(tables)]
+    assert cli.main(command) == 0
     text = capsys.readouterr().out
     results = [json.loads(f.read_text()) for f in sorted(trained.glob("sgd*/result.json"))]
     every = [result["last"]["plain"]["all"] for result in results]
@@ -439,7 +308,11 @@ def test_report_of_real_runs(trained, tmp_path, capsys):
     assert len(every) == 2 and cell in text and str(file) in text.replace("\n", "")
     html = file.read_text()
     assert cell in html and "Training curves" in html and "Gain over SGD" in html
-    assert Document(html).open == []
+    assert "What is taken for what" in html  # real runs record it
+    rows = json.loads((tables / "data-1-confusion.json").read_text())["rows"]
+    assert sum(row["images"] for row in rows) == 2 * 2 * 4 * TEST_PER_CLASS
+    recorded = list(csv.DictReader((tables / "data-1-accuracy-last.csv").open()))
+    assert float(recorded[0]["plain all mean"]) == pytest.approx(sum(every) / 2)
 
 
 def test_exit_codes(tmp_path, capsys):
@@ -451,36 +324,8 @@ def test_exit_codes(tmp_path, capsys):
     missing = tmp_path / "missing" / "report.html"
     assert cli.main(["report", str(tmp_path / "a"), "--out", str(missing)]) == 2
     assert "expected a file in a directory that exists" in capsys.readouterr().err
-    assert cli.main(["report", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------- cost
-
-
-def test_cost_is_the_time_of_an_epoch_in_those_of_sgd_and_the_peak_memory(tmp_path):
-    def log(*seconds: float) -> list[dict]:
-        return [{"epoch": i, "stage": "train", "seconds": s} for i, s in enumerate(seconds, 1)]
-
-    for seed in (0, 1):
-        write_run(tmp_path / f"sgd{seed}", [1, 2, 3], log=log(2, 2, 50), seed=seed)
-        imbsam = {"label": "ImbSAM", "optimizer": "imbsam", "seed": seed}
-        directory = write_run(tmp_path / f"imbsam{seed}", [1, 2, 4], log=log(5, 6, 3), **imbsam)
-        result = json.loads((directory.path / "result.json").read_text())
-        result["peak_bytes"] = 10**9 * (seed + 1)
-        (directory.path / "result.json").write_text(json.dumps(result))
-    write_run(tmp_path / "sam", [1, 2, 4], label="SAM", optimizer="sam")  # without a log
-    section = one_section(tmp_path)
-    costs = {group.label: cost(group, section.groups) for group in section.groups}
-    assert costs == {
-        "SGD": Cost(1.0, None), "SAM": Cost(None, None), "ImbSAM": Cost(2.5, 2 * 10**9)
-    }  # fmt: skip
-    assert costs["ImbSAM"].texts() == ("2.50", "2.00")
-    assert costs["SAM"].texts() == ("-", "-")
-    drawn = figures.cost_figure(section)
-    assert [len(axes.containers) for axes in drawn.axes] == [2] * 4
-    assert "2.50" in shown(compare([tmp_path])) and "Accuracy against cost" in page(
-        compare([tmp_path])
-    )
-    section.groups = [group for group in section.groups if group.label != "SGD"]
-    assert figures.cost_figure(section) is None
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    for option, place in (("--out", tmp_path / "b"), ("--tables", tmp_path / "a" / "config.yaml")):
+        assert cli.main(["report", str(tmp_path / "a"), option, str(place)]) == 2
+        assert f"{option} is" in (error := capsys.readouterr().err) and "be written" in error

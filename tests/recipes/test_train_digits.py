@@ -101,7 +101,7 @@ def test_checkpoints_reproduce_the_reported_accuracy(trained):
     (config,) = configs("--optimizer", "sgd")
     data = load(config)
     for run in find_runs([trained[1]]):
-        found = evaluate(load_model(run, 10), data.test, data.counts)
+        found = evaluate(load_model(run, 10), data.test, data.counts, confusion=True)
         assert found["plain"] == run.result()["last"]["plain"]
 
 

@@ -120,6 +120,7 @@ def test_digits_have_no_flip_column_and_are_analysed_without_torchvision(
 # ---------------------------------------------------------------- dry run
 
 
+@pytest.mark.quick
 def test_a_dry_run_says_what_all_will_take_and_writes_nothing(tmp_path, capsys, monkeypatch):
     data_dir = recipe_data.image_files(tmp_path / "data", [8, 8, 8], LISTS, ".")
     before = sorted(tmp_path.rglob("*"))

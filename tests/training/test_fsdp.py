@@ -471,6 +471,7 @@ def dies(rank: int, ranks: int, folder: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow  # starts ranks
 def test_a_rank_that_dies_is_an_error_on_the_others_and_not_a_hang(tmp_path):
     running = processes.start(dies, 2, tmp_path, join=False)
     for process in running.processes:

@@ -132,16 +132,16 @@ def analyse(
             **compute(),
             "environment": environment(),
         }
-        for suffix, figure in figures(label, result).items():
+        for suffix, figure in figures(label, result, directory.config).items():
             figure.savefig(out / f"{name}{suffix}.png", dpi=150)
         written.append(out / f"{name}.json")
         written[-1].write_text(json.dumps(result, allow_nan=False) + "\n")
     return written
 
 
-def figures(label: str, result: dict[str, Any]) -> dict[str, Figure]:
-    """File name suffix -> picture of one analysis."""
-    looks = styles_of([label])
+def figures(label: str, result: dict[str, Any], config: dict[str, Any]) -> dict[str, Figure]:
+    """File name suffix -> picture of one analysis of a run with `config`."""
+    looks = styles_of([(label, config)])
     if result["analysis"] == HESSIAN:
         return {"": spectrum_figure({label: result}, looks)}
     return {

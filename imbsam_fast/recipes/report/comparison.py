@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..analysis.settings import ANALYSES
-from ..metrics import BORDERS, COLUMNS, mean_and_std
+from ..metrics import BORDERS, COLUMNS, mean_and_std, read_confusion
 from ..run_directory import CONFIG_FILE, RunDirectory, RunDirectoryError
 from ..settings.datasets import DATASETS
 
@@ -70,7 +70,7 @@ class Group:
 
         `checkpoint` is one of CHECKPOINTS, `view` of VIEWS.
         """
-        found = list(self._evaluations(checkpoint, view))
+        found = list(self.tested(checkpoint, view).values())
         if not found:
             return None
         table: dict[str, Value | None] = {}
@@ -81,14 +81,28 @@ class Group:
 
     def per_class(self, checkpoint: str = "last", view: str = "plain") -> list[Value]:
         """Test accuracy of every class in %, empty without finished runs."""
-        per_class = [groups["per_class"] for groups in self._evaluations(checkpoint, view)]
+        per_class = [groups["per_class"] for groups in self.tested(checkpoint, view).values()]
         return [mean_and_std(accuracies) for accuracies in zip(*per_class)]
 
-    def _evaluations(self, checkpoint: str, view: str) -> Iterator[dict[str, Any]]:
+    def tested(self, checkpoint: str, view: str) -> dict[Any, dict[str, Any]]:
+        """Seed -> a group dictionary of run_directory.py, for the runs that have one."""
+        found = {}
         for run in self.finished:
             evaluation = (run.result or {})[checkpoint]
             if evaluation is not None:
-                yield evaluation[view]
+                found[run.config.get("seed")] = evaluation[view]
+        return found
+
+    def confusion(self, checkpoint: str = "last", view: str = "plain") -> list[list[int]] | None:
+        """(K, K): test images of a class taken for each, over the seeds that recorded it."""
+        recorded = [
+            read_confusion(groups["confusion"])
+            for groups in self.tested(checkpoint, view).values()
+            if "confusion" in groups
+        ]
+        if not recorded:
+            return None
+        return [[sum(cells) for cells in zip(*rows)] for rows in zip(*recorded)]
 
     def curve(self, key: str) -> list[tuple[int, float, float | None]]:
         """(epoch, mean, std over seeds) of a number in the log, for epochs that all runs have."""
@@ -118,6 +132,16 @@ class Section:
     data: dict[str, Any]
     counts: list[int] | None
     groups: list[Group]
+
+    @property
+    def class_names(self) -> list[str]:
+        """As a run recorded them, or else the classes' numbers; empty while no run is finished."""
+        for group in self.finished:
+            for run in group.finished:
+                names = (run.result or {}).get("class_names")
+                if isinstance(names, list) and len(names) == len(self.counts or ()):
+                    return [str(name) for name in names]
+        return [str(k) for k in range(len(self.counts or ()))]
 
     @property
     def dataset(self) -> str:
@@ -241,6 +265,8 @@ def _checked_result(result: Any) -> dict[str, Any]:
                 raise ValueError(
                     f"it has {len(counts)} class counts and {len(groups['per_class'])} accuracies"
                 )
+            if "confusion" in groups and len(read_confusion(groups["confusion"])) != len(counts):
+                raise ValueError(f"it has {len(counts)} class counts and other confusions")
             for number in (*groups["per_class"], *(groups[column] for column in COLUMNS)):
                 if not isinstance(number, (int, float, type(None))):
                     raise TypeError(f"an accuracy is {number!r}")
@@ -352,23 +378,6 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def baseline(group: Group, groups: Sequence[Group]) -> Group | None:
-    """The finished SGD group that differs from `group` in the fewest settings; None without one.
-
-    It trains with the same method; an SGD group itself has none.
-    """
-    if group.config.get("optimizer") == "sgd":
-        return None
-    same = [
-        other
-        for other in groups
-        if other.config.get("optimizer") == "sgd"
-        and other.config.get("method") == group.config.get("method")
-        and other.finished
-    ]
-    return min(same, key=lambda other: len(differences([group, other])), default=None)
 
 
 class Family(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from .comparison import Group, baseline
+from .comparison import Group
+from .pairs import baseline
 
 
 class Cost(NamedTuple):

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="also write one HTML page with the pictures, which needs no "
                         "network")  # fmt: skip
+    parser.add_argument("--tables", type=Path, metavar="DIR",
+                        help="also write every table as CSV and JSON, of every class and, where "
+                        "it is recorded, of what was taken for what too")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -33,11 +36,21 @@ def main(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .comparison import compare
-    from .table import print_comparison
+    from .terminal import print_comparison
 
     comparison = compare(args.runs)
     console = Console()
     print_comparison(console, comparison)
+    if args.tables is not None:
+        from .tables import write_tables
+
+        try:
+            written = write_tables(comparison, args.tables)
+        except OSError as error:
+            return _refuse(
+                f"--tables is '{args.tables}', which cannot be written: {error.strerror}"
+            )
+        console.print(f"Tables: {len(written)} files in {args.tables}", highlight=False)
     if args.out is not None and comparison.sections:
         from .page import page
 

@@ -2,39 +2,52 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
-import io
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..analysis.figures import lines_figure, planes_figure, spectrum_figure
-from ..metrics import COLUMNS, accuracy_cell
-from .comparison import CHECKPOINTS, ComparedRun, Comparison, Group, Section, differences
+from .comparison import Comparison, Section
 from .figures import (
-    ablation_figures,
-    cost_figure,
-    curves_figure,
-    gain_figure,
-    groups_figure,
+    Chart,
+    Panel,
+    ablation_charts,
+    confusion_chart,
+    cost_chart,
+    curves_chart,
+    gain_chart,
+    groups_chart,
     styles,
 )
-from .paper_results import SETTING
-from .table import NOTES, AccuracyRow, accuracy_rows, meaning, paper_text, titles
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .svg import drawing, key, svg, variables
+from .tables import INTERVAL, DataTable, section_tables
 
 TITLE = "Comparison of training runs"
-VIEW_NAMES = {"plain": "images as they are", "flip": "flip average"}
+# Tables before the pictures; the others follow them.
+FIRST = ("settings", "accuracy-", "difference-")
+LAST = "images as they are, last epoch"
 
 
 class Picture(NamedTuple):
-    """An SVG element and what it shows."""
+    """Panels, each a heading and an SVG element, under one legend of (key, name)."""
 
-    svg: str
+    heading: str
     caption: str
+    panels: list[tuple[str, str]]
+    legend: list[tuple[str, str]]
+    wide: bool = False  # too wide for a phone, which scrolls it
+
+
+class Link(NamedTuple):
+    """A file that the page holds."""
+
+    file: str
+    kind: str
+    address: str
 
 
 def page(comparison: Comparison) -> str:
@@ -45,128 +58,129 @@ def page(comparison: Comparison) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    with drawing():
+        sections = [_section(section, i) for i, section in enumerate(comparison.sections, 1)]
     return environment.get_template("page.html").render(
         title=TITLE,
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=version("imbsam-fast"),
         faults=comparison.faults,
-        sections=[_section(section, i) for i, section in enumerate(comparison.sections)],
-        meaning=meaning(comparison.sections),
-        paper_setting=SETTING,
+        sections=sections,
+        light=variables(dark=False),
+        dark=variables(dark=True),
     )
 
 
-def _section(section: Section, index: int) -> dict[str, Any]:
+def _section(section: Section, number: int) -> dict[str, Any]:
+    name = f"data-{number}"
+    tables = section_tables(section)
     return {
+        "id": name,
         "title": section.title,
-        "tables": list(_tables(section)),
-        "pictures": list(_pictures(section, f"section{index}")),
-        "differences": differences(section.groups),
-        "labels": [group.label for group in section.groups],
-        "runs": [_run(group, run) for group in section.groups for run in group.runs],
+        "first": [_table(t, number) for t in tables if t.name.startswith(FIRST)],
+        "rest": [_table(t, number) for t in tables if not t.name.startswith(FIRST) and t.shown],
+        "files": [(t.caption, _links(t, number)) for t in tables if not t.shown],
+        "pictures": list(_pictures(section, name)),
     }
 
 
-def _tables(section: Section) -> Iterator[dict[str, Any]]:
-    for checkpoint in CHECKPOINTS:
-        rows = accuracy_rows(section, checkpoint)
-        if not rows:
-            continue
-        has_paper = any(row.paper for row in rows)
-        yield {
-            "note": NOTES[checkpoint],
-            "views": [
-                *(VIEW_NAMES[view] for view in section.views),
-                *(["the paper's"] if has_paper else []),
-            ],
-            "columns": [title.split("\n") for title in titles(section.borders).values()],
-            "has_paper": has_paper,
-            "rows": [
-                {
-                    "label": row.group.label,
-                    "seeds": len(row.group.finished),
-                    "cost": row.cost.texts(),
-                    "cells": _cells(row, has_paper),
-                }
-                for row in rows
-            ],
-        }
+def _table(table: DataTable, section: int) -> dict[str, Any]:
+    """Headings over several columns are counted: (text, columns), "" where there is none."""
+    over: list[list[Any]] = []
+    for column in table.columns:
+        if over and column.over and over[-1][0] == column.over:
+            over[-1][1] += 1
+        else:
+            over.append([column.over, 1])
+    return {
+        "id": f"data-{section}-{table.name}",
+        "name": table.name,
+        "caption": table.caption,
+        "columns": table.columns,
+        "over": over if any(text for text, _ in over) else [],
+        "rows": table.rows,
+        "notes": table.notes,
+        "links": _links(table, section),
+    }
 
 
-def _cells(row: AccuracyRow, has_paper: bool) -> list[dict[str, Any]]:
-    """By view and then by column, the paper's last."""
-    own = [accuracy_cell(table[column]) for table in row.views.values() for column in COLUMNS]
-    papers = [paper_text(row.paper, column) for column in COLUMNS] if has_paper else []
-    return [{"text": cell, "paper": False} for cell in own] + [
-        {"text": cell, "paper": True} for cell in papers
+def _links(table: DataTable, section: int) -> list[Link]:
+    media = {"csv": "text/csv", "json": "application/json"}
+    return [
+        Link(file, kind.upper(), _address(text, media[kind]))
+        for file, text in table.files(section).items()
+        for kind in [file.rpartition(".")[2]]
     ]
 
 
-def _run(group: Group, run: ComparedRun) -> dict[str, Any]:
-    last = run.log[-1] if run.log else {}
-    result = run.result or {}
-    environment = result.get("environment") or {}
-
-    def number(value: Any, form: str) -> str:
-        return format(value, form) if isinstance(value, (int, float)) else "-"
-
-    seconds = result.get("seconds")
-    return {
-        "label": group.label,
-        "seed": run.config.get("seed", "-"),
-        "epochs": (result.get("last") or last).get("epoch", 0),
-        "accuracy": number(last.get("train_accuracy"), ".1f"),
-        "loss": number(last.get("loss"), ".4f"),
-        "hours": number(seconds / 3600 if seconds is not None else None, ".2f"),
-        "skipped": number(result.get("skipped_images"), "d"),
-        "commit": str(environment.get("git_commit") or "-")[:12],
-        "path": str(run.path),
-    }
+def _address(text: str, media: str) -> str:
+    return f"data:{media};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def _pictures(section: Section, name: str) -> Iterator[tuple[str, list[Picture]]]:
-    """(heading, pictures) for what the section's runs have."""
-    if figure := groups_figure(section):
-        caption = "Test accuracy by group of classes; bars are one standard deviation over seeds."
-        yield "Accuracy by group", [_svg(figure, f"{name}-groups", caption)]
-    if figure := cost_figure(section):
-        caption = (
-            "Test accuracy against the time of an epoch in epochs of SGD, images as they are, last "
-            "epoch; bars are one standard deviation over seeds. Up and to the left is better."
-        )
-        yield "Accuracy against cost", [_svg(figure, f"{name}-cost", caption)]
-    if figure := gain_figure(section):
-        caption = (
-            "Test accuracy of every class minus that of SGD, means over the seeds, images as "
-            "they are, last epoch (as Fig. 2 of the paper)."
-        )
-        yield "Gain over SGD by class", [_svg(figure, f"{name}-gain", caption)]
-    ablations = [
-        _svg(
-            figure,
-            f"{name}-ablation{i}",
-            f"{label}: test accuracy against rho and eta, images as they are, last epoch (as "
-            "Fig. 4 of the paper); bars are one standard deviation over seeds.",
-        )
-        for i, (label, figure) in enumerate(ablation_figures(section).items())
-    ]
-    if ablations:
-        yield "Accuracy against rho and eta", ablations
-    if figure := curves_figure(section):
-        caption = "Means over the seeds against the epoch; bands are one standard deviation."
-        yield "Training curves", [_svg(figure, f"{name}-curves", caption)]
+def _pictures(section: Section, name: str) -> Iterator[Picture]:
+    """For what the section's runs have."""
+    std = "bars are one standard deviation over the seeds"
+    charts = (
+        ("Accuracy by group of classes", groups_chart(section), f"Test accuracy, {LAST}; {std}."),
+        (
+            "Accuracy against cost",
+            cost_chart(section),
+            "Test accuracy against the time of a step in steps of SGD (medians of whole epochs), "
+            f"{LAST}; {std}. Up and to the left is better; the dashed line joins what nothing "
+            "beats in both.",
+        ),
+        (
+            "Gain over SGD by class",
+            gain_chart(section),
+            f"Test accuracy of every class minus that of SGD, {LAST} (as Fig. 2 of the paper); "
+            f"bars are the {INTERVAL}.",
+        ),
+        (
+            "What is taken for what",
+            confusion_chart(section),
+            f"Of each class's test images, the share in % that was taken for each class, {LAST}, "
+            "all seeds that recorded it. The diagonal is what is right.",
+        ),
+        *(
+            (
+                f"Accuracy against rho and eta: {label}",
+                chart,
+                f"Test accuracy, {LAST} (as Fig. 4 of the paper); {std}.",
+            )
+            for label, chart in ablation_charts(section).items()
+        ),
+        (
+            "Training curves",
+            curves_chart(section),
+            "Means over the seeds against the epoch; bands are one standard deviation.",
+        ),
+    )
+    for heading, chart, caption in charts:
+        if chart is not None:
+            yield _picture(heading, chart, caption, name)
     yield from _analyses(section, name)
 
 
-def _analyses(section: Section, name: str) -> Iterator[tuple[str, list[Picture]]]:
+def _picture(heading: str, chart: Chart, caption: str, name: str, wide: bool = False) -> Picture:
+    place = f"{name}-{re.sub('[^a-z0-9]+', '-', heading.lower())}"
+    panels = [
+        (panel.title, svg(panel.figure, f"{place}-{i}", f"{heading}: {panel.title}"))
+        for i, panel in enumerate(chart.panels)
+    ]
+    legend = [(key(style), label) for label, style in chart.legend.items()]
+    return Picture(heading, caption, panels, legend, wide)
+
+
+def _analyses(section: Section, name: str) -> Iterator[Picture]:
     """Hessians and landscapes of the first run of each group that has one."""
     looks = styles(section.groups)
-    for kind, draw in (("hessian", _hessian_pictures), ("landscape", _landscape_pictures)):
+    for kind, draw in (("hessian", _hessian), ("landscape", _landscapes)):
         files = dict.fromkeys(
             file
             for group in section.groups
@@ -180,31 +194,30 @@ def _analyses(section: Section, name: str) -> Iterator[tuple[str, list[Picture]]
                 for group in section.groups
                 if any(file in run.analyses for run in group.runs)
             }
-            yield draw(found, looks, f"{name}-{file}")
+            heading, chart, caption = draw(found, looks)
+            yield _picture(heading, chart, caption, f"{name}-{file}", wide=True)
 
 
-def _hessian_pictures(
-    analyses: dict[str, dict[str, Any]], looks: Any, name: str
-) -> tuple[str, list[Picture]]:
+def _hessian(analyses: dict[str, dict[str, Any]], looks: Any) -> tuple[str, Chart, str]:
     first = next(iter(analyses.values()))
     caption = (
         "Spectral density of the Hessian of the mean training loss, its largest eigenvalue and "
         f"its trace with the standard error (as Fig. 3 of the paper). {_describe(analyses)}"
     )
-    figure = spectrum_figure(analyses, looks)
-    return f"Hessian on {first['classes']} classes", [_svg(figure, name, caption)]
+    panel = Panel("Spectral density", spectrum_figure(analyses, looks))
+    return f"Hessian on {first['classes']} classes", Chart([panel], {}), caption
 
 
-def _landscape_pictures(
-    analyses: dict[str, dict[str, Any]], looks: Any, name: str
-) -> tuple[str, list[Picture]]:
-    about = f"filter-normalised random directions (as Fig. 1 of the paper). {_describe(analyses)}"
-    lines = lines_figure(analyses, looks)
-    planes = planes_figure(analyses)
-    return "Loss landscapes", [
-        _svg(lines, f"{name}-line", f"Loss along one of the {about}"),
-        _svg(planes, f"{name}-plane", f"Loss over two {about}"),
+def _landscapes(analyses: dict[str, dict[str, Any]], looks: Any) -> tuple[str, Chart, str]:
+    caption = (
+        "Loss along one and over two filter-normalised random directions (as Fig. 1 of the "
+        f"paper). {_describe(analyses)}"
+    )
+    panels = [
+        Panel("Along one direction", lines_figure(analyses, looks)),
+        Panel("Over two directions", planes_figure(analyses)),
     ]
+    return "Loss landscapes", Chart(panels, {}), caption
 
 
 def _describe(analyses: dict[str, dict[str, Any]]) -> str:
@@ -213,15 +226,3 @@ def _describe(analyses: dict[str, dict[str, Any]]) -> str:
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return " ".join(f"{label}: {about}" for label, about in texts.items())
-
-
-def _svg(figure: Figure, name: str, caption: str) -> Picture:
-    """`name` is unique in the page: ids inside SVG elements are shared by the whole document."""
-    import matplotlib
-
-    file = io.StringIO()
-    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(file, format="svg", metadata=no_metadata)
-    svg = file.getvalue()
-    return Picture(svg[svg.index("<svg") :], caption)

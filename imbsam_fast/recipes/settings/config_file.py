@@ -35,7 +35,7 @@ def read_arguments(
                 f"'{file}' has the unknown key {key!r}, expected one of "
                 f"{', '.join(sorted(options))}"
             )
-    words = [word for key, value in values.items() for word in _words(key, value)]
+    words = [word for key, value in values.items() for word in option_words(key, value)]
     parsed = vars(parser.parse_args(words))
     return {key: parsed[key] for key in values}
 
@@ -78,7 +78,7 @@ def _parse_toml(text: str) -> Any:
     return tomllib.loads(text)
 
 
-def _words(key: str, value: Any) -> list[str]:
+def option_words(key: str, value: Any) -> list[str]:
     """A setting as it would stand on the command line."""
     option = f"--{key.replace('_', '-')}"
     if isinstance(value, bool):

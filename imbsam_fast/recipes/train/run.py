@@ -111,10 +111,11 @@ def _validate(training: ImageTraining, row: dict[str, Any], between: Callable[[]
 
 
 def _test(
-    training: ImageTraining, images: Images, between: Callable[[], None]
+    training: ImageTraining, images: Images, between: Callable[[], None], confusion: bool = False
 ) -> dict[str, dict[str, Any]]:
-    borders, ranks = training.config.group_borders, training.ranks
-    return evaluate(training.model, images, training.data.counts, borders, ranks, between)
+    counts, borders = training.data.counts, training.config.group_borders
+    ranks = training.ranks
+    return evaluate(training.model, images, counts, borders, ranks, between, confusion)
 
 
 def _result(
@@ -127,11 +128,11 @@ def _result(
     data = training.data
     data.train.close()
     log = directory.log()
-    last = {"epoch": training.epoch, **_test(training, data.test, between)}
+    last = {"epoch": training.epoch, **_test(training, data.test, between, True)}
     best = None
     if directory.has_checkpoint(best=True):
         training.load_state_dict(directory.load_checkpoint(best=True))
-        best = {"epoch": training.epoch, **_test(training, data.test, between)}
+        best = {"epoch": training.epoch, **_test(training, data.test, between, True)}
     return {
         "class_counts": data.counts,
         "class_names": data.class_names,
