@@ -16,6 +16,7 @@
 #include "cuda/tiles.h"
 #include "imbsam.h"
 #include "lists.h"
+#include "losses.h"
 #include "phases.h"
 #include "slots.h"
 #include "tensors.h"
@@ -147,52 +148,6 @@ bool grad_check(int dtype, const Sizes& numel, const Pointers& g_h,
   return cpu::grad_check(lists.table(), in(g_h), in(g_p), (double*)pointer(partials), threads);
 }
 
-CrossEntropySettings checked(const char* op, int dtype, int64_t rows, int64_t classes,
-                             int64_t row_stride, double label_smoothing, int64_t ignore_index,
-                             std::initializer_list<std::pair<const char*, uintptr_t>> pointers) {
-  IMBSAM_CHECK(dtype >= 0 && dtype <= 3, op << ": dtype is " << dtype << ", expected 0 to 3");
-  IMBSAM_CHECK(rows >= 0 && classes > 0, op << ": logits is (" << rows << ", " << classes
-                                            << "), expected (N, K) with K > 0");
-  IMBSAM_CHECK(row_stride >= 0, op << ": row_stride is " << row_stride << ", expected >= 0");
-  for (const auto& [name, address] : pointers)
-    IMBSAM_CHECK(address || rows == 0, op << ": " << name << " is a null pointer");
-  return {rows, classes, row_stride, label_smoothing, ignore_index};
-}
-
-void split_cross_entropy(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
-                         uintptr_t logits, uintptr_t targets, uintptr_t plain, uintptr_t sharp,
-                         uintptr_t class_weight, double label_smoothing, int64_t ignore_index,
-                         std::optional<double> batch_size, uintptr_t head, uintptr_t tail,
-                         uintptr_t b, uintptr_t lse, int threads) {
-  const auto settings =
-      checked("split_cross_entropy", dtype, rows, classes, row_stride, label_smoothing,
-              ignore_index,
-              {{"logits", logits}, {"targets", targets}, {"plain", plain}, {"sharp", sharp},
-               {"head", head}, {"tail", tail}, {"b", b}, {"lse", lse}});
-  cpu::split_cross_entropy((DType)dtype, settings, pointer(logits),
-                           (const int64_t*)pointer(targets),
-                           {pointer(plain), pointer(sharp), pointer(class_weight)},
-                           batch_size.value_or(-1), pointer(head), pointer(tail), pointer(b),
-                           pointer(lse), threads);
-}
-
-void split_cross_entropy_backward(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
-                                  double grad_head, double grad_tail, uintptr_t logits,
-                                  uintptr_t targets, uintptr_t lse, double b, uintptr_t plain,
-                                  uintptr_t sharp, uintptr_t class_weight,
-                                  double label_smoothing, int64_t ignore_index,
-                                  uintptr_t grad_logits, int threads) {
-  const auto settings =
-      checked("split_cross_entropy_backward", dtype, rows, classes, row_stride, label_smoothing,
-              ignore_index,
-              {{"logits", logits}, {"targets", targets}, {"lse", lse}, {"plain", plain},
-               {"sharp", sharp}, {"grad_logits", grad_logits}});
-  cpu::split_cross_entropy_backward((DType)dtype, settings, grad_head, grad_tail, pointer(logits),
-                                    (const int64_t*)pointer(targets), pointer(lse), b,
-                                    {pointer(plain), pointer(sharp), pointer(class_weight)},
-                                    pointer(grad_logits), threads);
-}
-
 double bandwidth(const std::string& kind, bool stream, uintptr_t a, uintptr_t b, uintptr_t c,
                  int64_t numel, int threads) {
   const std::vector<std::string> kinds = {"read", "copy", "triad"};  // cpu::Traffic
@@ -248,8 +203,6 @@ std::optional<std::string> cuda_reason_unavailable() {
   const char* reason = cuda::reason_unavailable();
   return reason ? std::optional<std::string>(reason) : std::nullopt;
 }
-
-cuda::Stream on(int device, uintptr_t stream) { return {device, pointer(stream)}; }
 
 void cuda_squared_norm(int dtype, const Sizes& numel, const Pointers& g_t,
                        const Pointers& theta, uintptr_t partials, int device, uintptr_t stream) {
@@ -319,43 +272,6 @@ void cuda_grad_check(int dtype, const Sizes& numel, const Pointers& g_h,
   IMBSAM_CHECK(found_inf, "grad_check: found_inf is a null pointer");
   cuda::grad_check(lists.table(), in(g_h), in(g_p), (double*)pointer(partials),
                    (float*)pointer(found_inf), on(device, stream));
-}
-
-void cuda_split_cross_entropy(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
-                              uintptr_t logits, uintptr_t targets, uintptr_t plain,
-                              uintptr_t sharp, uintptr_t class_weight, double label_smoothing,
-                              int64_t ignore_index, std::optional<double> batch_size,
-                              uintptr_t losses, uintptr_t head, uintptr_t tail, uintptr_t b,
-                              uintptr_t lse, int device, uintptr_t stream) {
-  const auto settings =
-      checked("split_cross_entropy", dtype, rows, classes, row_stride, label_smoothing,
-              ignore_index,
-              {{"logits", logits}, {"targets", targets}, {"plain", plain}, {"sharp", sharp},
-               {"losses", losses}, {"lse", lse}});
-  IMBSAM_CHECK(head && tail && b, "split_cross_entropy: head, tail or b is a null pointer");
-  cuda::split_cross_entropy((DType)dtype, settings, pointer(logits),
-                            (const int64_t*)pointer(targets),
-                            {pointer(plain), pointer(sharp), pointer(class_weight)},
-                            batch_size.value_or(-1), (double*)pointer(losses), pointer(head),
-                            pointer(tail), pointer(b), pointer(lse), on(device, stream));
-}
-
-void cuda_split_cross_entropy_backward(
-    int dtype, int64_t rows, int64_t classes, int64_t row_stride, uintptr_t grad_head,
-    uintptr_t grad_tail, uintptr_t logits, uintptr_t targets, uintptr_t lse, uintptr_t b,
-    uintptr_t plain, uintptr_t sharp, uintptr_t class_weight, uintptr_t weight_sum,
-    double label_smoothing, int64_t ignore_index, uintptr_t grad_logits, int device,
-    uintptr_t stream) {
-  const auto settings =
-      checked("split_cross_entropy_backward", dtype, rows, classes, row_stride, label_smoothing,
-              ignore_index,
-              {{"logits", logits}, {"targets", targets}, {"lse", lse}, {"b", b},
-               {"plain", plain}, {"sharp", sharp}, {"grad_logits", grad_logits}});
-  cuda::split_cross_entropy_backward(
-      (DType)dtype, settings, pointer(grad_head), pointer(grad_tail), pointer(logits),
-      (const int64_t*)pointer(targets), pointer(lse), pointer(b),
-      {pointer(plain), pointer(sharp), pointer(class_weight)}, (const double*)pointer(weight_sum),
-      pointer(grad_logits), on(device, stream));
 }
 
 void define_cuda(py::module_& module) {
@@ -433,6 +349,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("grad_check", &grad_check, release);
   module.def("split_cross_entropy", &split_cross_entropy, release);
   module.def("split_cross_entropy_backward", &split_cross_entropy_backward, release);
+  module.def("split_soft_cross_entropy", &split_soft_cross_entropy, release);
+  module.def("split_soft_cross_entropy_backward", &split_soft_cross_entropy_backward, release);
   module.def("bandwidth", &bandwidth, release);
   module.def("isas", &isas, "The instruction sets of this build that run here, best last.");
   module.def("isa_in_use", &cpu::isa_in_use);

@@ -144,6 +144,20 @@ void split_cross_entropy_backward(DType, const CrossEntropySettings&, double gra
                                   const void* lse, double b, const ClassWeights&,
                                   void* grad_logits, int threads);
 
+// q: a label distribution for each row, in the arithmetic dtype. row_numbers: six a row, those of
+// lse and, for plain and for sharp, sum_k q_k plain_k w_k, then sum_k q_k plain_k for both.
+// batch_size < 0: count the rows with an element of q that is not 0. bytes: 2 N·K read
+void split_soft_cross_entropy(DType, const CrossEntropySettings&, const void* logits,
+                              const void* q, int64_t q_stride, const ClassWeights&,
+                              double batch_size, void* head, void* tail, void* b,
+                              void* row_numbers, int threads);
+
+// Rows without weight are not read. bytes: 2 N·K read, N·K written
+void split_soft_cross_entropy_backward(DType, const CrossEntropySettings&, double grad_head,
+                                       double grad_tail, const void* logits, const void* q,
+                                       int64_t q_stride, const void* row_numbers, double b,
+                                       const ClassWeights&, void* grad_logits, int threads);
+
 // The machine's memory limit, for benchmarks, on arrays of numel floats. stream: write a past the
 // caches. bytes: read 1n; copy 1n read, 1n written; triad 2n read, 1n written
 enum class Traffic : int {

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .losses import SplitCrossEntropy, SplitLoss, split_loss
+    from .losses import SplitBCEWithLogits, SplitCrossEntropy, SplitLoss, split_loss
     from .optim import ImbSAM, LeanImbSAM
     from .split import ClassSplit
     from .training.batch_norm import frozen_batch_norm_statistics
@@ -17,6 +17,7 @@ __all__ = [
     "ClassSplit",
     "ImbSAM",
     "LeanImbSAM",
+    "SplitBCEWithLogits",
     "SplitCrossEntropy",
     "SplitLoss",
     "StepResult",
@@ -31,6 +32,7 @@ _MODULES = {
     "ClassSplit": "split",
     "ImbSAM": "optim",
     "LeanImbSAM": "optim",
+    "SplitBCEWithLogits": "losses",
     "SplitCrossEntropy": "losses",
     "SplitLoss": "losses",
     "StepResult": "training.plans",

@@ -178,6 +178,22 @@ def logits_and_targets(
     return logits.to(device, dtype), targets.to(device)
 
 
+def distributions(
+    rows: int, classes: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Normal logits (N, K) and label distributions (N, K): mixed, one-hot, dense, and of zeros."""
+    logits, targets = logits_and_targets(rows, classes, dtype)
+    generator = torch.Generator().manual_seed(rows * 10007 + classes)
+    other = targets[torch.randperm(rows, generator=generator)]
+    share = torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    one, two = (torch.nn.functional.one_hot(y, classes).double() for y in (targets, other))
+    q = share * one + (1 - share) * two
+    q[::3] = torch.rand(len(q[::3]), classes, generator=generator).double().softmax(1)
+    q[1::5] = one[1::5]
+    q[4::7] = 0
+    return logits.to(device), q.to(device, arithmetic_dtype(dtype))
+
+
 def class_weights(
     classes: int, dtype: torch.dtype, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor]:

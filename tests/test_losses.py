@@ -293,7 +293,7 @@ def test_scratch_memory_is_on_the_cpu_whatever_the_default_device_is() -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("targets", [torch.ones(3, 4), torch.rand(3), torch.ones(3).bool()])
+@pytest.mark.parametrize("targets", [torch.ones(3, 4, 2), torch.rand(3), torch.ones(3).bool()])
 def test_split_loss_asks_for_labels(targets: Tensor) -> None:
     criterion = split_loss(lambda o, t: ((o - 1) ** 2).mean(1), ClassSplit.all_tail())
     with pytest.raises(ValueError, match=r"targets is .*, expected integer labels \(N,\)"):

@@ -21,7 +21,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from imbsam_fast.kernels import launch, multi_tensor, split_cross_entropy, updates
+from imbsam_fast.kernels import (
+    launch,
+    multi_tensor,
+    soft_cross_entropy,
+    split_cross_entropy,
+    updates,
+)
 from imbsam_fast.ops.reference import arithmetic_dtype
 
 TARGETS = {
@@ -41,6 +47,8 @@ KEEPING = ("perturb_", *updates.UPDATES)
 CROSS_ENTROPY = {
     "row_losses": split_cross_entropy.FORWARD,
     "backward": split_cross_entropy.BACKWARD,
+    "soft_row_losses": split_cross_entropy.FORWARD,
+    "soft_backward": split_cross_entropy.BACKWARD,
 }
 
 CONFIGURATIONS = {
@@ -82,7 +90,20 @@ def cross_entropy_kernels(data: str, weights: str) -> dict[str, tuple[Any, Argum
     row = {"logits": data, "targets": "*i64", "lse": weights, "plain": weights}
     row |= {"sharp": weights, "class_weight": weights, "classes": "i32", "row_stride": "i32"}
     row |= {"label_smoothing": "fp64", "ignore_index": "i32", "SMOOTHED": True}
+    labels = ("targets", "lse", "ignore_index")
+    soft = {name: given for name, given in row.items() if name not in labels}
+    soft |= {"q": weights, "q_stride": "i32", "row_numbers": weights}
     return {
+        "soft_row_losses": (
+            soft_cross_entropy.soft_row_losses_kernel,
+            {**soft, "losses": "*fp64", "rows": "i32"},
+        ),
+        "soft_backward": (
+            soft_cross_entropy.soft_backward_kernel,
+            {**soft, "grad_head": weights, "grad_tail": weights, "b": weights,
+             "weight_sum": "*fp64", "grad_logits": data,
+             "SPAN": split_cross_entropy.BACKWARD_SPAN},
+        ),
         "row_losses": (
             split_cross_entropy.row_losses_kernel,
             {**row, "losses": "*fp64", "rows": "i32"},
@@ -123,6 +144,9 @@ def cases(dtypes: Iterable[torch.dtype]) -> Iterator[tuple[str, tl.dtype, Any, A
         arguments |= {"batch_size": "fp64", "BLOCK": split_cross_entropy.TOTALS_BLOCK}
         kernel = split_cross_entropy.totals_kernel
         yield "totals", arithmetic, kernel, arguments, split_cross_entropy.TOTALS_THREADS
+        soft = {k: v for k, v in arguments.items() if k not in ("targets", "ignore_index")}
+        kernel = soft_cross_entropy.soft_totals_kernel
+        yield "soft_totals", arithmetic, kernel, soft, split_cross_entropy.TOTALS_THREADS
         arguments = {"partials": "*fp64", "scale": f"*{arithmetic.name}", "count": "i32"}
         arguments |= {"rho": "fp64", "ARITHMETIC": arithmetic, "BLOCK": multi_tensor.PARTIALS_BLOCK}
         yield (

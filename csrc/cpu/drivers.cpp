@@ -6,20 +6,14 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "../arithmetic.h"
 #include "../check.h"
-#include "spans.h"
+#include "parallel.h"
 
 namespace imbsam {
 namespace cpu {
 namespace {
-
-// Below this many elements per thread, starting the threads costs more than it saves.
-constexpr int64_t kElementsPerThread = 16384;
 
 // ---------------------------------------------------------------- instruction sets
 
@@ -40,24 +34,13 @@ const Isa*& isa() {
   return in_use;
 }
 
+}  // namespace
+
 const Spans& spans_for(DType dtype) { return isa()->spans[(int)dtype]; }
 
-// ---------------------------------------------------------------- threads
+namespace {
 
-// Runs body(thread, threads) in one parallel region.
-template <class Body>
-void parallel(int threads, int64_t elements, Body body) {
-  const int64_t useful = std::max<int64_t>(1, elements / kElementsPerThread);
-  threads = (int)std::min<int64_t>(std::max(threads, 1), useful);
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
-#endif
-  body(0, 1);
-}
+// ---------------------------------------------------------------- threads
 
 // The flattened element range of one thread; boundaries on multiples of a cache line's floats.
 struct Share {
@@ -239,120 +222,6 @@ bool grad_check(const Table& table, const void* const* g_h, const void* const* g
     finite[thread] = all_finite;
   });
   return std::all_of(finite.begin(), finite.end(), [](char f) { return f; });
-}
-
-// ---------------------------------------------------------------- the loss
-
-namespace {
-
-// The class weights of a call, read as doubles.
-class RowWeights {
- public:
-  RowWeights(DType dtype, const CrossEntropySettings& settings, const ClassWeights& weights)
-      : spans_(spans_for(dtype == DType::float64 ? DType::float64 : DType::float32)),
-        settings_(settings),
-        weights_(weights) {
-    if (settings.label_smoothing == 0) return;
-    smooth_ = settings.label_smoothing / (double)settings.classes;
-    for (int64_t k = 0; k < settings.classes; ++k) smooth_sum_ += smooth_ * class_weight(k);
-  }
-
-  double plain(int64_t y) const { return spans_.element(weights_.plain, y); }
-  double sharp(int64_t y) const { return spans_.element(weights_.sharp, y); }
-  double hard(int64_t y) const { return (1 - settings_.label_smoothing) * class_weight(y); }
-  double smooth() const { return smooth_; }          // s / K
-  double smooth_sum() const { return smooth_sum_; }  // s / K sum_k w_k
-
-  // In the arithmetic dtype, as the logits' gradient and lse are.
-  double read(const void* x, int64_t i) const { return spans_.element(x, i); }
-
- private:
-  double class_weight(int64_t k) const {
-    return weights_.class_weight ? spans_.element(weights_.class_weight, k) : 1.0;
-  }
-
-  const Spans& spans_;
-  const CrossEntropySettings& settings_;
-  const ClassWeights& weights_;
-  double smooth_ = 0, smooth_sum_ = 0;
-};
-
-void write(DType dtype, void* x, int64_t i, double value) {
-  if (dtype == DType::float64)
-    ((double*)x)[i] = value;
-  else
-    ((float*)x)[i] = (float)value;
-}
-
-}  // namespace
-
-void split_cross_entropy(DType dtype, const CrossEntropySettings& s, const void* logits,
-                         const int64_t* targets, const ClassWeights& class_weights,
-                         double batch_size, void* head, void* tail, void* b, void* lse,
-                         int threads) {
-  for (int64_t i = 0; i < s.rows; ++i)
-    if (targets[i] != s.ignore_index && (targets[i] < 0 || targets[i] >= s.classes))
-      throw std::out_of_range("targets[" + std::to_string(i) + "] is " +
-                              std::to_string(targets[i]) + ", expected 0 to " +
-                              std::to_string(s.classes - 1) + " or ignore_index " +
-                              std::to_string(s.ignore_index));
-  const Spans& spans = spans_for(dtype);
-  const RowWeights weights(dtype, s, class_weights);
-  std::vector<double> losses(s.rows, 0.0);
-  parallel(threads, s.rows * s.classes, [&](int thread, int count) {
-    for (int64_t i = s.rows * thread / count; i < s.rows * (thread + 1) / count; ++i) {
-      const char* z = (const char*)logits + i * s.row_stride * size_of(dtype);
-      const RowSums row =
-          spans.row_sums(z, s.classes, class_weights.class_weight, weights.smooth() > 0);
-      write(dtype, lse, 2 * i, row.max);
-      write(dtype, lse, 2 * i + 1, row.log_sum);
-      if (targets[i] == s.ignore_index) continue;
-      losses[i] = weights.hard(targets[i]) *
-                  (row.max - spans.element(z, targets[i]) + row.log_sum);
-      if (weights.smooth() > 0)
-        losses[i] += weights.smooth_sum() * row.log_sum - weights.smooth() * row.weighted_sum;
-    }
-  });
-  double head_sum = 0, tail_sum = 0, counted = 0;
-  for (int64_t i = 0; i < s.rows; ++i) {  // in one order, whatever the number of threads
-    if (targets[i] == s.ignore_index) continue;
-    counted += 1;
-    // A row that carries no weight counts nothing whatever its loss is.
-    const double plain = weights.plain(targets[i]), sharp = weights.sharp(targets[i]);
-    if (plain != 0) head_sum += plain * losses[i];
-    if (sharp != 0) tail_sum += sharp * losses[i];
-  }
-  const double divisor = batch_size < 0 ? counted : batch_size;
-  write(dtype, head, 0, head_sum / std::max(divisor, 1.0));
-  write(dtype, tail, 0, tail_sum / std::max(divisor, 1.0));
-  write(dtype, b, 0, divisor);
-}
-
-void split_cross_entropy_backward(DType dtype, const CrossEntropySettings& s, double grad_head,
-                                  double grad_tail, const void* logits, const int64_t* targets,
-                                  const void* lse, double b, const ClassWeights& class_weights,
-                                  void* grad_logits, int threads) {
-  const Spans& spans = spans_for(dtype);
-  const RowWeights weights(dtype, s, class_weights);
-  const int64_t size = size_of(dtype);
-  parallel(threads, s.rows * s.classes, [&](int thread, int count) {
-    for (int64_t i = s.rows * thread / count; i < s.rows * (thread + 1) / count; ++i) {
-      char* dz = (char*)grad_logits + i * s.classes * size;
-      const int64_t y = targets[i];
-      double row = 0;
-      if (y != s.ignore_index)
-        row = (grad_head * weights.plain(y) + grad_tail * weights.sharp(y)) / std::max(b, 1.0);
-      if (row == 0) {
-        std::fill(dz, dz + s.classes * size, 0);
-        continue;
-      }
-      spans.softmax_gradient((const char*)logits + i * s.row_stride * size, dz, s.classes,
-                             weights.read(lse, 2 * i), weights.read(lse, 2 * i + 1),
-                             row * (weights.hard(y) + weights.smooth_sum()),
-                             row * weights.smooth(), class_weights.class_weight, y,
-                             row * weights.hard(y));
-    }
-  });
 }
 
 // ---------------------------------------------------------------- the machine

@@ -170,6 +170,84 @@ void softmax_gradient(const void* z_, void* dz_, int64_t classes, double max_, d
   dz[y] = at_y[0];
 }
 
+template <class T>
+SoftSums soft_sums(const void* z_, const void* q_, const void* plain_, const void* sharp_,
+                   const void* w_, int64_t classes, double max_) {
+  typedef typename Lanes<T>::S S;
+  const T* z = (const T*)z_;
+  const S *q = (const S*)q_, *w = (const S*)w_;
+  const S* parts[2] = {(const S*)plain_, (const S*)sharp_};
+  const S max = (S)max_;
+  Sum dot[2] = {}, weighted[2] = {}, mass[2] = {}, labels = {};
+  // 16 elements at these places; padded ones have q = 0.
+  const auto add = [&](const T* z16, const S* q16, const S* const (&p16)[2], const S* w16) {
+    const auto read = [&](const S* from) {
+      return widened<S>([&](int j) { return load(from + j); });
+    };
+    const Sum x = widened<T>([&](int j) { return load(z16 + j) - max; });
+    const Sum label = read(q16);
+    const Sum weight = w16 ? read(w16) : Sum{};
+    for (int part = 0; part < 2; ++part) {
+      const Sum of_class = read(p16[part]);
+      for (int v = 0; v < kSumVectors; ++v) {
+        VecD share = label.lanes[v] * of_class.lanes[v];
+        mass[part].lanes[v] += share;
+        if (w16) share *= weight.lanes[v];
+        weighted[part].lanes[v] += share;
+        const VecD product = share * x.lanes[v];
+        // Without a share a class counts nothing whatever its logit is.
+        dot[part].lanes[v] += share > 0.0 ? product : VecD{};
+      }
+    }
+    for (int v = 0; v < kSumVectors; ++v) labels.lanes[v] += label.lanes[v];  // none is negative
+  };
+  int64_t i = 0;
+  for (; i + kSumLanes <= classes; i += kSumLanes)
+    add(z + i, q + i, {parts[0] + i, parts[1] + i}, w ? w + i : nullptr);
+  if (i < classes) {
+    T last_z[kSumLanes] = {};
+    S last[4][kSumLanes] = {};
+    copy(last_z, z + i, classes - i);
+    copy(last[0], q + i, classes - i);
+    for (int part = 0; part < 2; ++part) copy(last[1 + part], parts[part] + i, classes - i);
+    if (w) copy(last[3], w + i, classes - i);
+    add(last_z, last[0], {last[1], last[2]}, w ? last[3] : nullptr);
+  }
+  return {{total(dot[0]), total(dot[1])},
+          {total(weighted[0]), total(weighted[1])},
+          {total(mass[0]), total(mass[1])},
+          total(labels) != 0};
+}
+
+template <class T>
+void soft_gradient(const void* z_, const void* q_, const void* v_, const void* w_, void* dz_,
+                   int64_t classes, double max_, double log_sum_, double soft_, double smooth_) {
+  typedef typename Lanes<T>::S S;
+  constexpr int lanes = Lanes<T>::kLanes;
+  const T* z = (const T*)z_;
+  T* dz = (T*)dz_;
+  const S *q = (const S*)q_, *v = (const S*)v_, *w = (const S*)w_;
+  const S max = (S)max_, log_sum = (S)log_sum_, soft = (S)soft_, smooth = (S)smooth_;
+  const auto gradient = [&](const T* p, const S* label, const S* of_label, const S* weight) {
+    const auto g = exp_(load(p) - max - log_sum) * soft - load(label) * load(of_label);
+    if (smooth == 0) return g;
+    return weight ? g - load(weight) * smooth : g - smooth;
+  };
+  int64_t i = 0;
+  for (; i + lanes <= classes; i += lanes)
+    store(dz + i, gradient(z + i, q + i, v + i, w ? w + i : nullptr));
+  if (i < classes) {
+    T last[lanes] = {};
+    S label[lanes] = {}, of_label[lanes] = {}, weight[lanes] = {};
+    copy(last, z + i, classes - i);
+    copy(label, q + i, classes - i);
+    copy(of_label, v + i, classes - i);
+    if (w) copy(weight, w + i, classes - i);
+    store(last, gradient(last, label, of_label, w ? weight : nullptr));
+    copy(dz + i, last, classes - i);
+  }
+}
+
 // ---------------------------------------------------------------- the machine's limit
 
 // Several sums side by side, so that memory and not the latency of an addition is the limit.
@@ -233,7 +311,8 @@ bool supported() {
 template <class T, int... kIndices>
 constexpr Spans spans(Indices<kIndices...>) {
   return {squared_norm<T>, perturb_<T>, {update_<T, (Base)kIndices>...}, merge_<T>,
-          grad_check<T>,   row_sums<T>, softmax_gradient<T>,             element<T>};
+          grad_check<T>,   row_sums<T>, softmax_gradient<T>,             soft_sums<T>,
+          soft_gradient<T>, element<T>};
 }
 
 template <class T>

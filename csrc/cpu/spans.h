@@ -17,6 +17,14 @@ struct RowSums {
   double weighted_sum;  // sum_k w_k (z_k - max)
 };
 
+// What a label distribution q makes of a row, for plain [0] and sharp [1]: with a_k = q_k plain_k
+struct SoftSums {
+  double dot[2];       // sum_k a_k w_k (z_k - max)
+  double weighted[2];  // sum_k a_k w_k
+  double mass[2];      // sum_k a_k
+  bool counted;        // whether any q_k is not 0
+};
+
 // One span of the lists of an update, n elements; null: absent.
 struct UpdateSpan {
   void* theta;
@@ -44,6 +52,12 @@ struct Spans {
   // dz_k = soft exp(z_k - max - log_sum) - smooth w_k - (k = y ? hard : 0)
   void (*softmax_gradient)(const void* z, void* dz, int64_t classes, double max, double log_sum,
                            double soft, double smooth, const void* w, int64_t y, double hard);
+  // w null: 1 for every class.
+  SoftSums (*soft_sums)(const void* z, const void* q, const void* plain, const void* sharp,
+                        const void* w, int64_t classes, double max);
+  // dz_k = soft exp(z_k - max - log_sum) - q_k v_k - smooth w_k
+  void (*soft_gradient)(const void* z, const void* q, const void* v, const void* w, void* dz,
+                        int64_t classes, double max, double log_sum, double soft, double smooth);
   double (*element)(const void* x, int64_t i);
 };
 

@@ -161,6 +161,44 @@ def split_cross_entropy_backward(
     grad_logits: int,
     threads: int,
 ) -> None: ...
+def split_soft_cross_entropy(
+    dtype: int,
+    rows: int,
+    classes: int,
+    row_stride: int,
+    logits: int,
+    q: int,
+    q_stride: int,
+    plain: int,
+    sharp: int,
+    class_weight: int,
+    label_smoothing: float,
+    batch_size: float | None,
+    head: int,
+    tail: int,
+    b: int,
+    row_numbers: int,
+    threads: int,
+) -> None: ...
+def split_soft_cross_entropy_backward(
+    dtype: int,
+    rows: int,
+    classes: int,
+    row_stride: int,
+    grad_head: float,
+    grad_tail: float,
+    logits: int,
+    q: int,
+    q_stride: int,
+    row_numbers: int,
+    b: float,
+    plain: int,
+    sharp: int,
+    class_weight: int,
+    label_smoothing: float,
+    grad_logits: int,
+    threads: int,
+) -> None: ...
 def bandwidth(
     kind: str, stream: bool, a: int, b: int, c: int, numel: int, threads: int
 ) -> float: ...

@@ -13,6 +13,7 @@ from .operators import (
     split_cross_entropy,
     squared_norm,
 )
+from .soft_targets import split_soft_cross_entropy
 from .updates import (
     adam_update_,
     check_adam_update,
@@ -34,6 +35,7 @@ __all__ = [
     "rmsprop_update_",
     "sgd_update_",
     "split_cross_entropy",
+    "split_soft_cross_entropy",
     "squared_norm",
     "use_backend",
 ]

@@ -277,3 +277,52 @@ def split_cross_entropy_backward(
         torch.get_num_threads(),
     )  # fmt: skip
     return grad_logits
+
+
+def split_soft_cross_entropy(
+    logits: Tensor,
+    q: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    batch_size: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.split_soft_cross_entropy."""
+    (logits, rows), (q, q_rows) = _rows(logits), _rows(q)
+    dtype = arithmetic_dtype(logits.dtype)
+    head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
+    numbers = torch.empty(len(logits), 6, dtype=dtype, device="cpu")
+    plain, sharp = plain.contiguous(), sharp.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    _C.split_soft_cross_entropy(
+        *rows, _pointer(logits), _pointer(q), q_rows[-1], _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), label_smoothing, batch_size, _pointer(head), _pointer(tail),
+        _pointer(b), _pointer(numbers), torch.get_num_threads(),
+    )  # fmt: skip
+    return head, tail, b, numbers
+
+
+def split_soft_cross_entropy_backward(
+    grad_head: Tensor | None,
+    grad_tail: Tensor | None,
+    logits: Tensor,
+    q: Tensor,
+    rows: Tensor,
+    b: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """See reference.split_soft_cross_entropy_backward."""
+    (logits, sizes), (q, q_rows) = _rows(logits), _rows(q)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
+    plain, sharp, rows = plain.contiguous(), sharp.contiguous(), rows.contiguous()
+    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    _C.split_soft_cross_entropy_backward(
+        *sizes, _value(grad_head), _value(grad_tail), _pointer(logits), _pointer(q), q_rows[-1],
+        _pointer(rows), b.item(), _pointer(plain), _pointer(sharp), _pointer(class_weight),
+        label_smoothing, _pointer(grad_logits), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_logits

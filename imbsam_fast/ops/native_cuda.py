@@ -19,6 +19,10 @@ from torch import Tensor
 from ..kernels.arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
 from .native import _C, _chunks, _pointer, _rows, _table, _value
 
+# Label distributions have no CUDA kernel yet: torch's own operations, several times the traffic.
+from .reference_soft import split_soft_cross_entropy as split_soft_cross_entropy
+from .reference_soft import split_soft_cross_entropy_backward as split_soft_cross_entropy_backward
+
 
 def _on(device: torch.device) -> tuple[int, int]:
     """The device and its current stream, as the compiled operations take them."""

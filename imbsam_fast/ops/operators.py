@@ -165,25 +165,40 @@ def _check_cross_entropy(
     logits, targets, plain, sharp, class_weight, label_smoothing, batch_size
 ) -> None:
     op = "split_cross_entropy"
-    if logits.dim() != 2 or logits.dtype not in DTYPES or logits.shape[1] == 0:
-        raise ValueError(
-            f"{op}: logits is {logits.dtype} {tuple(logits.shape)}, expected (N, K) with K > 0 "
-            f"in one of {', '.join(map(str, DTYPES))}"
-        )
+    check_logits(op, logits)
     if targets.dtype != torch.int64 or targets.shape != logits.shape[:1]:
         raise ValueError(
             f"{op}: targets is {targets.dtype} {tuple(targets.shape)}, expected torch.int64 "
             f"({logits.shape[0]},)"
         )
+    check_class_weights(op, logits, plain=plain, sharp=sharp, class_weight=class_weight)
+    if targets.device != logits.device:
+        raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
+    check_loss_settings(op, label_smoothing, batch_size)
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    """Refuse logits that are not (N, K)."""
+    if logits.dim() != 2 or logits.dtype not in DTYPES or logits.shape[1] == 0:
+        raise ValueError(
+            f"{op}: logits is {logits.dtype} {tuple(logits.shape)}, expected (N, K) with K > 0 "
+            f"in one of {', '.join(map(str, DTYPES))}"
+        )
+
+
+def check_class_weights(op: str, logits: Tensor, **weights: Tensor | None) -> None:
+    """Refuse what is not (K,) in the arithmetic dtype beside the logits."""
     expected = (logits.shape[1:], arithmetic_dtype(logits.dtype), logits.device)
-    for name, w in (("plain", plain), ("sharp", sharp), ("class_weight", class_weight)):
+    for name, w in weights.items():
         if w is not None and (w.shape, w.dtype, w.device) != expected:
             raise ValueError(
                 f"{op}: {name} is {w.dtype} {tuple(w.shape)} on {w.device}, expected "
                 f"{expected[1]} {tuple(expected[0])} on {expected[2]}"
             )
-    if targets.device != logits.device:
-        raise ValueError(f"{op}: targets is on {targets.device}, expected {logits.device}")
+
+
+def check_loss_settings(op: str, label_smoothing: float, batch_size: float | None) -> None:
+    """Refuse numbers out of range."""
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing is {label_smoothing!r}, expected 0 to 1")
     check_batch_size(f"{op}: batch_size", batch_size)
@@ -259,7 +274,8 @@ class _SplitCrossEntropy(torch.autograd.Function):
         return _backward(ctx, grad_head, grad_tail, direct=direct)
 
 
-def _refuse_double_backward(ctx, *grads):
+def refuse_double_backward(ctx, *grads):
+    """Say what to take instead."""
     raise RuntimeError(
         "split_cross_entropy cannot be differentiated twice; for second derivatives use "
         "split_loss(functools.partial(F.cross_entropy, reduction='none'), split)"
@@ -270,5 +286,5 @@ torch.library.register_autograd(
     "imbsam_fast::split_cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "imbsam_fast::split_cross_entropy_backward", _refuse_double_backward, lib=LIBRARY
+    "imbsam_fast::split_cross_entropy_backward", refuse_double_backward, lib=LIBRARY
 )

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.arithmetic import CHUNK, advance_, arithmetic_dtype
+from .reference_soft import split_soft_cross_entropy as split_soft_cross_entropy
+from .reference_soft import split_soft_cross_entropy_backward as split_soft_cross_entropy_backward
 
 # Added to the norm so that a zero gradient gives a zero step (the authors' released code).
 NORM_GUARD = 1e-16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..losses import LABELS, is_labels
 from ..optim import ImbSAM
 from ..optim.around_base import wraps_imbsam
+from ..optim.lean import check_whole_gradient
+from ..split import ClassSplit
 from ..validation import check_whole_number
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
 from .wrappers import kind_of
@@ -34,6 +38,30 @@ def unwrapped(optimizer: object) -> ImbSAM:
             f"other way round: ImbSAM({name}(base))"
         )
     raise TypeError(f"optimizer is {name}, expected an ImbSAM")
+
+
+def check_criterion(criterion: object) -> None:
+    """Refuse what has no ClassSplit, or cannot be called."""
+    if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
+        raise TypeError(
+            f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
+            "as .split, such as SplitCrossEntropy or what split_loss returns"
+        )
+
+
+def check_lean(
+    grad_scaler: torch.amp.GradScaler | None, max_norm: float | None, group: object, **used: bool
+) -> None:
+    """Refuse what a LeanImbSAM cannot do."""
+    check_whole_gradient(grad_scaler, max_norm)
+    if group is not None:
+        raise ValueError(
+            "model is DistributedDataParallel, expected a model of one process with a "
+            "LeanImbSAM: ranks exchange whole gradients"
+        )
+    for name, value in used.items():
+        if value:
+            raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
 
 
 def check_choices(
@@ -69,20 +97,23 @@ def check_holds_some(optimizer: ImbSAM, model: nn.Module) -> None:
         raise ValueError("optimizer holds no parameter of model, expected those that are trained")
 
 
-def check_batch(inputs: Any, targets: Tensor) -> None:
-    """Refuse targets that are no labels (N,) and inputs without N rows."""
+def check_batch(inputs: Any, targets: Tensor, criterion: object) -> None:
+    """Refuse targets that are no tensor with rows, and inputs without as many.
+
+    The criterion says which targets it takes; one that does not takes labels (N,).
+    """
+    any_kind = hasattr(criterion, "parts")
     if not isinstance(targets, Tensor):
-        raise ValueError(f"targets is {type(targets).__name__}, expected int64 labels (N,)")
-    if targets.dim() != 1 or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets is {targets.dtype} {tuple(targets.shape)}, expected int64 labels (N,)"
-        )
+        raise ValueError(f"targets is {type(targets).__name__}, expected {LABELS}")
+    if targets.dim() == 0 or not (any_kind or is_labels(targets)):
+        raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}, expected {LABELS}")
     if targets.shape[0] == 0:
         raise ValueError("targets is empty, expected at least one row")
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
     if not tensors:
+        instead = "; take dict(inputs)" if isinstance(inputs, Mapping) else ""
         raise ValueError(
-            f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them"
+            f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them{instead}"
         )
     for x in tensors:
         if x.dim() == 0 or x.shape[0] != targets.shape[0]:

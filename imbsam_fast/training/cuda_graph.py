@@ -163,7 +163,8 @@ def _shapes(inputs: Any, targets: Any) -> tuple:
     """What a graph is made for: the layout of every tensor, and all that is no tensor."""
     leaves, structure = pytree.tree_flatten(inputs)
     kinds = [(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-    return (str(structure), *kinds, *(y.shape for y in pytree.tree_leaves(targets)))
+    of_targets = ((y.shape, y.dtype) for y in pytree.tree_leaves(targets))
+    return (str(structure), *kinds, *of_targets)
 
 
 # ---------------------------------------------------------------- of a training step

@@ -41,11 +41,14 @@ class StepResult(NamedTuple):
     loss: Tensor  # () head + tail
     head: Tensor  # ()
     tail: Tensor  # () in a lagged step perhaps at the perturbed weights: see TrainStep
-    logits: Any  # the model's outputs, one row per row of the batch, in its order
+    # The model's outputs, or their entry `TrainStep(logits=...)`: a row for a row of the batch, in
+    # its order.
+    logits: Any
     grad_norm: Tensor | None = None  # () of g_h + g_p, before clipping
     tail_grad_norm: Tensor | None = None  # () of g_t over the perturbed groups, sampled: of g_t^S
     clip_factor: Tensor | None = None  # () what g_h + g_p was multiplied with, at most 1
-    tail_share: float | None = None  # tail rows among the counted rows of this process
+    # Of this process's counted labels, or of their mass in label distributions.
+    tail_share: float | None = None
     perturbed: bool | None = None  # whether the step had a perturbed pass
 
 

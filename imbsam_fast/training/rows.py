@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..losses import parts_of
 from .data_parallel import keep_in_step
 
 
@@ -19,27 +22,19 @@ class Rows(NamedTuple):
     head_rows: int
     tail_rows: int
     counted: int | None  # None: the criterion counts them itself
-    tail_share: float | None = None  # of the counted rows; None where nobody looked
+    tail_share: float | None = None  # see losses.Parts; None where nobody looked
 
 
 def rows_of(criterion: Any, targets: Tensor, same_passes: bool) -> Rows:
-    """From the labels alone, on their device.
+    """From the targets alone, on their device.
 
     `same_passes` adds a row of weight zero to a part that other ranks may have rows of.
     """
-    ignore_index = getattr(criterion, "ignore_index", None)
-    if ignore_index is None:
-        counted = torch.ones_like(targets, dtype=torch.bool)
-    else:
-        counted = targets != ignore_index
-    tail = criterion.split.tail_mask(targets) & counted
-    head = (criterion.split.plain_mask(targets) & counted) | ~tail
-    b, tail_rows = int(counted.sum()), int(tail.sum())
-    share = tail_rows / b if b else 0.0
+    head, tail, counted, tail_share = parts_of(criterion, targets)
+    head = head | ~tail
     if same_passes:
         keep_in_step(head, tail, criterion.split)
-        tail_rows = int(tail.sum())
-    return Rows(head, tail, int(head.sum()), tail_rows, b, share)
+    return Rows(head, tail, int(head.sum()), int(tail.sum()), counted, tail_share)
 
 
 def filled(rows: Rows, multiple: int) -> Rows:
@@ -55,6 +50,16 @@ def _filled(part: Tensor, multiple: int) -> Tensor:
     others = (~part).nonzero().squeeze(1)
     lacking = -(len(part) - len(others)) % multiple
     return part.index_fill(0, others[:lacking], True)
+
+
+def pieces(inputs: Any, targets: Tensor, size: int | None) -> Iterator[tuple[Any, Tensor]]:
+    """The rows of a pass in pieces of at most `size`, None for all."""
+    if size is None or size >= targets.shape[0]:
+        yield inputs, targets
+        return
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        yield pytree.tree_map_only(Tensor, operator.itemgetter(rows), inputs), targets[rows]
 
 
 def positions(part: Tensor) -> Tensor:

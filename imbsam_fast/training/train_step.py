@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -10,24 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..losses import SplitLoss, check_split_loss
 from ..optim import ImbSAM
 from ..optim.buckets import params_of
 from ..optim.interrupts import uninterrupted
-from ..optim.lean import LeanImbSAM, check_whole_gradient
+from ..optim.lean import LeanImbSAM
 from ..optim.replicas import average_
 from ..optim.scaling import Norms, found_inf_of, in_use
 from ..optim.two_backwards import backward
-from ..split import ClassSplit
 from ..validation import (
     check_bool,
     check_grad_scaler,
     check_max_norm,
     check_no_gradient,
 )
-from .arguments import check_autocast, check_batch, check_choices, check_holds_some, unwrapped
+from .arguments import (
+    check_autocast,
+    check_batch,
+    check_choices,
+    check_criterion,
+    check_holds_some,
+    check_lean,
+    unwrapped,
+)
 from .auto_plan import split_is_cheaper
 from .batch_norm import (
     check_batch_norm_is_visible,
@@ -39,6 +44,7 @@ from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of,
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .lagged import TailGradient
+from .model_call import ModelCall
 from .own_writes import ChangesItselfError, OwnWrites
 from .plans import (
     Plan,
@@ -49,7 +55,7 @@ from .plans import (
     lagged_split_plan,
     split_plan,
 )
-from .rows import Rows, filled, positions, rows_of
+from .rows import Rows, filled, pieces, positions, rows_of
 from .sampled import CheaperSteps, SampledPlan, check_sampled, plain_plan
 from .wrappers import Wrapper
 
@@ -58,8 +64,9 @@ class TrainStep:
     """One ImbSAM training step: `result = step(inputs, targets)`.
 
     The model runs as `model(inputs)`; inputs are a tensor or a pytree of tensors whose first
-    dimension is the batch, on the model's device. Targets are int64 labels (N,): on the CPU
-    they cost no device synchronisation.
+    dimension is the batch, on the model's device. Targets are int64 labels (N,), or what else the
+    criterion takes: label distributions, dense labels, yes or no for every class. On the CPU they
+    cost no device synchronisation.
 
     Args:
         model: any module, compiled or not.
@@ -119,6 +126,10 @@ class TrainStep:
             are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
             since running statistics see the pass of all rows alone, lagged and cuda_graph.
         sample_seed: decides the drawing, with the number of the step.
+        unpack: give the model the entries of the inputs one by one: `model(**inputs)` for a dict,
+            `model(*inputs)` for a tuple.
+        logits: which entry of the model's outputs the criterion gets, and StepResult.logits is: a
+            name ("logits" of a Hugging Face ModelOutput, a key of a dict) or a place in a tuple.
         perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
             others are SGD steps on head + tail. Several ranks and cuda_graph count every step.
 
@@ -163,15 +174,13 @@ class TrainStep:
         sample: float = 0.25,
         sample_seed: int = 0,
         perturb_every: int = 1,
+        unpack: bool = False,
+        logits: str | int | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}, expected an nn.Module")
         given, optimizer = optimizer, unwrapped(optimizer)
-        if not callable(criterion) or not isinstance(getattr(criterion, "split", None), ClassSplit):
-            raise TypeError(
-                f"criterion is {type(criterion).__name__}, expected one with a ClassSplit "
-                "as .split, such as SplitCrossEntropy or what split_loss returns"
-            )
+        check_criterion(criterion)
         check_choices(plan, batch_norm, perturbation, micro_batch_size)
         check_autocast(autocast)
         check_bool("cuda_graph", cuda_graph)
@@ -184,6 +193,7 @@ class TrainStep:
         check_holds_some(optimizer, model)
         check_batch_norm_is_visible(model)
         self.model = model
+        self.call = ModelCall(model, unpack, logits)
         self.criterion = criterion
         self.optimizer = optimizer
         self.plan = plan
@@ -208,12 +218,12 @@ class TrainStep:
         )
         self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):
-            self._check_lean(cuda_graph)
+            check_lean(self.grad_scaler, max_norm, self.group, cuda_graph=cuda_graph, lagged=lagged)
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
-        """One step on a batch: inputs with N rows and int64 targets (N,)."""
-        check_batch(inputs, targets)
+        """One step on a batch: inputs and targets with N rows each."""
+        check_batch(inputs, targets, self.criterion)
         self.optimizer.require_idle("a training step")
         check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         with self.wrapper.one_step():
@@ -250,17 +260,6 @@ class TrainStep:
         except BaseException:
             self.optimizer.restore()
             raise
-
-    def _check_lean(self, cuda_graph: bool) -> None:
-        check_whole_gradient(self.grad_scaler, self.max_norm)
-        if self.group is not None:
-            raise ValueError(
-                "model is DistributedDataParallel, expected a model of one process with a "
-                "LeanImbSAM: ranks exchange whole gradients"
-            )
-        for name, used in (("cuda_graph", cuda_graph), ("lagged", self.lagged)):
-            if used:
-                raise ValueError(f"{name} is True, expected False with a LeanImbSAM")
 
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
@@ -353,14 +352,7 @@ class TrainStep:
 
     def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The rows of a pass in pieces of at most micro_batch_size."""
-        size = self.micro_batch_size
-        if size is None or size >= targets.shape[0]:
-            yield inputs, targets
-            return
-        for start in range(0, len(targets), size):
-            rows = slice(start, start + size)
-            piece = pytree.tree_map_only(Tensor, operator.itemgetter(rows), inputs)
-            yield piece, targets[rows]
+        return pieces(inputs, targets, self.micro_batch_size)
 
     def forward(self, inputs: Any, targets: Tensor, counted: int | None) -> tuple[Any, SplitLoss]:
         """The model's outputs and their loss, as a part of a batch with `counted` rows."""
@@ -368,7 +360,7 @@ class TrainStep:
             self.draws.note(len(targets))
         before = self.own_writes.before(inputs, targets)
         with self.autocast:
-            outputs = self.model(inputs)
+            outputs = self.call(inputs)
             loss = self.criterion(outputs, targets, batch_size=counted or None)
         check_split_loss("criterion", loss)
         self.own_writes.after(before)

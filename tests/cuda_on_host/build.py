@@ -106,7 +106,8 @@ def build_sources() -> Path:
     sources = {path: ["-O1", *undefined] for path in sorted((CSRC / "cuda").glob("*.cu"))}
     sources |= {HERE / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}
     intrinsics = ["-include", "immintrin.h"] if platform.machine() == "x86_64" else []
-    sources |= {CSRC / f"cpu/{name}.cpp": ["-O0", *intrinsics] for name in ("drivers", "kernels")}
+    for name in ("drivers", "losses", "kernels"):
+        sources[CSRC / f"cpu/{name}.cpp"] = ["-O0", *intrinsics]
 
     def compile_(path: Path) -> Path:
         command = ["g++", *flags, *sources[path], "-x", "c++", "-c", path]

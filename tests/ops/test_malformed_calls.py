@@ -400,12 +400,18 @@ each(
 each(
     "step(targets)",
     {
-        "float": Y.float(), "int32": Y.int(), "bool": Y > 3, "one-hot": F.one_hot(Y, 10),
+        "float": Y.float(), "int32": Y.int(), "bool": Y > 3, "bools": F.one_hot(Y, 10) > 0,
         "scalar": Y[0], "empty": Y[:0],
     },
     "targets is .*, expected",
     lambda w, v: w.train_step()(X, v),
 )  # fmt: skip
+# Integers (N, d1) may be dense labels: what the model returns says first that they are not.
+refuse(
+    "criterion(one-hot labels)",
+    r"split_cross_entropy: targets is torch.int64 \(10, 10\), expected torch.int64 \(10,\)",
+    lambda w: w.criterion(LOGITS, F.one_hot(Y, 10)),
+)
 each(
     "step(label)",
     {"10": torch.full((10,), 10), "-1": torch.full((10,), -1), "-101": torch.full((10,), -101)},
@@ -499,7 +505,7 @@ each(
         "complex": LOGITS * 1j, "bool": LOGITS > 0, "five classes": LOGITS[:, :5],
         "no class": LOGITS[:, :0], "float8": LOGITS.to(torch.float8_e4m3fn),
     },
-    r"(logits (is|has) .*, expected|the split has 10 classes, expected \d as in the logits)",
+    r"((logits|targets) (is|has) .*, expected|the split has 10 classes, expected)",
     lambda w, v: w.criterion(v, Y),
 )  # fmt: skip
 each(

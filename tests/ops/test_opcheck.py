@@ -16,6 +16,7 @@ from samples import (
     RHO,
     arguments_of,
     class_weights,
+    distributions,
     lists,
     logits_and_targets,
     scalar,
@@ -78,6 +79,22 @@ def backward(dtype: torch.dtype, device: str, parts: tuple[bool, bool], options:
     return *grads, logits, targets, lse, b, *weights[:-1]
 
 
+def soft(dtype: torch.dtype, device: str, options: tuple, rows: int = 6) -> tuple:
+    logits, q = distributions(rows, 5, dtype, device)
+    plain, sharp, class_weight = class_weights(5, dtype, device)
+    weighted, *rest = options
+    return logits, q, plain, sharp, class_weight if weighted else None, *rest
+
+
+def soft_backward(
+    dtype: torch.dtype, device: str, parts: tuple[bool, bool], options: tuple
+) -> tuple:
+    logits, q, *weights = soft(dtype, device, options)
+    b, numbers = OPERATORS.split_soft_cross_entropy(logits, q, *weights)[2:]
+    grads = [torch.ones_like(b) if part else None for part in parts]
+    return *grads, logits, q, numbers, b, *weights[:-1]
+
+
 def adaptive(op: str, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
     x = few(dtype, device)
     if op == "squared_norm":
@@ -124,6 +141,18 @@ SAMPLES: dict[str, Samples] = {
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
+SAMPLES |= {
+    "split_soft_cross_entropy": {
+        "all": lambda *on: soft(*on, (True, 0.1, 8.0)),
+        "few": lambda *on: soft(*on, (False, 0.0, None)),
+        "no rows": lambda *on: soft(*on, (False, 0.0, None), rows=0),
+    },
+    "split_soft_cross_entropy_backward": {
+        "both": lambda *on: soft_backward(*on, (True, True), (True, 0.1, None)),
+        "tail": lambda *on: soft_backward(*on, (False, True), (False, 0.0, None)),
+    },
+}
+
 CASES = [
     pytest.param(op, sample, id=f"{op}-{name}")
     for op, samples in SAMPLES.items()
@@ -152,9 +181,10 @@ def with_gradients(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["all", "few"])
-def test_opcheck_of_the_differentiable_operator(device: str, name: str) -> None:
-    arguments = with_gradients(SAMPLES["split_cross_entropy"][name](torch.float32, device))
-    torch.library.opcheck(OPERATORS.split_cross_entropy.default, arguments)
+@pytest.mark.parametrize("op", ["split_cross_entropy", "split_soft_cross_entropy"])
+def test_opcheck_of_the_differentiable_operators(device: str, op: str, name: str) -> None:
+    arguments = with_gradients(SAMPLES[op][name](torch.float32, device))
+    torch.library.opcheck(getattr(OPERATORS, op).default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.optim import scaling
-from imbsam_fast.training.plans import joint_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,7 +186,7 @@ def test_a_step_that_looks_at_no_label_knows_the_norms_alone():
     model, expected = network("batch"), network("batch")
     x, y = next(batches(1))
     step = train_step(model, float("inf"), plan="joint")
-    found = step.unconditional(joint_plan, x, y)
+    found = step.unconditional(x, y)
     known = train_step(expected, float("inf"), plan="joint")(x, y)
     for name in ("grad_norm", "tail_grad_norm", "clip_factor"):
         torch.testing.assert_close(getattr(found, name), getattr(known, name))
