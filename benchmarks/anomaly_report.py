@@ -3,17 +3,20 @@
     python -m benchmarks.anomaly_report [--check] [--root DIR]
 
 Tables go between `<!-- anomaly: NAME -->` and `<!-- end -->`; the names are in TABLES. They come
-from results.json and base_*.json in benchmarks/results/anomaly, which `imbsam-fast anomaly --save`
-wrote, from rates_*.json, which anomaly_rates wrote, and from benchmarks/results/bench_anomaly.json.
+from results.json, levels.json and base_*.json in benchmarks/results/anomaly, which `imbsam-fast
+anomaly --save` wrote, from rates_*.json, which anomaly_rates wrote, and from
+benchmarks/results/bench_anomaly.json.
 Exits 1 for an unknown name, with --check also where the document says something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -32,12 +35,20 @@ from imbsam_fast.recipes.anomaly.settings import (
     Settings,
     method_order,
 )
-from imbsam_fast.recipes.anomaly.summary import areas, at_every_ratio, difference, over_seeds
-from imbsam_fast.recipes.anomaly.tables import HEADER, by_family, signed, tables, value
+from imbsam_fast.recipes.anomaly.summary import (
+    Areas,
+    areas,
+    at_every_ratio,
+    common_seeds,
+    difference,
+    over_seeds,
+)
+from imbsam_fast.recipes.anomaly.tables import HEADER, by_family, published, signed, tables, value
 
 DOCUMENT = "docs/results.md"
 RESULTS = "benchmarks/results/anomaly"
 GRID = "results.json"
+LEVELS = "levels.json"
 EPOCHS = "benchmarks/results/bench_anomaly.json"
 PLOTS = "benchmarks/plots"
 WORD = "anomaly"
@@ -108,15 +119,107 @@ def ratios(root: Path) -> Lines:
     return [said, "", *markdown(header, rows), "", *_provenance(own, grid.runs)]
 
 
+def levels(root: Path) -> Lines:
+    """AUCROC against the share of labelled anomalies, beside other bases and ADBench's tables.
+
+    A mean over some of the sets alone is left out.
+    """
+    grid = load_grid(root, LEVELS)
+    if grid is None:
+        return NOT_RECORDED
+    found = sorted({fit.ratio for fit in grid.fits})
+    rows = [
+        (DETECTOR_NAMES[detector], label, *cells)
+        for detector in sorted({fit.detector for fit in grid.fits})
+        for label, cells in _levels_of(detector, grid, found, root)
+        if set(cells) != {NO_VALUE}
+    ]
+    sets, seeds = {fit.set for fit in grid.fits}, {fit.seed for fit in grid.fits}
+    said = f"{_number(sets, 'set')}, {_number(seeds, 'seed')}:"
+    header = ("detector", "AUCROC", *(f"{100 * r:g} %" for r in found))
+    return [said, "", *markdown(header, rows), "", *_provenance(grid.fits, grid.runs)]
+
+
+def _number(things: set[Any], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) > 1)}"
+
+
+def _levels_of(
+    detector: str, grid: Grid, ratios: Sequence[float], root: Path
+) -> Iterator[tuple[str, list[str]]]:
+    """Rows of a detector: a name, and a cell a ratio."""
+    label, sets = grid.settings.label, {fit.set for fit in grid.fits}
+    own = [fit for fit in grid.fits if fit.detector == detector]
+    for method in sorted({fit.method for fit in own}, key=method_order):
+        yield label(method), [_level(own, sets, ratio, method) for ratio in ratios]
+    for a, b in COMPARED:
+        yield f"{label(a)} minus {label(b)}", [_level(own, sets, r, a, b) for r in ratios]
+    for other in _bases(root):
+        alike = other.settings.pretrain_epochs == grid.settings.pretrain_epochs
+        fits = [f for f in other.fits if f.detector == detector and (alike or detector == "devnet")]
+        yield other.settings.label("sgd"), [_level(fits, sets, ratio, "sgd") for ratio in ratios]
+    (family,) = {paper.family(name) for name in sets}
+    at_ratios = (paper.adbench_reported(detector, "sgd", family, ratio) for ratio in ratios)
+    yield "ADBench's tables", [published(area, 2) for area in at_ratios]
+
+
+def _level(
+    fits: Sequence[Fit], sets: set[str], ratio: float, method: str, minus: str | None = None
+) -> str:
+    """The mean area of a method at a ratio, or its paired difference to another method."""
+    at = [fit for fit in fits if fit.ratio == ratio]
+    found = [areas([fit for fit in at if fit.method == name], "aucroc") for name in (method, minus)]
+    if minus is None:
+        found = found[:1]
+    if any(set(of_method) != sets for of_method in found):
+        return NO_VALUE
+    return value(over_seeds(found[0])) if minus is None else signed(difference(*found))
+
+
 def other_bases(root: Path) -> Lines:
     """What the detectors reach without SGD."""
     lines: Lines = []
-    for path in sorted((root / RESULTS).glob("base_*.json")):
-        grid = read_grid(path)
+    for grid in _bases(root):
         for table in tables(grid.fits, grid.settings):
             lines += [f"{table.title}:", "", *markdown(HEADER, table.rows), ""]
         lines += [*_provenance(grid.fits, grid.runs), ""]
     return lines[:-1] or NOT_RECORDED
+
+
+def pretraining(root: Path) -> Lines:
+    """DeepSAD from an autoencoder minus DeepSAD from random weights, on the same sets and seeds."""
+    grids = [grid for grid in (load_grid(root), load_grid(root, LEVELS)) if grid is not None]
+    rows, made = [], []
+    for first, second in itertools.permutations([*grids, *_bases(root)], 2):
+        if not replace(first.settings, pretrain_epochs=0) == second.settings != first.settings:
+            continue
+        pair = [
+            [f for f in at_the_papers_ratio(g.fits, "adbench") if f.detector == "deepsad"]
+            for g in (first, second)
+        ]
+        for method in sorted({f.method for f in pair[0]}, key=method_order):
+            own, other = (areas([f for f in p if f.method == method], "aucroc") for p in pair)
+            if own.keys() & other.keys():
+                rows.append((first.settings.label(method), *_changes(own, other)))
+        made += [
+            line for fits, g in zip(pair, (first, second)) for line in _provenance(fits, g.runs)
+        ]
+    header = ("optimizer", "sets", "seeds", "pre-trained minus not", "single fits")
+    return [*markdown(header, rows), "", *dict.fromkeys(made)] if rows else NOT_RECORDED
+
+
+def _changes(own: Areas, other: Areas) -> tuple[str, ...]:
+    """Common sets and seeds, the mean paired difference, and the least and the greatest one."""
+    own, other = ({k: v for k, v in found.items() if k in own.keys() & other.keys()}
+                  for found in (own, other))  # fmt: skip
+    seeds = common_seeds([own, other])
+    single = [own[name][seed] - other[name][seed] for name in own for seed in seeds]
+    extremes = f"{min(single):+.1f} to {max(single):+.1f}"
+    return str(len(own)), str(len(seeds)), signed(difference(own, other)), extremes
+
+
+def _bases(root: Path) -> list[Grid]:
+    return [read_grid(path) for path in sorted((root / RESULTS).glob("base_*.json"))]
 
 
 def rates(root: Path) -> Lines:
@@ -189,6 +292,8 @@ TABLES: dict[str, Callable[[Path], Lines]] = {
     "other-bases": other_bases,
     "rates": rates,
     "ratios": ratios,
+    "levels": levels,
+    "pretraining": pretraining,
     "epoch": epochs,
 }
 
@@ -231,8 +336,8 @@ class Grid(NamedTuple):
     runs: list[dict[str, Any]]  # the environment of each
 
 
-def load_grid(root: Path) -> Grid | None:
-    path = root / RESULTS / GRID
+def load_grid(root: Path, name: str = GRID) -> Grid | None:
+    path = root / RESULTS / name
     return read_grid(path) if path.exists() else None
 
 

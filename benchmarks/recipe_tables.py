@@ -41,6 +41,7 @@ METHOD_KEYS = frozenset(
      "sample", "perturb_every", "lagged", "gamma", "lam")
 )  # fmt: skip
 # Where a cheaper step may differ from the paper's.
+LOSS_KEYS = frozenset(("label", "loss", "tau"))
 STEP_KEYS = frozenset(("label", "plan", "sample", "perturb_every", "batch_norm", "lagged"))
 NOT_RECORDED = PLACE_KEYS - {"seed"}
 LOGGED = ("epoch", "loss", "head", "tail", "train_accuracy")  # no times: other work ran beside
@@ -186,18 +187,22 @@ def sharpness(report: RecipeReport) -> Lines:
 def _compared_with(group: Group, section: Section) -> Iterator[Group]:
     """The control, SGD with the same class weights, and SGD, where it is another one.
 
-    For a step that is not the paper's, that one too.
+    For a step that is not the paper's, that one too; for another loss, cross-entropy.
     """
     weights = _class_weights(group, section)
     for other in section.groups:
         if other is group:
             continue
+        differing = set(differences([group, other]))
+        if differing <= LOSS_KEYS:
+            if other.config["loss"] == "ce":
+                yield other
+            continue
         if not other.config["optimizer"].startswith("sgd"):
-            differing = set(differences([group, other]))
             if differing <= STEP_KEYS and _is_papers(other) and not _is_papers(group):
                 yield other
             continue
-        if set(differences([group, other])) - METHOD_KEYS:
+        if differing - METHOD_KEYS:
             continue
         is_control = torch.equal(weights, _class_weights(other, section))
         if other.config["optimizer"] == "sgd" or is_control:
@@ -247,6 +252,7 @@ def provenance(report: RecipeReport) -> str:
 
 DIGITS = ("recipes/digits",)
 CHEAPER = ("recipes/digits_cheaper",)
+LOSSES = ("recipes/digits_losses",)
 SMALL = ("recipes/cifar10_lt_small",)
 SHORT = ("recipes/cifar10_lt_small_60_epochs",)
 TABLES = {
@@ -254,6 +260,8 @@ TABLES = {
     "digits-paired": Table(DIGITS, paired),
     "digits-cheaper": Table(CHEAPER, accuracy),
     "digits-cheaper-paired": Table(CHEAPER, paired),
+    "digits-losses": Table(LOSSES, accuracy),
+    "digits-losses-paired": Table(LOSSES, paired),
     "cifar10-lt-small": Table(SMALL, accuracy),
     "cifar10-lt-small-paired": Table(SMALL, paired),
     "cifar10-lt-small-sharpness": Table(SMALL, sharpness),

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default="test_resnet", help="one of timm.list_models()")
     parser.add_argument("--opt", default="adamw", help="one of timm.optim.list_optimizers()")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 for none")
+    parser.add_argument("--mixup", type=float, default=0.2, help="alpha, 0 for none")
     parser.add_argument("--checkpoint", type=Path, help="read before, written after each epoch")
     args = parser.parse_args()
 

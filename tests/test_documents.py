@@ -68,9 +68,9 @@ def test_links_lead_somewhere(document):
 
 @documents
 def test_names_of_modules_resolve(document, monkeypatch):
-    # transformers would take the folder kernels/ for a package that it knows.
-    monkeypatch.setitem(sys.modules, "kernels", None)
     pytest.importorskip("torchvision")  # without which benchmarks.bench_input has no import
+    # transformers looks for another package of this name, and would find the folder here.
+    monkeypatch.setitem(sys.modules, "kernels", None)
     for name in re.findall(
         r"\b(?:imbsam_fast|(?:benchmarks|tests)\.)[\w.]*\w", document.read_text()
     ):

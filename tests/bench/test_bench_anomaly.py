@@ -134,7 +134,7 @@ def test_tables_are_written_from_the_results_and_checked(root, capsys):
     written = text()
     assert written.startswith("before\n") and written.endswith("after\n")
     assert (
-        "| MVTec-AD_a | ImbSAM | 92.0 ± 0.0 | 96.2 | +2.00 ± 0.00 | 1 of 1 | 91.0 ± 0.0 |"
+        "| MVTec-AD_a | ImbSAM | 92.0 ± 0.0 | 96.2 | - | +2.00 ± 0.00 | 1 of 1 | 91.0 ± 0.0 |"
         in written
     )
     assert "87 % of MVTec's test rows are training rows too" in written
@@ -183,6 +183,64 @@ def test_ratios_are_compared_on_the_same_sets_and_seeds(root):
         "| DevNet | MVTec-AD_a | AUCPR of anomalies (%) | SAM minus SGD | +0.50 ± 0.00 | +0.50 ± "
         "0.00 |",
     ]
+
+
+def test_levels_stand_beside_other_bases_and_adbench(root):
+    fits = [
+        row(method, area + 10 * ratio + seed, seed, ratio=ratio, protocol="adbench")
+        for ratio in (1.0, 0.25)
+        for method, area in (("sgd", 60.0), ("imbsam", 60.5), ("sgd@2", 61.0))
+        for seed in (0, 1)
+    ]
+    elsewhere = [
+        row("sgd", 50.0, seed, set="MVTec-AD_b", ratio=r) for r in (1.0, 0.25) for seed in (0, 1)
+    ]
+    adam = results([row("sgd", 95.0, ratio=0.25)])
+    adam["settings"]["base"] = "adam"
+    write_results(root / anomaly_report.RESULTS / "base_adam.json", adam)
+    other = results([row("sgd", 95.0, detector="deepsad")])
+    write_results(root / anomaly_report.RESULTS / "base_other.json", other)
+
+    def shown(fits: list[Fit]) -> list[str]:
+        write_results(root / anomaly_report.RESULTS / anomaly_report.LEVELS, results(fits))
+        return written(root, "levels", results())
+
+    lines = shown(fits)
+    assert "1 set, 2 seeds:" in lines
+    assert [line for line in lines if line.startswith("| DevNet")] == [
+        "| DevNet | SGD | 63.0 ± 0.7 | 70.5 ± 0.7 |",
+        "| DevNet | ImbSAM | 63.5 ± 0.7 | 71.0 ± 0.7 |",
+        "| DevNet | SGD, weight 2 | 64.0 ± 0.7 | 71.5 ± 0.7 |",
+        "| DevNet | ImbSAM minus SGD | +0.50 ± 0.00 | +0.50 ± 0.00 |",
+        "| DevNet | SGD, weight 2 minus SGD | +1.00 ± 0.00 | +1.00 ± 0.00 |",
+        "| DevNet | Adam | 95.0 | - |",
+        "| DevNet | ADBench's tables | 86.17 | 94.52 |",
+    ]
+    lines = shown([*fits, *elsewhere])  # of two sets the second was run with SGD alone
+    assert [line for line in lines if line.startswith("| DevNet")] == [
+        "| DevNet | SGD | 56.5 ± 0.4 | 60.2 ± 0.4 |",
+        "| DevNet | ADBench's tables | 86.17 | 94.52 |",
+    ]
+
+
+def test_pretraining_is_compared_on_the_same_sets_and_seeds(root):
+    def adam(name: str, areas: list[float], epochs: int) -> None:
+        fits = [
+            row("sgd", area, seed, detector="deepsad", protocol="adbench")
+            for seed, area in enumerate(areas)
+        ]
+        content = results(fits)
+        content["settings"] |= {"base": "adam", "pretrain_epochs": epochs}
+        write_results(root / anomaly_report.RESULTS / name, content)
+
+    adam("base_adam.json", [90.0, 80.0, 50.0], 100)
+    adam("base_adam_anew.json", [85.0, 83.0], 0)
+    lines = written(root, "pretraining", results())
+    assert [line for line in lines if line.startswith("| Adam")] == [
+        "| Adam | 1 | 2 | +1.00 ± 4.00 | -3.0 to +5.0 |"
+    ]
+    lines = written(root, "other-bases", results())
+    assert sum("base Adam, not pre-trained, 2 seeds" in line for line in lines) == 1
 
 
 def test_other_bases_have_tables_of_their_own(root):

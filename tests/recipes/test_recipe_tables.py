@@ -93,6 +93,21 @@ def test_runs_are_compared_seed_by_seed_with_sgd_and_with_the_control(recorded):
     ]
 
 
+def test_another_loss_is_compared_with_sgd_under_it_and_with_cross_entropy(tmp_path):
+    for loss, gain in (("ce", 0.0), ("balanced-softmax", 6.0)):
+        write(tmp_path, "sgd", [[80.0, 40.0, gain]], loss=loss)
+        write(tmp_path, "imbsam", [[80.0, 40.0, 2 * gain + 1]], loss=loss)
+    assert recipe_tables.main([str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    lines = recipe_tables.paired(recipe_tables.load(tmp_path / "r.json"))[2:]
+    ours, softmax = "ImbSAM, paper, eta 100", "balanced softmax"
+    assert [line.split(" | ")[0::4] for line in lines] == [
+        [f"| {ours} minus SGD", "+1.0"],
+        [f"| SGD, {softmax} minus SGD", "+6.0"],
+        [f"| {ours}, {softmax} minus {ours}", "+12.0"],
+        [f"| {ours}, {softmax} minus SGD, {softmax}", "+7.0"],
+    ]
+
+
 def test_runs_of_another_network_are_no_control(tmp_path):
     write(tmp_path, "sgd", [[80.0, 40.0, 0.0]])
     write(tmp_path, "sam", [[80.0, 40.0, 0.0]], model="resnet8")

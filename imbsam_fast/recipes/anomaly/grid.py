@@ -21,6 +21,7 @@ from .metrics import detection_metrics
 from .networks import Encoder
 from .settings import Cell, Fit, Settings
 from .store import Store
+from .training import denormals_flushed
 
 
 class Job(NamedTuple):
@@ -81,6 +82,11 @@ def run(jobs: Sequence[Job], processes: int, threads: int) -> Iterator[list[Fit]
 
 def run_job(job: Job) -> list[Fit]:
     """Train and test every method of a job on the same rows from the same start."""
+    with denormals_flushed():
+        return _fits(job)
+
+
+def _fits(job: Job) -> list[Fit]:
     cell = job.cell
     data_set = _read(job.path)
     parts = data.part(data_set, cell.protocol, cell.ratio, cell.seed)

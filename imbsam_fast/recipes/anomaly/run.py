@@ -21,7 +21,9 @@ from .tables import HEADER, Table, tables
 
 RESULTS_FILE = "results.json"
 DETECTORS_FOLDER = "detectors"
-TERMINAL_FIELDS = ("aucroc", "paper", "aucroc_difference", "aucpr_anomaly", "aucpr_normal")
+TERMINAL_FIELDS = (
+    *("aucroc", "paper", "adbench", "aucroc_difference", "aucpr_anomaly", "aucpr_normal"),
+)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ class Row(NamedTuple):
     method: str
     aucroc: str
     paper: str  # the paper's AUCROC
+    adbench: str  # ADBench's AUCROC
     aucroc_difference: str  # to the base
     sets_better: str  # in AUCROC
     aucpr_anomaly: str
@@ -30,7 +31,7 @@ class Row(NamedTuple):
 
 
 HEADER = Row(
-    "sets", "method", "AUCROC", "paper", "minus base", "sets better", "AUCPR anomaly",
+    "sets", "method", "AUCROC", "paper", "ADBench", "minus base", "sets better", "AUCPR anomaly",
     "minus base", "AUCPR normal", "training loss",
 )  # fmt: skip
 
@@ -78,7 +79,10 @@ def tables(fits: Sequence[Fit], settings: Settings) -> Iterator[Table]:
                 of_method = [f for f in family.fits if f.method == method]
                 seeds.append(len(common_seeds([areas(of_method, "aucroc")])))
             rows += _family_rows(family, settings)
-        yield Table(*key, (min(seeds), max(seeds)), BASE_NAMES[settings.base], rows)
+        base = BASE_NAMES[settings.base]
+        if key[0] == "deepsad" and settings.pretrain_epochs == 0:
+            base += ", not pre-trained"
+        yield Table(*key, (min(seeds), max(seeds)), base, rows)
 
 
 def by_family(fits: Sequence[Fit]) -> Iterator[Family]:
@@ -101,7 +105,8 @@ def _family_rows(family: Family, settings: Settings) -> Iterator[Row]:
             next(by_family(own)).title,  # a method may not have all sets yet
             settings.label(method),
             value(over_seeds(areas(own, "aucroc"))),
-            _paper(own[0], method, family.name),
+            published(paper.reported(*_row_of(own[0], family))),
+            published(paper.adbench_reported(*_row_of(own[0], family)), 2),
             NO_VALUE if roc is None else signed(roc),
             NO_VALUE if roc is None else f"{roc.sets_better} of {roc.sets}",
             value(over_seeds(areas(own, "aucpr_anomaly"))),
@@ -117,9 +122,13 @@ def _difference(own: Areas, base: Areas, method: str) -> Difference | None:
     return difference(own, base)
 
 
-def _paper(fit: Fit, method: str, family: str) -> str:
-    found = paper.reported(fit.detector, method, family, fit.ratio)
-    return NO_VALUE if found is None else f"{found:.1f}"
+def _row_of(fit: Fit, family: Family) -> tuple[str, str, str, float]:
+    return fit.detector, fit.method, family.name, fit.ratio
+
+
+def published(area: float | None, digits: int = 1) -> str:
+    """An area in %, with as many digits as its source has."""
+    return NO_VALUE if area is None else f"{area:.{digits}f}"
 
 
 def value(v: Value) -> str:

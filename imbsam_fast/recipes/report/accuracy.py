@@ -56,6 +56,8 @@ def _paper_results(section: Section) -> dict[str, PaperResult]:
     found: dict[PaperResult, tuple[int, str]] = {}
     for group in section.finished:
         config = group.config
+        if config.get("loss", "ce") != "ce":
+            continue
         result = paper_result(
             section.dataset,
             section.imbalance_factor,

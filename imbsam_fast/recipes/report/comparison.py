@@ -312,7 +312,7 @@ def sections(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Section]:
 
 
 def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:
-    """Runs by configuration, in the order of OPTIMIZER_ORDER and then of their labels."""
+    """Runs by configuration: cross-entropy first, then by OPTIMIZER_ORDER and by label."""
     groups: dict[str, Group] = {}
     for run in runs:
         config = {k: v for k, v in run.config.items() if k not in PLACE_KEYS}
@@ -344,6 +344,7 @@ def _order(group: Group) -> tuple:
     known = optimizer in OPTIMIZER_ORDER
     return (
         str(group.config.get("method", "")),
+        group.config.get("loss", "ce") != "ce",
         OPTIMIZER_ORDER.index(optimizer) if known else len(OPTIMIZER_ORDER),
         *(float(group.config.get(key) or 0) for key in ("eta", "rho")),
         group.label,

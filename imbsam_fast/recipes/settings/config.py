@@ -24,11 +24,19 @@ OPTIMIZERS = tuple(LABELS)
 PERTURBING = ("sam", "imbsam", "focal-sam")
 WEIGHTING = ("sgd-weighted", "sam", "imbsam")  # those that have a tail weight
 METHODS = ("ce", "wb", "lws")
+# With their names in tables. Balanced softmax is logit adjustment with tau = 1.
+LOSSES = {
+    "ce": "cross-entropy",
+    "logit-adjust": "logit adjustment",
+    "balanced-softmax": "balanced softmax",
+}
 DISTRIBUTED = ("off", "ddp", "fsdp")
 SMALL, FULL = "small", "full"
 
 COMMON_DEFAULTS: dict[str, Any] = {
     "method": "ce",
+    "loss": "ce",
+    "tau": 1.0,
     "images": FULL,
     "largest_class": 500,
     "imbalance_factor": 100.0,
@@ -128,6 +136,8 @@ class RunConfig:
     workers: int  # processes that read image files
     validation: int  # images of each class
     method: str
+    loss: str
+    tau: float  # of logit adjustment
     optimizer: str
     preset: str
     eta: float
@@ -227,6 +237,10 @@ class RunConfig:
                 parts.append((f"bn-{self.batch_norm}", f"statistics {self.batch_norm}"))
             if self.lagged:
                 parts.append(("lagged", "lagged"))
+        if self.loss != "ce":
+            parts.append((self.loss, LOSSES[self.loss]))
+            if self.tau != 1:
+                parts.append((f"tau{self.tau:g}", f"tau {self.tau:g}"))
         return parts
 
 
@@ -270,6 +284,7 @@ def _check(config: RunConfig) -> None:
             f"warmup_epochs is {config.warmup_epochs}, expected at most the {config.epochs} epochs"
         )
     _check_sampled(config)
+    _check_loss(config)
     if config.method == "ce":
         if config.stage1:
             raise ValueError(f"stage1 is '{config.stage1}', expected none: ce has no second stage")
@@ -287,3 +302,16 @@ def _check_sampled(config: RunConfig) -> None:
     for name, expected in (("batch_norm", "once"), ("lagged", False)):
         if (value := getattr(config, name)) != expected:
             raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan 'sampled'")
+
+
+def _check_loss(config: RunConfig) -> None:
+    if config.loss != "ce" and config.method != "ce":
+        raise ValueError(
+            f"loss is {config.loss!r}, expected 'ce' with method {config.method!r}, whose second "
+            "stage evens out the classes itself; stage1 may name a run with another loss"
+        )
+    if config.loss != "logit-adjust" and config.tau != 1:
+        raise ValueError(
+            f"tau is {config.tau:g}, expected 1 with loss {config.loss!r}: it is a setting of "
+            "'logit-adjust'"
+        )

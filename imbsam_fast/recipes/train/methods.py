@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...losses import SplitCrossEntropy
+from ...losses import SplitCrossEntropy, split_loss
 from ...optim import ImbSAM
 from ...split import ClassSplit
 from ...training.plans import StepResult
 from ...training.train_step import TrainStep
 from ..settings.config import PERTURBING, RunConfig
+from .losses import row_losses
 
 
 class StepOptions(NamedTuple):
@@ -64,7 +65,7 @@ def make_trainer(
     """The step of `config.optimizer`. SGD is a plain PyTorch loop, without this package.
 
     Only trainable parameters are trained. `class_weight`, (K,), is a factor on every row's loss,
-    as for a class-balanced loss.
+    as for a class-balanced loss; no loss but cross-entropy has one.
     """
     sgd = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad],
@@ -76,8 +77,11 @@ def make_trainer(
     if config.optimizer not in PERTURBING:
         weights = split.plain if class_weight is None else split.plain * class_weight.cpu()
         weight = None if (weights == 1).all() else weights.float().to(config.device)
-        return Trainer(sgd, _plain_step(model, sgd, weight, options))
-    criterion = SplitCrossEntropy(split, class_weight)
+        loss = _mean_loss(config, counts, weight)
+        return Trainer(sgd, _plain_step(model, sgd, loss, options))
+    criterion: nn.Module = SplitCrossEntropy(split, class_weight)
+    if config.loss != "ce":
+        criterion = split_loss(row_losses(config, counts), split)
     optimizer = ImbSAM(sgd, config.rho)
     step = TrainStep(
         model,
@@ -95,24 +99,32 @@ def make_trainer(
     return Trainer(optimizer, step)
 
 
+def _mean_loss(
+    config: RunConfig, counts: Sequence[int], class_weight: Tensor | None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Logits (N, K) and labels (N,) to the mean loss; `class_weight` (K,) is a row's factor."""
+    if config.loss == "ce" and class_weight is None:
+        return F.cross_entropy
+    rows = row_losses(config, counts)
+    if class_weight is None:
+        return lambda logits, targets: rows(logits, targets).mean()
+    # Over the batch size, not over the sum of weights, as ImbSAM divides.
+    return lambda logits, targets: (class_weight[targets] * rows(logits, targets)).mean()
+
+
 def _plain_step(
     model: nn.Module,
     sgd: torch.optim.SGD,
-    class_weight: Tensor | None,
+    mean_loss: Callable[[Tensor, Tensor], Tensor],
     options: StepOptions,
 ) -> Callable[[Tensor, Tensor], StepResult]:
     autocast = options.autocast or nullcontext()
     scaler = options.grad_scaler or torch.amp.GradScaler(enabled=False)
 
     def step(images: Tensor, targets: Tensor) -> StepResult:
-        targets = targets.to(images.device)
         with autocast:
             logits = model(images)
-            if class_weight is None:
-                loss = F.cross_entropy(logits, targets)
-            else:  # over the batch size, not over the sum of weights, as ImbSAM divides
-                losses = F.cross_entropy(logits, targets, reduction="none")
-                loss = (class_weight[targets] * losses).mean()
+            loss = mean_loss(logits, targets.to(images.device))
         sgd.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(sgd)

@@ -19,6 +19,7 @@ from ..settings.arguments import (
 )
 from ..settings.config import (
     DISTRIBUTED,
+    LOSSES,
     METHOD_DEFAULTS,
     METHODS,
     OPTIMIZERS,
@@ -168,6 +169,10 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         help="cross-entropy, weight balancing or learnable weight scaling",
     )
+    add("--loss", choices=tuple(LOSSES),
+        help="cross-entropy, or of logits plus tau times the logarithm of the classes' shares "
+        "(logit adjustment), which with tau = 1 is the balanced softmax")  # fmt: skip
+    add("--tau", type=_not_negative, metavar="T", help="strength of --loss logit-adjust")
     add("--preset", choices=tuple(PRESETS),
         help="paper: eta 100, inclusive, tail weight 1, BatchNorm statistics updated "
         "once a step; released (the authors' code): 20, exclusive, 2, twice")  # fmt: skip

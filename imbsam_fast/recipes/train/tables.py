@@ -14,7 +14,7 @@ from ...training.batch_norm import has_batch_statistics
 from ..data.images import LongTailImages
 from ..metrics import COLUMNS, accuracy_cell, mean_and_std
 from ..models.registry import make_model
-from ..settings.config import PERTURBING, RunConfig
+from ..settings.config import LOSSES, PERTURBING, RunConfig
 
 FEW = 12  # counts and classes are listed up to so many
 
@@ -35,8 +35,11 @@ def plan_table(configs: Sequence[RunConfig], data: LongTailImages) -> Table:
             facts["plan"] += f", every {config.perturb_every} steps"
         facts["backend"] = _backend(config.device)
     seeds = len({c.seed for c in configs})
+    method = config.method.upper()
+    if config.loss != "ce":
+        method += f" with {LOSSES[config.loss]}, tau {config.tau:g}"
     facts["training"] = (
-        f"{config.method.upper()}, {_plural(seeds, 'seed')} of {_plural(config.epochs, 'epoch')}, "
+        f"{method}, {_plural(seeds, 'seed')} of {_plural(config.epochs, 'epoch')}, "
         f"batch {config.batch_size}, lr {config.lr:g} cosine, rho {config.rho:g}, "
         f"preset {config.preset}"
     )
