@@ -11,7 +11,7 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo quick test lint docs ptx wheel release-wheel wheel-test bench gpu gpu-wheels gpu-dry-run clean
+.PHONY: demo quick test lint docs ptx wheel release-wheel wheel-test bench benchmark guard gpu gpu-wheels gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -35,12 +35,18 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file site/mkdocs.yml
 
-# The source distribution, and the wheel that is built from it.
+# The source distribution, and the wheel that is built from it: on Linux repaired, which names the
+# oldest glibc it runs with. torch's libgomp is used, so that a process has one.
 wheel: $(VENV)/.installed
 	rm -rf dist
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt \
 		IMBSAM_CUDA_ARCHITECTURES=$${IMBSAM_CUDA_ARCHITECTURES:-wheel} \
 		$(BIN)/python -m build --outdir dist
+	set -e; for wheel in dist/*-linux_*.whl; do test -f $$wheel || continue; \
+		PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude libgomp.so.1 \
+			--wheel-dir dist $$wheel; \
+		rm $$wheel; $(BIN)/auditwheel show dist/*.whl; done
+	ls -l dist
 
 # nvcc's PTX of three architectures run on the CPU, and all mutants of it (minutes); `make test` runs
 # that of one, and some mutants. Needs nvcc.
@@ -91,6 +97,15 @@ bench: $(VENV)/.installed
 	cp build/results/*.json benchmarks/results
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.anomaly_report
+
+# Small sizes under pytest-benchmark, kept in .benchmarks/ by commit; ARGS=--benchmark-compare.
+benchmark: $(VENV)/.installed
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-autosave \
+		--benchmark-columns=median,iqr,ops,rounds --benchmark-group-by=group $(ARGS)
+
+# Fails where ours lost more than a quarter of what it was ahead of its peers.
+guard: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.guard
 
 # For a machine with an NVIDIA GPU, also without a network: `make gpu PIECE=a` to e, each within
 # eight minutes, again where it says that time was up; without PIECE all of them, one after the

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sysconfig
@@ -50,8 +51,10 @@ def build() -> None:
     (top,) = [line.split("=", 1)[1] for line in dry_run.splitlines() if line.startswith("#$ TOP=")]
     includes = [BUILD, Path(top.strip()) / "include", sysconfig.get_paths()["include"]]
     flags = ["-std=c++17", "-fPIC", "-O2", "-w", "-fvisibility=hidden"]
-    flags += ["-DIMBSAM_CUDA", "-DIMBSAM_CUDA_LOWEST=0", "-DIMBSAM_ISA=baseline"]
+    flags += ["-DIMBSAM_CUDA", '-DIMBSAM_CUDA_ARCHITECTURES=""', "-DIMBSAM_ISA=baseline"]
     flags += [f"-I{path}" for path in (*includes, pybind11.get_include())]
+    if platform.machine() == "x86_64":
+        flags += ["-include", "immintrin.h"]  # for streaming stores, which every one of them has
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cuda").glob("*.cu")), stand_in.parent / "fibers.cpp"]
     sources += [*sorted(csrc.glob("*.cpp")), csrc / "cpu/drivers.cpp", csrc / "cpu/kernels.cpp"]

@@ -17,6 +17,7 @@
 #include "imbsam.h"
 #include "lists.h"
 #include "losses.h"
+#include "phases.h"
 #include "slots.h"
 #include "tensors.h"
 
@@ -287,6 +288,33 @@ void define_cuda(py::module_& module) {
 
 #endif
 
+// ---------------------------------------------------------------- phases
+
+// threads: 0 for CUDA. rho and adaptive are those of each group.
+bool perturb_all(const std::vector<size_t>& groups, const py::list& params, const py::list& g_t,
+                 const std::vector<double>& rho, const std::vector<bool>& adaptive,
+                 const py::object& empty, const py::object& pending, int threads, int device,
+                 uintptr_t stream) {
+  const auto phase = Phase::read(groups, params, {g_t}, true, {});
+  if (phase) phase->perturb(rho, adaptive, empty, pending, {threads, {device, pointer(stream)}});
+  return phase != nullptr;
+}
+
+// names: what the base keeps of a parameter, and whether each group wants it; step: also a count.
+bool update_all(const std::string& op, const std::vector<size_t>& groups, const py::list& params,
+                const std::vector<py::list>& lists, const py::dict& state,
+                const std::vector<py::str>& names, const std::vector<std::vector<bool>>& wanted,
+                bool step, const std::vector<double>& lr,
+                const std::vector<std::vector<double>>& settings,
+                const std::vector<bool>& maximize, const py::object& pending, int threads,
+                int device, uintptr_t stream) {
+  const auto phase =
+      Phase::read(groups, params, lists, false, {state.ptr(), names, wanted, step});
+  if (phase)
+    phase->update(op, lr, settings, maximize, pending, {threads, {device, pointer(stream)}});
+  return phase != nullptr;
+}
+
 void define_slots(py::module_& module) {
   py::class_<TensorList>(module, "TensorList", py::module_local())
       .def("__len__", [](const TensorList& list) { return list.addresses.size(); })
@@ -300,6 +328,9 @@ void define_slots(py::module_& module) {
       });
   module.def("read_lists", &read_lists);
   module.def("take_gradients", &take_gradients);
+  module.def("all_alone", &all_alone);
+  module.def("perturb_all", &perturb_all);
+  module.def("update_all", &update_all);
   module.def("state_of", &state_of);
   module.def("partition", &partition);
   module.def("occupancy", &occupancy);

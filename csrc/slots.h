@@ -99,6 +99,14 @@ inline py::object take_gradients(const py::list& params) {
   return found;
 }
 
+// Whether each tensor, if there is one, is referred to by this list alone and alone on its memory.
+inline bool all_alone(const py::list& tensors) {
+  const Items items(tensors);
+  for (size_t i = 0; i < items.size(); ++i)
+    if (items[i] != Py_None && !reader.is_alone(items[i])) return false;
+  return true;
+}
+
 // state[p][name] of each parameter with a tensor in `needed`; None where there is none.
 inline py::object state_of(const py::dict& state, const py::list& params, const py::str& name,
                            const py::list& needed) {

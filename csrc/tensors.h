@@ -31,6 +31,18 @@ class TensorReader {
     grad_ = PyObject_GetAttrString(tensor_type, "grad");  // the property, kept for ever
     if (!grad_ || !Py_TYPE(grad_)->tp_descr_get || !Py_TYPE(grad_)->tp_descr_set) api_ = nullptr;
     PyErr_Clear();
+    PyObject* const torch_c = PyImport_ImportModule("torch._C");
+    PyObject* const storage_type = torch_c ? PyObject_GetAttrString(torch_c, "StorageBase") : nullptr;
+    // Kept for ever too; null where a torch lacks one.
+    storage_ = PyObject_GetAttrString(tensor_type, "untyped_storage");
+    increment_version_ = torch_c ? PyObject_GetAttrString(torch_c, "_increment_version") : nullptr;
+    uses_ = torch_c ? PyObject_GetAttrString(torch_c, "_storage_Use_Count") : nullptr;
+    address_ = storage_type ? PyObject_GetAttrString(storage_type, "_cdata") : nullptr;
+    resizable_ = storage_type ? PyObject_GetAttrString(storage_type, "resizable") : nullptr;
+    if (!increment_version_) api_ = nullptr;
+    Py_XDECREF(storage_type);
+    Py_XDECREF(torch_c);
+    PyErr_Clear();
     return api_ != nullptr;
   }
 
@@ -57,9 +69,35 @@ class TensorReader {
     return Py_TYPE(grad_)->tp_descr_set(grad_, tensor, Py_None) == 0;
   }
 
+  // Counts a write of each tensor for autograd; false: a Python error is set.
+  bool increment_version(PyObject* tensors) const {
+    PyObject* const none = PyObject_CallFunctionObjArgs(increment_version_, tensors, nullptr);
+    Py_XDECREF(none);
+    return none != nullptr;
+  }
+
+  // Whether this is the only tensor on its memory, which torch's allocator gave it, and nobody
+  // refers to it but the caller, once. False where that cannot be told.
+  bool is_alone(PyObject* tensor) const {
+    if ((const PyObject*)Py_TYPE(tensor) != tensor_type_ || Py_REFCNT(tensor) != 1) return false;
+    if (!storage_ || !uses_ || !address_ || !resizable_) return false;
+    constexpr long kUses = 2;  // the tensor's and that of the object made here
+    PyObject* const storage = PyObject_CallFunctionObjArgs(storage_, tensor, nullptr);
+    PyObject *resizable = nullptr, *address = nullptr, *uses = nullptr;
+    if (storage) resizable = PyObject_CallFunctionObjArgs(resizable_, storage, nullptr);
+    if (resizable) address = Py_TYPE(address_)->tp_descr_get(address_, storage, (PyObject*)Py_TYPE(storage));
+    if (address) uses = PyObject_CallFunctionObjArgs(uses_, address, nullptr);
+    const bool alone = uses && resizable == Py_True && PyLong_AsLong(uses) == kUses;
+    for (PyObject* object : {uses, address, resizable, storage}) Py_XDECREF(object);
+    PyErr_Clear();
+    return alone;
+  }
+
  private:
   const dlpack::ExchangeApi* api_ = nullptr;
   PyObject* grad_ = nullptr;
+  PyObject *storage_ = nullptr, *uses_ = nullptr, *address_ = nullptr, *resizable_ = nullptr;
+  PyObject* increment_version_ = nullptr;
   const PyObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
 };
 

@@ -31,14 +31,16 @@ from imbsam_fast.recipes.data import digits
 def save(path: Path, epoch: int, parts: dict) -> None:
     """Written beside the old checkpoint, which stays whole until the new one is."""
     states = {name: part.state_dict() for name, part in parts.items()}
-    random = torch.get_rng_state(), np.random.get_state(legacy=False)  # mixup draws from numpy's
+    numpys = np.random.get_state(legacy=False)  # which mixup draws from
+    numpys["state"]["key"] = numpys["state"]["key"].tolist()  # no array, for weights_only
+    random = torch.get_rng_state(), numpys
     new = path.with_suffix(".new")
     torch.save({"epoch": epoch, "random": random, **states}, new)
     os.replace(new, path)
 
 
 def load(path: Path, parts: dict) -> int:
-    checkpoint = torch.load(path, weights_only=False)
+    checkpoint = torch.load(path, weights_only=True)
     for name, part in parts.items():
         part.load_state_dict(checkpoint[name])
     torch.set_rng_state(checkpoint["random"][0])
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default="test_resnet", help="one of timm.list_models()")
     parser.add_argument("--opt", default="adamw", help="one of timm.optim.list_optimizers()")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--mixup", type=float, default=0.0, help="alpha, 0 for none")
+    parser.add_argument("--mixup", type=float, default=0.2, help="alpha, 0 for none")
     parser.add_argument("--checkpoint", type=Path, help="read before, written after each epoch")
     args = parser.parse_args()
 

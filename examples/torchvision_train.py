@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=["float16", "bfloat16"], help="mixed precision")
-    parser.add_argument("--mixup-alpha", type=float, default=0.0, help="0 for none")
+    parser.add_argument("--mixup-alpha", type=float, default=0.2, help="0 for none")
     parser.add_argument("--checkpoint", type=Path, help="read before, written after each epoch")
     args = parser.parse_args()
 

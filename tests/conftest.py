@@ -14,6 +14,7 @@ import torch
 from interpreter import interpreter_error, use_the_interpreter
 
 from imbsam_fast.ops import dispatch, native
+from imbsam_fast.optim import one_call
 
 # For benchmarks/, which is not installed; last, so that the installed imbsam_fast is tested.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -178,6 +179,13 @@ def triton_kernels(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def one_thread() -> None:
     """Small data and models run faster, and steadier on a busy machine, on one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def by_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phases through the operators, a launch at a time, as of tensors that are not plain."""
+    for name in ("perturb", "update"):
+        monkeypatch.setattr(one_call, name, lambda *arguments: False)
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ _TRAINERS = {
     "micro_batch_size": "args.per_device_train_batch_size and args.gradient_accumulation_steps",
     "grad_scaler": "args.fp16",
     "autocast": "args.bf16 or args.fp16",
+    "unpack": "nothing, since models of Transformers are called so",
 }
 
 
@@ -47,7 +48,8 @@ class ImbSAMTrainer(Trainer):
         args, kwargs: those of Trainer.
         criterion: as for TrainStep.
         rho, adaptive, master_weights: those of ImbSAM.
-        step_options: further arguments of TrainStep: plan, same_dropout, perturb_every, ...
+        step_options: further arguments of TrainStep: plan, same_dropout, perturb_every, or the name
+            of another output than `logits`.
 
     Raises ValueError for settings that exclude each other, and for DeepSpeed and `DataParallel`
     (several GPUs in one process; launch one process for each instead).
@@ -130,15 +132,12 @@ class ImbSAMTrainer(Trainer):
 
     def _train_step(self, model: nn.Module) -> TrainStep:
         step = self.train_step
-        if (
-            step is None
-            or step.model.model is not model
-            or step.wrapper.given is not self.optimizer
-        ):
+        if step is None or step.model is not model or step.wrapper.given is not self.optimizer:
             norm = self.args.max_grad_norm
+            options = {"logits": "logits", **self.step_options}
             self.train_step = step = TrainStep(
-                _Logits(model), self.criterion, self.optimizer,
-                max_norm=norm if norm > 0 else float("inf"), **self.step_options,
+                model, self.criterion, self.optimizer, unpack=True,
+                max_norm=norm if norm > 0 else float("inf"), **options,
             )  # fmt: skip
             if self._loaded is not None:
                 step.load_state_dict(self._loaded)
@@ -176,17 +175,6 @@ class ImbSAMTrainer(Trainer):
         path = None if checkpoint is None else Path(checkpoint) / _COUNTS
         if path is not None and path.is_file():
             self._loaded, self.train_step = json.loads(path.read_text()), None
-
-
-class _Logits(nn.Module):
-    """The model as TrainStep runs it: a dict in, logits out."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: dict[str, Any]) -> Tensor:
-        return self.model(**inputs).logits
 
 
 if not hasattr(Trainer, "_get_grad_norm"):

@@ -3,7 +3,7 @@
 See csrc/imbsam.h for what each function does. Raises ValueError for lists that cannot be right.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,42 @@ has_cuda: bool
 def connect(tensor: type, parameter: type) -> bool: ...
 def read_lists(lists: Sequence[Sequence[Tensor]]) -> list[TensorList] | None: ...
 def take_gradients(params: list[Tensor]) -> list[Tensor | None] | None: ...
+def all_alone(tensors: Sequence[Tensor | None]) -> bool: ...
+
+# A phase in one call, False where Python has to look; pending is imbsam_fast.optim's, which notes
+# what was written. groups: how many parameters each has; threads: 0 for CUDA.
+def perturb_all(
+    groups: list[int],
+    params: list[Tensor],
+    g_t: list[Tensor | None],
+    rho: list[float],
+    adaptive: list[bool],
+    empty: Callable[[int], Tensor],
+    pending: Any,
+    threads: int,
+    device: int,
+    stream: int,
+) -> bool: ...
+
+# lists: saved, g_h, g_p; names: those in state[p], which of them each group wants, and whether
+# "step" is there too; settings: those of update_.
+def update_all(
+    op: str,
+    groups: list[int],
+    params: list[Tensor],
+    lists: Sequence[list[Tensor | None]],
+    state: Any,
+    names: Sequence[str],
+    wanted: list[list[bool]],
+    step: bool,
+    lr: list[float],
+    settings: Sequence[Sequence[float]],
+    maximize: list[bool],
+    pending: Any,
+    threads: int,
+    device: int,
+    stream: int,
+) -> bool: ...
 def state_of(
     state: dict[Tensor, Any], params: list[Tensor], name: str, needed: Sequence[Tensor | None]
 ) -> list[Tensor | None] | None: ...

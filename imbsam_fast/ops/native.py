@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch  # first, so that _C shares torch's OpenMP runtime
@@ -88,6 +89,11 @@ def pairs_match(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> bool:
 def take_gradients(params: list[Tensor]) -> list[Tensor | None] | None:
     """`p.grad` of each, where all of them are laid out as their parameters; it is None then."""
     return None if _C is None else _C.take_gradients(params)
+
+
+def all_alone(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether each is referred to by this list alone, and alone on its memory; False if unsure."""
+    return _C is not None and _C.all_alone(tensors)
 
 
 def state_of(
@@ -173,6 +179,20 @@ def update_(
         _value(grad_scale, default=1.0), _value(found_inf) != 0,
         torch.get_num_threads(),
     )  # fmt: skip
+
+
+def perturb_all(device: torch.device, *arguments: Any) -> bool:
+    """See optim.one_call.perturb."""
+    *lists, pending = arguments
+    empty = partial(torch.empty, dtype=torch.float64, device=device)
+    on_cpu = torch.get_num_threads(), 0, 0
+    return _C.perturb_all(*lists, empty, pending, *on_cpu)  # type: ignore[call-arg]
+
+
+def update_all(device: torch.device, *arguments: Any) -> bool:
+    """See optim.one_call.update."""
+    on_cpu = torch.get_num_threads(), 0, 0
+    return _C.update_all(*arguments, *on_cpu)  # type: ignore[call-arg]
 
 
 def merge_(

@@ -10,6 +10,8 @@ constant of a captured graph; one on the device is read when the kernel runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +92,23 @@ def update_(
         _pointer(lr_there), _pointer(scale_there), _pointer(inf_there), *_on(device),
     )  # fmt: skip
     advance_(step, found_inf)
+
+
+def perturb_all(device: torch.device, *arguments: Any) -> bool:
+    """See optim.one_call.perturb."""
+    *lists, pending = arguments
+    empty = partial(torch.empty, dtype=torch.float64, device=device)
+    on_cuda = 0, *_on(device)
+    return _C.perturb_all(*lists, empty, pending, *on_cuda)  # type: ignore[call-arg]
+
+
+def update_all(
+    device: torch.device, op: str, groups: Any, params: Any, lists: Any, state: Any, names: Any,
+    wanted: Any, step: bool, *rest: Any,
+) -> bool:  # fmt: skip
+    """See optim.one_call.update; with counts of steps, which are to be on the device, not."""
+    lists_of = groups, params, lists, state, names, wanted, step
+    return not step and _C.update_all(op, *lists_of, *rest, 0, *_on(device))  # type: ignore[call-arg]
 
 
 def _counts(step: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:

@@ -120,6 +120,25 @@ class AroundBase(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
+    def unperturbed_weights(self, model: torch.nn.Module) -> dict[str, Any]:
+        """`model.state_dict()` with the weights at theta, also while they are perturbed.
+
+        Nothing is copied: write the tensors out before the next step.
+        """
+        saved = dict(zip(map(id, self._params()), self._pending.saved or ()))
+        weights = model.state_dict(keep_vars=True)
+        for name, value in weights.items():
+            if not isinstance(value, Tensor):
+                continue
+            start = saved.get(id(value))
+            # Master weights are kept in float32; the parameter is their rounding.
+            weights[name] = (
+                value.detach()
+                if start is None
+                else shards.as_part_of(value, start.to(value.dtype)).detach()
+            )
+        return weights
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this optimizer or of its base. RuntimeError inside a step."""
         self.require_idle("load_state_dict")

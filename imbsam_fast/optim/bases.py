@@ -130,7 +130,8 @@ def reason_not_fused(optimizer: Optimizer) -> str | None:
         return "base has step hooks, which may want the merged gradient"
     for group in optimizer.param_groups:
         for name in base.numbers:
-            if any(isinstance(value, Tensor) for value in _items(group, name)):
+            numbers = _items(group, name)
+            if numbers and any(isinstance(number, Tensor) for number in numbers):
                 return f"base has {name} that are tensors"
     if base.has_step and (kind := strange_kind(params_of(optimizer.param_groups))) is not None:
         # It may run an operator once for each tensor inside, which would count as many steps.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ def check_rho(rho: object, name: str = "rho") -> None:
 
 def check_own_settings(name: str, group: dict[str, Any]) -> None:
     """Refuse values of what ImbSAM adds to a group, where there are any."""
+    rho, adaptive, perturb = map(group.get, OWN_SETTINGS)
+    if type(rho) is float and 0 <= rho < math.inf and type(adaptive) is type(perturb) is bool:
+        return  # as in almost every step, of which the rest would take more than its share
     if "rho" in group:
         check_rho(group["rho"], f"{name}['rho']")
     for setting in ("adaptive", "perturb"):

@@ -17,7 +17,7 @@ from ..losses import SplitLoss, check_split_loss
 from ..ops import native
 from ..ops.arguments import in_layout_of, unobserved
 from ..validation import check_bool, check_grad_scaler, check_max_norm, check_no_gradient
-from . import shards, updates
+from . import one_call, shards, updates
 from .around_base import AroundBase, check_base
 from .bases import check_fused, reason_not_fused
 from .buckets import Bucket, Slots, all_present, buckets
@@ -30,7 +30,7 @@ from .groups import (
 from .interrupts import uninterrupted
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
-from .scaling import Norms, joined, scaling
+from .scaling import Norms, in_use, joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
 
@@ -112,7 +112,6 @@ class ImbSAM(AroundBase):
 
     # ------------------------------------------------------------ one step
 
-    @torch.no_grad()
     def first_step(self, zero_grad: None = None) -> None:
         """Hold the gradients in `p.grad` as g_h; copies only of those that others can reach.
 
@@ -124,7 +123,6 @@ class ImbSAM(AroundBase):
             raise RuntimeError("first_step was called twice in one step; third_step must follow")
         self._pending.held = owned(self._take_gradients())
 
-    @torch.no_grad()
     def second_step(self, subtract: bool = False, zero_grad: None = None) -> None:
         """Perturb: theta <- theta + rho g_t / ||g_t||, with g_t in `p.grad`.
 
@@ -137,13 +135,20 @@ class ImbSAM(AroundBase):
         if self._pending.saved is not None:
             raise RuntimeError("second_step was called twice in one step; third_step must follow")
         with self._abandoned_on_failure():
-            if self._replicas.leave_g_t_apart(self._params()):
+            if self._replicas.may_be() and self._replicas.leave_g_t_apart(self._params()):
                 average_(self.gradients(), self._replicas.of(self._params())[0].process_group)
-        with self._abandoned_on_failure(), uninterrupted():
             g_t = owned(self._take_gradients())
             if all(g is None for g in g_t):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
             perturbing = self._of_perturbed_groups(g_t)
+            is_plain = not subtract and not self.master_weights
+            if not (is_plain and one_call.perturb(self.param_groups, perturbing, self._pending)):
+                self._perturb_in_launches(g_t, perturbing, subtract)
+
+    @torch.no_grad()
+    def _perturb_in_launches(self, g_t: Slots, perturbing: Slots, subtract: bool) -> None:
+        """Perturb by what is left of g_t in `perturbing`, launch by launch."""
+        with uninterrupted():
             held: Slots = [None] * len(g_t)
             if subtract:
                 held = self._subtracted_from(g_t, perturbing)
@@ -211,18 +216,40 @@ class ImbSAM(AroundBase):
         check_max_norm(max_norm)
         check_grad_scaler(grad_scaler)
         with self._abandoned_on_failure():
-            return self._end_step(grad_scaler=grad_scaler, max_norm=max_norm)
+            end = self._end_step if self._is_watched() else self._ended
+            return end(grad_scaler=grad_scaler, max_norm=max_norm)
 
     @torch.optim.Optimizer.profile_hook_step
-    @torch.no_grad()
     def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
-        """third_step, between the step hooks."""
-        check_max_norm(max_norm)  # again: a hook may have replaced it
+        """third_step, between the step hooks, which may have replaced its arguments."""
+        check_max_norm(max_norm)
         check_grad_scaler(grad_scaler)
+        return self._ended(grad_scaler, max_norm)
+
+    def _ended(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
+        """third_step without the step hooks."""
+        g_p = self._take_gradients()
+        g_h = self._pending.held or [None] * len(g_p)
+        saved = self._pending.saved or [None] * len(g_p)
+        is_plain = not self.master_weights and max_norm is None and in_use(grad_scaler) is None
+        if is_plain and unobserved() and reason_not_fused(self.base) is None:
+            norms = scaling(self, g_h, g_p, None, None).norms
+            if one_call.update(self.base, saved, g_h, g_p, self._pending):
+                self._done()
+                return norms
+        return self._update_in_launches(saved, g_h, g_p, grad_scaler, max_norm)
+
+    @torch.no_grad()
+    def _update_in_launches(
+        self,
+        saved: Slots,
+        g_h: Slots,
+        g_p: Slots,
+        grad_scaler: torch.amp.GradScaler | None,
+        max_norm: float | None,
+    ) -> Norms:
+        """Restore and update, launch by launch or by the base's own step."""
         with uninterrupted():
-            g_p = self._take_gradients()
-            g_h = self._pending.held or [None] * len(g_p)
-            saved = self._pending.saved or [None] * len(g_p)
             if not all_present(g_p):
                 g_h, g_p = self._complete(saved, g_h, g_p)
             *scale_and_flag, norms = scaling(self, g_h, g_p, grad_scaler, max_norm)
@@ -238,10 +265,18 @@ class ImbSAM(AroundBase):
                 updates.merge(self.base, saved, g_h, g_p)
                 self._pending.saved = None  # restored: what the base does from here is its own
                 updates.base_step(self.base, g_p, *scale_and_flag)
-            self._pending.clear()
-            # What LR schedulers look at to warn about a step that never happened.
-            self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+            self._done()
             return norms
+
+    def _done(self) -> None:
+        self._pending.clear()
+        # What LR schedulers look at to warn about a step that never happened.
+        self._opt_called = self.base._opt_called = True  # type: ignore[attr-defined]
+
+    def _is_watched(self) -> bool:
+        """Whether step hooks, a profiler or a compiler want to see the end of a step."""
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+        return bool(hooks) or updates.has_global_hooks() or not unobserved()
 
     def step(self, closure: Callable[[], SplitLoss] | None = None) -> SplitLoss:  # type: ignore[override]
         """One whole step by the joint plan.
@@ -297,15 +332,16 @@ class ImbSAM(AroundBase):
             return torch.ones((), dtype=torch.bool, device=device)
         return joined(self._pending.partials, device).isfinite().all()
 
-    @torch.no_grad()
     def tail_gradient_norm(self) -> Tensor | None:
         """||g_t|| over the perturbed groups, float64 (), times a gradient scaler's scale.
 
         None where the weights are not perturbed, and with `adaptive`, which has another norm.
         """
-        if not self._pending.partials or self._pending.is_adaptive:
+        partials = self._pending.partials
+        if not partials or self._pending.is_adaptive:
             return None
-        return joined(self._pending.partials, self._params()[0].device).sum().sqrt()
+        sums = partials[0] if len(partials) == 1 else joined(partials, self._params()[0].device)
+        return sums.sum().sqrt()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -338,25 +374,6 @@ class ImbSAM(AroundBase):
                 p.grad = g_h if p.grad is None else p.grad.add_(g_h)
         self._pending.held = None
 
-    def unperturbed_weights(self, model: torch.nn.Module) -> dict[str, Any]:
-        """`model.state_dict()` with the weights at theta, also while they are perturbed.
-
-        Nothing is copied: write the tensors out before the next step.
-        """
-        saved = dict(zip(map(id, self._params()), self._pending.saved or ()))
-        weights = model.state_dict(keep_vars=True)
-        for name, value in weights.items():
-            if not isinstance(value, Tensor):
-                continue
-            start = saved.get(id(value))
-            # Master weights are kept in float32; the parameter is their rounding.
-            weights[name] = (
-                value.detach()
-                if start is None
-                else shards.as_part_of(value, start.to(value.dtype)).detach()
-            )
-        return weights
-
     # ------------------------------------------------------------ internals
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -377,11 +394,12 @@ class ImbSAM(AroundBase):
         params = self._params()
         if unobserved() and (taken := native.take_gradients(params)) is not None:
             return taken
-        parts = shards.locals_of(params)
-        found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
-        gradients = in_layout_of(parts, found, "the gradient")
-        for p in params:
-            p.grad = None
+        with torch.no_grad():
+            parts = shards.locals_of(params)
+            found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
+            gradients = in_layout_of(parts, found, "the gradient")
+            for p in params:
+                p.grad = None
         return gradients
 
     def _complete(self, saved: Slots, g_h: Slots, g_p: Slots) -> tuple[Slots, Slots]:

@@ -82,9 +82,8 @@ class LeanImbSAM(ImbSAM):
                     take = partial(self._take, group, i)
                     self._hooks.append(p.register_post_accumulate_grad_hook(take))
 
-    @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
-    def _end_step(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
+    def _ended(self, grad_scaler: torch.amp.GradScaler | None, max_norm: float | None) -> Norms:
         """theta <- saved - lr m, with what is left in `p.grad` taken up before.
 
         Of the norms only that of g_t is known.

@@ -12,6 +12,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor, UntypedStorage
 
+from ..ops import native
 from .buckets import Slots
 
 _ONLY_TENSORS = {Tensor}
@@ -31,7 +32,9 @@ def owned(gradients: Slots) -> Slots:
     subclass wraps. The caller keeps no reference besides the list.
     """
     if torch.compiler.is_compiling():  # the compiled code will meet gradients of either kind
-        return [None if g is None else g.clone() for g in gradients]
+        return [None if g is None else _copy(g) for g in gradients]
+    if native.all_alone(gradients):
+        return gradients
     references = [*map(sys.getrefcount, gradients)]
     if set(map(type, gradients)) == _ONLY_TENSORS and max(references) <= _REFERENCES:
         storages = [*map(Tensor.untyped_storage, gradients)]  # type: ignore[arg-type]  # no None
@@ -41,9 +44,14 @@ def owned(gradients: Slots) -> Slots:
             return gradients
         del storages
     return [
-        g if g is None or (count <= _REFERENCES and _is_alone(g)) else g.clone()
+        g if g is None or (count <= _REFERENCES and _is_alone(g)) else _copy(g)
         for g, count in zip(gradients, references)
     ]
+
+
+@torch.no_grad()
+def _copy(g: Tensor) -> Tensor:
+    return g.clone()
 
 
 def _is_alone(g: Tensor) -> bool:

@@ -32,6 +32,10 @@ class Replicas:
     def __init__(self) -> None:
         self.found: list[DistributedDataParallel] | None = None
 
+    def may_be(self) -> bool:
+        """False for one process, at once."""
+        return bool(self.found) or _several_ranks()
+
     def of(self, params: Sequence[Tensor]) -> list[DistributedDataParallel]:
         """The DDP models; [] in one process, on ranks that train apart, and for `fully_shard`."""
         if self.found is None:

@@ -25,16 +25,22 @@ _DTENSORS = "torch.distributed.tensor"  # importing it takes a second; before th
 # ---------------------------------------------------------------- tensors
 
 
+def _all_plain(tensors: Sequence[Tensor | None]) -> bool:
+    if torch.compiler.is_compiling():  # before torch 2.8 a map is not understood there
+        return all(type(t) in _PLAIN for t in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
+
+
 def is_sharded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether there is a DTensor among them."""
-    if _DTENSORS not in sys.modules or _PLAIN.issuperset(map(type, tensors)):
+    if _DTENSORS not in sys.modules or _all_plain(tensors):
         return False
     return any(_is_dtensor(t) for t in tensors)
 
 
 def strange_kind(params: Sequence[Tensor]) -> type | None:
     """The type of a parameter that is neither plain nor a DTensor, if there is one."""
-    if _PLAIN.issuperset(map(type, params)):
+    if _all_plain(params):
         return None
     return next((type(p) for p in params if type(p) not in _PLAIN and not _is_dtensor(p)), None)
 

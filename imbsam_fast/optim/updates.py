@@ -85,6 +85,11 @@ def base_step(
     base.zero_grad()
 
 
+def has_global_hooks() -> bool:
+    """Whether torch's step hooks of all optimizers are in use."""
+    return any(_GLOBAL_HOOKS)
+
+
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
     """Inside the block torch's global step hooks do not run: they run around ImbSAM's update."""

@@ -29,7 +29,7 @@ from imbsam_fast.bench.shapes import elements
 SCRIPTS = [
     pytest.param(bench_optimizer, marks=pytest.mark.slow),  # it and bench_growth compile
     pytest.param(bench_split_cross_entropy, marks=pytest.mark.quick),
-    pytest.param(bench_step, marks=pytest.mark.quick),
+    pytest.param(bench_step, marks=pytest.mark.slow),  # trains
     pytest.param(bench_growth, marks=pytest.mark.slow),
 ]
 
@@ -145,6 +145,7 @@ def small_network() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)).double()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("plan", ["joint", "split"])
 def test_passes_by_hand_are_those_of_the_plan(plan):
     planned = small_network()

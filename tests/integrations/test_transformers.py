@@ -85,15 +85,6 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
 
 
-class Logits(torch.nn.Module):
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: dict) -> torch.Tensor:
-        return self.model(**inputs).logits
-
-
 def in_order(model, rows: int):
     """Trainer's dataset without shuffling, as batches for a TrainStep."""
     data = dataset()
@@ -116,7 +107,7 @@ def test_the_steps_are_those_of_a_train_step(tmp_path, accumulated):
     model = network(0).train()
     base = torch.optim.AdamW(model.parameters(), 1e-2)
     step = TrainStep(
-        Logits(model), CRITERION, ImbSAM(base), max_norm=0.137,
+        model, CRITERION, ImbSAM(base), max_norm=0.137, unpack=True, logits="logits",
         micro_batch_size=None if accumulated == 1 else 4,
     )  # fmt: skip
     results = [step(x, y) for (x, y), _ in zip(in_order(model, 8), range(4))]

@@ -233,7 +233,7 @@ def test_parameters_have_counts_of_their_own():
     torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-13)
 
 
-def test_a_failed_kernel_leaves_weights_and_state(monkeypatch):
+def test_a_failed_kernel_leaves_weights_and_state(by_launches, monkeypatch):
     params = parameters()
     base = AdamW([{"params": params[:2]}, {"params": params[2:]}], lr=0.01)
     optimizer = ImbSAM(base)

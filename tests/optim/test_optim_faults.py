@@ -70,7 +70,7 @@ def test_calls_out_of_order_are_refused_and_change_nothing():
 
 
 @pytest.mark.parametrize("bucket", [0, 1])
-def test_a_failed_kernel_leaves_the_weights_bit_for_bit(monkeypatch, bucket):
+def test_a_failed_kernel_leaves_the_weights_bit_for_bit(by_launches, monkeypatch, bucket):
     """Also when other groups were already perturbed, or already updated."""
     params = parameters()
     before = snapshot(params)
@@ -96,7 +96,9 @@ def test_a_failed_kernel_leaves_the_weights_bit_for_bit(monkeypatch, bucket):
 
 
 @pytest.mark.parametrize("operation", ["squared_norm", "perturb_"])
-def test_ctrl_c_inside_a_phase_is_raised_when_the_weights_are_safe(monkeypatch, operation):
+def test_ctrl_c_inside_a_phase_is_raised_when_the_weights_are_safe(
+    by_launches, monkeypatch, operation
+):
     params = parameters()
     before = snapshot(params)
     optimizer = ImbSAM(torch.optim.SGD(params, lr=0.1))
@@ -135,7 +137,7 @@ def test_second_step_needs_a_gradient():
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_other_signal_handlers_wait_for_a_safe_moment_too(monkeypatch, name):
+def test_other_signal_handlers_wait_for_a_safe_moment_too(by_launches, monkeypatch, name):
     params = parameters()
     before = snapshot(params)
     optimizer = ImbSAM(torch.optim.SGD(params, lr=0.1))
@@ -197,7 +199,7 @@ def test_a_group_that_is_refused_keeps_the_others_from_being_updated():
     assert not any(base.state.values())
 
 
-def test_a_failed_first_step_is_not_the_first_step(monkeypatch):
+def test_a_failed_first_step_is_not_the_first_step(by_launches, monkeypatch):
     """The first one takes its gradient undampened; so must the one after a failure."""
     ends = []
     for fails in (True, False):

@@ -68,7 +68,9 @@ def like_one_process(
     names = ("replicas", "shards")
     mesh = init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=names)
     mesh = mesh if replicas > 1 else mesh["shards"]
-    model = sharded(Scaled(norm, torch.float64), mesh=mesh, reshard_after_forward=forward_reshards)
+    # None, to leave it to torch, is an argument of newer ones only.
+    reshards = {} if forward_reshards is None else {"reshard_after_forward": forward_reshards}
+    model = sharded(Scaled(norm, torch.float64), mesh=mesh, **reshards)
     if forward_reshards is False:
         model.set_reshard_after_backward(False)
     optimizer = train(model, rank, ranks, **settings)

@@ -133,7 +133,7 @@ def read(path: Path) -> Archive:
             "`imbsam-fast pack`, which makes them"
         )
     try:
-        with np.load(path) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             files = archive["jpeg" if "jpeg" in archive.files else "files"]
             offsets, labels = archive["offsets"], archive["labels"]
             names = [str(name) for name in archive["class_names"]]
