@@ -24,6 +24,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
 
+# torch 2.6's own FSDP2 needs a device with streams (docs/support.md).
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="FSDP2 of torch 2.6 does not run on a CPU"
+)
+
 # ---------------------------------------------------------------- as one process
 
 Base = Callable[[nn.Module], torch.optim.Optimizer]
