@@ -17,9 +17,9 @@ from .launch import DTYPES, launch_options, on
 from .split_cross_entropy import (
     BACKWARD,
     BACKWARD_SPAN,
-    FORWARD,
     TOTALS_BLOCK,
     TOTALS_THREADS,
+    Configuration,
     configuration,
     contiguous,
     log_sum_exp,
@@ -28,6 +28,11 @@ from .split_cross_entropy import (
     weighted_sums,
 )
 
+# Sums of a row are eight lists of a block's length: larger blocks than these spill.
+FORWARD = (
+    Configuration(256, block=256, threads=32),
+    Configuration(float("inf"), block=1024, threads=128),
+)
 ROW = 6  # numbers that the backward needs of a row
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +15,6 @@ import torch
 from interpreter import interpreter_error, use_the_interpreter
 
 from imbsam_fast.ops import dispatch, native
-from imbsam_fast.optim import one_call
 
 # For benchmarks/, which is not installed; last, so that the installed imbsam_fast is tested.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -23,6 +23,11 @@ if not torch.cuda.is_available():
     use_the_interpreter()
     if dispatch.available("cpu")["triton"] is None:
         INTERPRETER_ERROR = interpreter_error()
+
+
+# A shell's background jobs ignore it, and Python then leaves it so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -184,6 +189,8 @@ def one_thread() -> None:
 @pytest.fixture
 def by_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phases through the operators, a launch at a time, as of tensors that are not plain."""
+    from imbsam_fast.optim import one_call  # later than use_the_interpreter: it imports triton
+
     for name in ("perturb", "update"):
         monkeypatch.setattr(one_call, name, lambda *arguments: False)
 

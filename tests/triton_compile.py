@@ -47,7 +47,7 @@ KEEPING = ("perturb_", *updates.UPDATES)
 CROSS_ENTROPY = {
     "row_losses": split_cross_entropy.FORWARD,
     "backward": split_cross_entropy.BACKWARD,
-    "soft_row_losses": split_cross_entropy.FORWARD,
+    "soft_row_losses": soft_cross_entropy.FORWARD,
     "soft_backward": split_cross_entropy.BACKWARD,
 }
 

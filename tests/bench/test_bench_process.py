@@ -105,6 +105,7 @@ def test_load_of_other_processes_is_what_this_one_did_not_use(monkeypatch):
 
 def test_a_busy_machine_is_mentioned(monkeypatch):
     others = OtherLoad()
-    assert command._warnings(others) == []
+    assert command._warnings(False, others) == []
+    assert "no result" in command._warnings(True, others)[0]
     monkeypatch.setattr(OtherLoad, "cores", 1.25)
-    assert "other processes kept 1.2 cores busy" in command._warnings(others)[0]
+    assert "other processes kept 1.2 cores busy" in command._warnings(False, others)[0]

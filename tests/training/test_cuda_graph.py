@@ -249,6 +249,8 @@ def test_one_stream_of_the_models_device_and_one_pool(runtime, stand_in):
 class SimpleTargets:
     """Targets that any device may be asked for."""
 
+    dtype = torch.int64
+
     def __init__(self, rows: int) -> None:
         self.shape = (rows,)
 

@@ -339,7 +339,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _draw_front(axes: Axes, points: list[tuple[float, float]]) -> None:
-    x, y = zip(*front(points))
+    x = [cost for cost, _ in front(points)]
+    y = [accuracy for _, accuracy in front(points)]
     axes.step(x, y, where="post", color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
 
 
