@@ -342,7 +342,7 @@ def test_ctrl_c_at_every_operator(settings):
         taken.append(training.is_at(training.end, statistics=True))
         assert taken[-1] or training.is_at(training.start, statistics=True)
         training.go_back()
-    assert taken == sorted(taken) and 0 < sum(taken) < 10
+    assert taken == sorted(taken) and 0 < sum(taken) < 15  # what is left is what a result tells
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
