@@ -7,15 +7,17 @@ from torch import Tensor, nn
 from .. import ops
 from ..kernels.arithmetic import arithmetic_dtype
 from ..split import ClassSplit
-from ..validation import check_number, check_weights
+from ..validation import check_number
 from .parts import (
     Parts,
     SplitLoss,
+    check_class_weight,
     check_no_target_gradient,
     check_split,
     check_tensors,
     checked_ignore_index,
     checked_tail_weight,
+    split_loss_of,
     target_parts,
 )
 
@@ -66,12 +68,7 @@ class SplitCrossEntropy(nn.Module):
         smoothing = check_number(
             "label_smoothing", label_smoothing, "0 to 1", lambda x: 0 <= x <= 1
         )
-        if weight is not None:
-            check_weights("weight", weight)
-            if split.num_classes not in (None, len(weight)):
-                raise ValueError(
-                    f"weight has {len(weight)} classes, expected {split.num_classes} as in split"
-                )
+        check_class_weight("weight", weight, split)
         self.split = split
         self.register_buffer("weight", weight)
         self.label_smoothing = smoothing
@@ -103,7 +100,7 @@ class SplitCrossEntropy(nn.Module):
                 self.ignore_index,
                 batch_size,
             )
-        return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
+        return split_loss_of(head, tail, self.tail_weight)
 
     def parts(self, targets: Tensor) -> Parts:
         """Which rows of a batch have weight in which part."""

@@ -8,14 +8,16 @@ from torch import Tensor, nn
 
 from ..kernels.arithmetic import arithmetic_dtype
 from ..split import ClassSplit
-from ..validation import check_batch_size, check_weights
+from ..validation import check_batch_size
 from .parts import (
     Parts,
     SplitLoss,
+    check_class_weight,
     check_no_target_gradient,
     check_split,
     check_tensors,
     checked_tail_weight,
+    split_loss_of,
 )
 
 
@@ -54,12 +56,7 @@ class SplitBCEWithLogits(nn.Module):
         super().__init__()
         check_split(split)
         for name, w in (("weight", weight), ("pos_weight", pos_weight)):
-            if w is not None:
-                check_weights(name, w)
-                if split.num_classes not in (None, len(w)):
-                    raise ValueError(
-                        f"{name} has {len(w)} classes, expected {split.num_classes} as in split"
-                    )
+            check_class_weight(name, w, split)
             self.register_buffer(name, w)
         self.split = split
         self.tail_weight = checked_tail_weight(tail_weight)
@@ -96,7 +93,7 @@ class SplitBCEWithLogits(nn.Module):
         w = torch.stack(self.split.weights(logits.shape[1], logits.device, dtype))
         of_classes = terms.sum(0)
         head, tail = (torch.where(w == 0, 0, w * of_classes).sum(1) / (b * w.shape[1])).unbind()
-        return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
+        return split_loss_of(head, tail, self.tail_weight)
 
     def parts(self, targets: Tensor) -> Parts:
         """All rows, in every part that there are classes of."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..split import ClassSplit
-from ..validation import check_number, check_whole_number
+from ..validation import check_number, check_weights, check_whole_number
 
 LABELS = "int64 labels (N,)"
 TARGETS = f"{LABELS} or (N, d1, ...), or label distributions (N, K) or (N, K, d1, ...)"
@@ -24,6 +24,11 @@ class SplitLoss(NamedTuple):
     def total(self) -> Tensor:
         """head + tail."""
         return self.head + self.tail
+
+
+def split_loss_of(head: Tensor, tail: Tensor, tail_weight: float) -> SplitLoss:
+    """The parts, with the factor on the tail."""
+    return SplitLoss(head, tail if tail_weight == 1 else tail_weight * tail)
 
 
 def check_split_loss(name: str, loss: object) -> None:
@@ -123,6 +128,17 @@ def check_split(split: object) -> None:
     """Refuse what is no ClassSplit."""
     if not isinstance(split, ClassSplit):
         raise TypeError(f"split is {type(split).__name__}, expected a ClassSplit")
+
+
+def check_class_weight(name: str, weight: Tensor | None, split: ClassSplit) -> None:
+    """Refuse a class weight inside the loss that is none of the split's classes."""
+    if weight is None:
+        return
+    check_weights(name, weight)
+    if split.num_classes not in (None, len(weight)):
+        raise ValueError(
+            f"{name} has {len(weight)} classes, expected {split.num_classes} as in split"
+        )
 
 
 def checked_tail_weight(tail_weight: float) -> float:

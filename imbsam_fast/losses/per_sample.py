@@ -17,6 +17,7 @@ from .parts import (
     check_tensors,
     checked_ignore_index,
     checked_tail_weight,
+    split_loss_of,
     target_parts,
 )
 
@@ -49,7 +50,7 @@ class _SplitPerSampleLoss(nn.Module):
             w, counted = self._of_labels(targets, losses)
         b = counted.sum().clamp(min=1) if batch_size is None else batch_size
         head, tail = (torch.where(w == 0, 0, w * losses).flatten(1).sum(1) / b).unbind()
-        return SplitLoss(head, tail if self.tail_weight == 1 else self.tail_weight * tail)
+        return split_loss_of(head, tail, self.tail_weight)
 
     def parts(self, targets: Tensor) -> Parts:
         """Which rows of a batch have weight in which part."""

@@ -222,6 +222,11 @@ def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
     return logits, (_DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0))
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Any]:
+    """What kernels read in one piece; None stays None."""
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -241,8 +246,7 @@ def split_cross_entropy(
     dtype = arithmetic_dtype(logits.dtype)
     head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
     lse = torch.empty(len(logits), 2, dtype=dtype, device="cpu")
-    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
-    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    targets, plain, sharp, class_weight = _contiguous(targets, plain, sharp, class_weight)
     _C.split_cross_entropy(
         *rows, _pointer(logits), _pointer(targets), _pointer(plain), _pointer(sharp),
         _pointer(class_weight), label_smoothing, ignore_index, batch_size,
@@ -267,9 +271,7 @@ def split_cross_entropy_backward(
     """See reference.split_cross_entropy_backward."""
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
-    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
-    class_weight = class_weight if class_weight is None else class_weight.contiguous()
-    lse = lse.contiguous()
+    targets, lse, plain, sharp, class_weight = _contiguous(targets, lse, plain, sharp, class_weight)
     _C.split_cross_entropy_backward(
         *rows, _value(grad_head), _value(grad_tail), _pointer(logits), _pointer(targets),
         _pointer(lse), b.item(), _pointer(plain), _pointer(sharp),
@@ -293,8 +295,7 @@ def split_soft_cross_entropy(
     dtype = arithmetic_dtype(logits.dtype)
     head, tail, b = (torch.empty((), dtype=dtype, device="cpu") for _ in range(3))
     numbers = torch.empty(len(logits), 6, dtype=dtype, device="cpu")
-    plain, sharp = plain.contiguous(), sharp.contiguous()
-    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    plain, sharp, class_weight = _contiguous(plain, sharp, class_weight)
     _C.split_soft_cross_entropy(
         *rows, _pointer(logits), _pointer(q), q_rows[-1], _pointer(plain), _pointer(sharp),
         _pointer(class_weight), label_smoothing, batch_size, _pointer(head), _pointer(tail),
@@ -318,8 +319,7 @@ def split_soft_cross_entropy_backward(
     """See reference.split_soft_cross_entropy_backward."""
     (logits, sizes), (q, q_rows) = _rows(logits), _rows(q)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device="cpu")
-    plain, sharp, rows = plain.contiguous(), sharp.contiguous(), rows.contiguous()
-    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    rows, plain, sharp, class_weight = _contiguous(rows, plain, sharp, class_weight)
     _C.split_soft_cross_entropy_backward(
         *sizes, _value(grad_head), _value(grad_tail), _pointer(logits), _pointer(q), q_rows[-1],
         _pointer(rows), b.item(), _pointer(plain), _pointer(sharp), _pointer(class_weight),

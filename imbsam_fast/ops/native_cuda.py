@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
-from .native import _C, _chunks, _pointer, _rows, _table, _value
+from .native import _C, _chunks, _contiguous, _pointer, _rows, _table, _value
 
 # Label distributions have no CUDA kernel yet: torch's own operations, several times the traffic.
 from .reference_soft import split_soft_cross_entropy as split_soft_cross_entropy
@@ -155,8 +155,7 @@ def split_cross_entropy(
     head, tail, b = (torch.empty((), dtype=dtype, device=device) for _ in range(3))
     lse = torch.empty(len(logits), 2, dtype=dtype, device=device)
     losses = torch.empty(len(logits), dtype=torch.float64, device=device)
-    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
-    class_weight = class_weight if class_weight is None else class_weight.contiguous()
+    targets, plain, sharp, class_weight = _contiguous(targets, plain, sharp, class_weight)
     _C.cuda_split_cross_entropy(
         *rows, _pointer(logits), _pointer(targets), _pointer(plain), _pointer(sharp),
         _pointer(class_weight), label_smoothing, ignore_index, batch_size, _pointer(losses),
@@ -181,13 +180,10 @@ def split_cross_entropy_backward(
     """See reference.split_cross_entropy_backward."""
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    targets, plain, sharp = targets.contiguous(), plain.contiguous(), sharp.contiguous()
-    lse = lse.contiguous()
+    targets, lse, plain, sharp, class_weight = _contiguous(targets, lse, plain, sharp, class_weight)
     weight_sum = None
-    if class_weight is not None:
-        class_weight = class_weight.contiguous()
-        if label_smoothing:
-            weight_sum = class_weight.sum(dtype=torch.float64)
+    if class_weight is not None and label_smoothing:
+        weight_sum = class_weight.sum(dtype=torch.float64)
     grad_head, grad_tail = (
         g if g is None else g.to(logits.device, arithmetic_dtype(logits.dtype))
         for g in (grad_head, grad_tail)

@@ -213,10 +213,20 @@ def _split_cross_entropy(logits, *args):
     return dispatch.select(logits.device).split_cross_entropy(logits, *args)
 
 
+def fake_losses(logits: Tensor, row_numbers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Head, tail and b, and so many numbers a row for the backward."""
+    scalar = logits.new_empty((), dtype=arithmetic_dtype(logits.dtype))
+    return scalar, scalar.clone(), scalar.clone(), scalar.new_empty(logits.shape[0], row_numbers)
+
+
+def fake_gradient(grad_head, grad_tail, logits, *args):
+    """Of the logits, whatever else the backward takes."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 @fake("split_cross_entropy")
 def _(logits, *args):
-    scalar = logits.new_empty((), dtype=arithmetic_dtype(logits.dtype))
-    return scalar, scalar.clone(), scalar.clone(), scalar.new_empty(logits.shape[0], 2)
+    return fake_losses(logits, 2)
 
 
 @define(
@@ -229,9 +239,7 @@ def _split_cross_entropy_backward(grad_head, grad_tail, logits, *args):
     return backend.split_cross_entropy_backward(grad_head, grad_tail, logits, *args)
 
 
-@fake("split_cross_entropy_backward")
-def _(grad_head, grad_tail, logits, *args):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+fake("split_cross_entropy_backward")(fake_gradient)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

@@ -13,6 +13,8 @@ from .operators import (
     check_class_weights,
     check_logits,
     check_loss_settings,
+    fake_gradient,
+    fake_losses,
     refuse_double_backward,
 )
 
@@ -59,8 +61,7 @@ def _split_soft_cross_entropy(logits, *args):
 
 @fake("split_soft_cross_entropy")
 def _(logits, *args):
-    scalar = logits.new_empty((), dtype=arithmetic_dtype(logits.dtype))
-    return scalar, scalar.clone(), scalar.clone(), scalar.new_empty(logits.shape[0], 6)
+    return fake_losses(logits, 6)
 
 
 @define(
@@ -73,9 +74,7 @@ def _split_soft_cross_entropy_backward(grad_head, grad_tail, logits, *args):
     return backend.split_soft_cross_entropy_backward(grad_head, grad_tail, logits, *args)
 
 
-@fake("split_soft_cross_entropy_backward")
-def _(grad_head, grad_tail, logits, *args):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+fake("split_soft_cross_entropy_backward")(fake_gradient)
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -16,7 +16,7 @@ from ..optim import ImbSAM
 from ..optim.around_base import wraps_imbsam
 from ..optim.lean import check_whole_gradient
 from ..split import ClassSplit
-from ..validation import check_whole_number
+from ..validation import check_bool, check_whole_number
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
 from .wrappers import kind_of
 
@@ -77,6 +77,12 @@ def check_choices(
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
     if micro_batch_size is not None:
         check_whole_number("micro_batch_size", micro_batch_size, "an integer >= 1", 1)
+
+
+def check_switches(**switches: object) -> None:
+    """Refuse what is neither True nor False."""
+    for name, value in switches.items():
+        check_bool(name, value)
 
 
 def check_autocast(autocast: object) -> None:

@@ -110,8 +110,7 @@ def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(inputs, targets, rows.counted)
-    result = step_result(rows, seen.head, seen.tail, seen.outputs())
-    return result._replace(**step.update()._asdict())
+    return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
 
 
 def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
@@ -126,8 +125,8 @@ def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
-    result = step_result(rows, head.head, tail.tail, _assemble(rows, len(targets), head, tail))
-    return result._replace(**step.update()._asdict())
+    outputs = _assemble(rows, len(targets), head, tail)
+    return updated(step, step_result(rows, head.head, tail.tail, outputs))
 
 
 def _head_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
@@ -162,8 +161,7 @@ def lagged_joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
         step.perturb_lagged()
         only = None if rows.head_rows else seen
         step.perturbed_backward(inputs, targets, rows.counted, only)
-    result = step_result(rows, seen.head, seen.tail, seen.outputs())
-    return result._replace(**_lagged(step.update()))
+    return _lagged(updated(step, step_result(rows, seen.head, seen.tail, seen.outputs())))
 
 
 def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
@@ -172,13 +170,13 @@ def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) ->
     if rows.tail_rows:
         step.perturb_lagged()
         step.perturbed_backward(*take_rows(rows.tail, inputs, targets), rows.counted, tail)
-    result = step_result(rows, head.head, tail.tail, _assemble(rows, len(targets), head, tail))
-    return result._replace(**_lagged(step.update()))
+    outputs = _assemble(rows, len(targets), head, tail)
+    return _lagged(updated(step, step_result(rows, head.head, tail.tail, outputs)))
 
 
-def _lagged(norms: Norms) -> dict[str, Any]:
-    """The norms of a lagged step: it takes no tail gradient of its own."""
-    return norms._replace(tail_grad_norm=None)._asdict()
+def _lagged(result: StepResult) -> StepResult:
+    """The result of a lagged step: it takes no tail gradient of its own."""
+    return result._replace(tail_grad_norm=None)
 
 
 # ---------------------------------------------------------------- what passes leave behind
@@ -255,3 +253,8 @@ def step_result(rows: Rows, head: Tensor | None, tail: Tensor | None, outputs: A
     known = next(part for part in (head, tail) if part is not None)
     head, tail = (torch.zeros_like(known) if part is None else part for part in (head, tail))
     return StepResult(head + tail, head, tail, outputs, tail_share=rows.tail_share)
+
+
+def updated(step: Passes, result: StepResult) -> StepResult:
+    """The optimizer's update, whose norms are added to what the step returns."""
+    return result._replace(**step.update()._asdict())

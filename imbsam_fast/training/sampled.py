@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..optim.two_backwards import compiled_for_two_backwards
 from ..validation import check_number, check_whole_number
-from .plans import Passes, Seen, StepResult, joint_plan, step_result
+from .plans import Passes, Seen, StepResult, joint_plan, step_result, updated
 from .rows import Rows, take_rows
 
 # A batch of one row has no variance.
@@ -61,8 +61,7 @@ class SampledPlan:
         step.perturb(rows.tail_rows > 0, subtract=True)
         if rows.tail_rows:
             step.perturbed_backward(*sample, rows.counted)
-        result = step_result(rows, seen.head, seen.tail, seen.outputs())
-        return result._replace(**step.update()._asdict())
+        return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
 
     def drawn(self, rows: Rows, few_shapes: bool = False) -> Tensor:
         """The sample for a model that sees all rows at once, bool (N,) on the CPU.
@@ -137,8 +136,7 @@ def plain_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     """One forward and one backward of head + tail: a step of SGD."""
     seen = _all_rows(step, inputs, targets, rows)
     step.optimizer.first_step()
-    result = step_result(rows, seen.head, seen.tail, seen.outputs())
-    return result._replace(**step.update()._asdict())
+    return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
 
 
 def _all_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:

@@ -18,12 +18,7 @@ from ..optim.lean import LeanImbSAM
 from ..optim.replicas import average_
 from ..optim.scaling import Norms, found_inf_of, in_use
 from ..optim.two_backwards import backward
-from ..validation import (
-    check_bool,
-    check_grad_scaler,
-    check_max_norm,
-    check_no_gradient,
-)
+from ..validation import check_grad_scaler, check_max_norm, check_no_gradient
 from .arguments import (
     check_autocast,
     check_batch,
@@ -31,6 +26,7 @@ from .arguments import (
     check_criterion,
     check_holds_some,
     check_lean,
+    check_switches,
     unwrapped,
 )
 from .auto_plan import split_is_cheaper
@@ -183,9 +179,7 @@ class TrainStep:
         check_criterion(criterion)
         check_choices(plan, batch_norm, perturbation, micro_batch_size)
         check_autocast(autocast)
-        check_bool("cuda_graph", cuda_graph)
-        check_bool("lagged", lagged)
-        check_bool("same_dropout", same_dropout)
+        check_switches(cuda_graph=cuda_graph, lagged=lagged, same_dropout=same_dropout)
         check_grad_scaler(grad_scaler)
         self.wrapper = Wrapper(given, optimizer)
         check_max_norm(max_norm)
@@ -208,9 +202,7 @@ class TrainStep:
         self.lagged = lagged
         self.cheaper = CheaperSteps(perturb_every)
         if plan == "sampled":
-            check_sampled(batch_norm, lagged)
-            common = self.group is not None and perturbation == "global"
-            self.cheaper.sampled = SampledPlan(sample, sample_seed, common)
+            self.cheaper.sampled = self._sampled(sample, sample_seed)
         self.same_dropout = same_dropout
         self.draws = Draws(Generators(model), same_dropout)
         self.own_writes = OwnWrites(
@@ -260,6 +252,11 @@ class TrainStep:
         except BaseException:
             self.optimizer.restore()
             raise
+
+    def _sampled(self, share: float, seed: int) -> SampledPlan:
+        check_sampled(self.batch_norm, self.lagged)
+        common = self.group is not None and self.perturbation == "global"
+        return SampledPlan(share, seed, common)
 
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
