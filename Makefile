@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/imbsam-fast train digits --preset released --seeds 3 --save demo/runs --resume
 	$(BIN)/imbsam-fast report demo/runs --out demo/report.html
 
-# A few tests of every file, in a minute and a half on two cores.
+# A few tests of every module, in a minute on two cores.
 quick: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) -m quick
 

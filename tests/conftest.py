@@ -76,9 +76,16 @@ INTERPRETED = Backend("triton", "cpu")
 
 # `pytest -m quick` runs the first case of so many tests of every file, and tests that are marked
 # themselves, for modules that no other test there runs.
-QUICK_TESTS = 4
+QUICK_TESTS = 3
 # They start ranks, or train.
 SLOW_FIXTURES = {"outcome", "outcomes", "trained"}
+# Files whose imports alone, of torch's own tests and of hypothesis, take seconds.
+NOT_QUICK = {"test_torch_contract.py", "test_random_phases.py", "test_random_configurations.py"}
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    left_out = config.option.markexpr == "quick" and collection_path.name in NOT_QUICK
+    return True if left_out else None
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

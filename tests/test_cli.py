@@ -119,6 +119,7 @@ def test_environment_names_the_commit_only_of_its_own_checkout(tmp_path, monkeyp
     assert env.environment()["git_commit"] == f"{head}-dirty"
 
 
+@pytest.mark.quick
 def test_info_shows_versions_and_the_backend_of_every_operation(capsys):
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out

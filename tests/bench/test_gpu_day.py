@@ -34,6 +34,7 @@ def statuses(record: Record) -> dict[str, str]:
     return {name: outcome.status for name, outcome in record.outcomes.items()}
 
 
+@pytest.mark.slow  # starts processes
 def test_a_piece_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_day, "TO_STOP", 6.0)
     log = tmp_path / "log"

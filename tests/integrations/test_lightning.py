@@ -79,6 +79,7 @@ def step_lr(optimizer):
     return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
 
 
+@pytest.mark.quick
 def test_the_steps_are_those_of_a_train_step_and_are_logged(tmp_path, module_class):
     module, fit = module_class(max_norm=0.5), trainer(tmp_path, max_epochs=1)
     fit.fit(module, loader())

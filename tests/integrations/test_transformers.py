@@ -94,7 +94,7 @@ def in_order(model, rows: int):
         yield inputs, LABELS[first : first + rows]
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("accumulated", [pytest.param(1, marks=pytest.mark.quick), 2])
 def test_the_steps_are_those_of_a_train_step(tmp_path, accumulated):
     model = network(0)
     base = torch.optim.AdamW(model.parameters(), 1e-2)

@@ -184,6 +184,7 @@ def test_rows_without_weight_get_zeros(backend: Backend, part: str, dtype: torch
     assert gradient[~without].isfinite().all()
 
 
+@pytest.mark.quick  # on every backend
 def test_parts_that_cancel_are_not_taken_for_none(backend: Backend) -> None:
     """Half head, half tail, the one's gradient the other's opposite."""
     logits = torch.tensor([[0.0, 1.0]], device=backend.device, requires_grad=True)

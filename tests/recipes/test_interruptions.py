@@ -199,6 +199,7 @@ def images(listed: ImageList, **changes) -> FileImages:
     return FileImages(listed, FileOptions(16, statistics, 0.0, False, 2)._replace(**changes))
 
 
+@pytest.mark.slow  # waits for the workers
 def test_a_dead_worker_is_an_error_at_the_next_batch_and_not_in_between(listed):
     source = images(listed)
     batches = source.batches([torch.arange(8)] * 200, (0,))

@@ -220,7 +220,9 @@ def test_archives_of_different_classes_or_sizes_are_refused(own, tmp_path, capsy
     [
         (["set", "out.zip"], "OUT.npz is 'out.zip', expected a name that ends in .npz"),
         (["set", "out.npz", "--image-root", "."], "--image-root is '.', expected none"),
-        (["nowhere.txt", "out.npz"], "'nowhere.txt' does not exist"),
+        pytest.param(
+            ["nowhere.txt", "out.npz"], "'nowhere.txt' does not exist", marks=pytest.mark.quick
+        ),
         (["set", "no/out.npz"], "cannot write 'no/out.npz': No such file"),
     ],
 )

@@ -315,6 +315,7 @@ def test_report_of_real_runs(trained, tmp_path, capsys):
     assert float(recorded[0]["plain all mean"]) == pytest.approx(sum(every) / 2)
 
 
+@pytest.mark.quick
 def test_exit_codes(tmp_path, capsys):
     write_run(tmp_path / "a", [1, 2, 3])
     (tmp_path / "b").mkdir()
