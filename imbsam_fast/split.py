@@ -205,12 +205,11 @@ class ClassSplit(nn.Module):
             raise TypeError(f"targets is {type(targets).__name__}, expected integer labels")
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"targets is {targets.dtype}, expected integer labels")
-        last = self.plain.shape[0] - 1
-        positive = self._cached(name, targets.device, torch.bool, last + 1)
-        labels = targets.long()
-        if self.num_classes is None:
-            return (labels >= 0) & positive[0]
-        return positive[labels.clamp(0, last)] & (labels >= 0) & (labels <= last)
+        k = self.num_classes
+        positive = self._cached(name, targets.device, torch.bool, k or 1)
+        # The table begins with the answer for all labels below 0 and ends with that above K - 1;
+        # where there is any number of classes, that of class 0 is the last to be looked up.
+        return positive.take(targets.long().clamp(-1, 0 if k is None else k) + 1)
 
     def _cached(
         self, name: str, device: torch.device, dtype: torch.dtype, num_classes: int
@@ -252,7 +251,9 @@ class ClassSplit(nn.Module):
 def _converted(
     weights: Tensor, device: torch.device, dtype: torch.dtype, num_classes: int
 ) -> Tensor:
-    return weights.expand(num_classes).to(device, dtype).contiguous()
+    converted = weights.expand(num_classes).to(device, dtype).contiguous()
+    # A mask also answers for labels on either side of the classes.
+    return nn.functional.pad(converted, (1, 1)) if dtype == torch.bool else converted
 
 
 # What has no order, one of its own, or bytes in place of numbers.

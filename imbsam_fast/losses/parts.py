@@ -83,14 +83,13 @@ def target_parts(split: ClassSplit, targets: Tensor, ignore_index: int | None) -
 
 def label_parts(split: ClassSplit, targets: Tensor, ignore_index: int | None) -> Parts:
     """A row is in a part if one of its counted labels is."""
-    if ignore_index is None:
-        counted = torch.ones_like(targets, dtype=torch.bool)
-    else:
+    tail, head, b = split.tail_mask(targets), split.plain_mask(targets), targets.numel()
+    if ignore_index is not None:
         counted = targets != ignore_index
-    tail = split.tail_mask(targets) & counted
-    head = split.plain_mask(targets) & counted
-    b = int(counted.sum())
-    share = int(tail.sum()) / b if b else 0.0
+        b = int(counted.count_nonzero())
+        if b < targets.numel():
+            tail, head = tail & counted, head & counted
+    share = int(tail.count_nonzero()) / b if b else 0.0
     if targets.dim() > 1:
         head, tail = head.flatten(1).any(1), tail.flatten(1).any(1)
     return Parts(head, tail, b, share)

@@ -38,19 +38,22 @@ def _without_donation() -> Iterator[None]:
 
 def backward(loss: Tensor, retain_graph: bool = False) -> None:
     """`loss.backward` through a graph from the block above; retain_graph for the first of two."""
-    if retain_graph and any(_donates(node) for node in _compiled_nodes(loss)):
+    if not retain_graph:  # the check that the setting silences is of those that keep the graph
+        loss.backward()
+        return
+    if any(_donates(node) for node in _compiled_nodes(loss)):
         raise RuntimeError(
             "the compiled model ran in training mode before its first TrainStep, which fixed "
             "its graph to a single backward, and the joint plan needs two; call "
             "torch._dynamo.reset() once before the first TrainStep"
         )
     with compiled_for_two_backwards():
-        loss.backward(retain_graph=retain_graph)
+        loss.backward(retain_graph=True)
 
 
 def _compiled_nodes(loss: Tensor) -> Iterator[object]:
     """The nodes of the loss's graph that torch.compile made."""
-    if "torch._dynamo" not in sys.modules:
+    if "torch._functorch.aot_autograd" not in sys.modules:  # the first compilation imports it
         return
     seen, waiting = set(), [loss.grad_fn]
     while waiting:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,12 +25,23 @@ WORK_OF_A_MODULE = 2_000_000
 def split_is_cheaper(model: nn.Module, inputs: Any, rows: Rows) -> bool:
     """Whether the split plan is cheaper, for a model whose rows do not influence each other."""
     saved = 8 * rows.head.shape[0] - 3 * (rows.head_rows + 2 * rows.tail_rows)  # thirds of rows
-    modules = sum(1 for m in model.modules() if not any(True for _ in m.children()))
-    return saved * work_of_a_row(model, inputs) >= 3 * WORK_OF_A_MODULE * modules
-
-
-def work_of_a_row(model: nn.Module, inputs: Any) -> int:
-    """Multiply-adds of a row's forward, roughly: each weight once a position of image or text."""
+    modules, weights = _size(model)
+    # Multiply-adds of a row's forward, roughly: each weight once a position of image or text.
     x = next(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
     channels = 2 if x.is_floating_point() else 1  # dimensions before the positions
-    return sum(p.numel() for p in model.parameters()) * prod(x.shape[channels:])
+    work_of_a_row = weights * prod(x.shape[channels:])
+    return saved * work_of_a_row >= 3 * WORK_OF_A_MODULE * modules
+
+
+_sizes: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    """Modules without children and weights of a model when it was first asked for.
+
+    To count those of a small network takes as long as a layer of it.
+    """
+    if model not in _sizes:
+        modules = sum(1 for m in model.modules() if not any(True for _ in m.children()))
+        _sizes[model] = modules, sum(p.numel() for p in model.parameters())
+    return _sizes[model]

@@ -34,7 +34,9 @@ def rows_of(criterion: Any, targets: Tensor, same_passes: bool) -> Rows:
     head = head | ~tail
     if same_passes:
         keep_in_step(head, tail, criterion.split)
-    return Rows(head, tail, int(head.sum()), int(tail.sum()), counted, tail_share)
+    return Rows(
+        head, tail, int(head.count_nonzero()), int(tail.count_nonzero()), counted, tail_share
+    )
 
 
 def filled(rows: Rows, multiple: int) -> Rows:
