@@ -3,8 +3,9 @@
     python -m benchmarks.recipe_tables RUN... --json FILE
 
 writes what the finished runs of `imbsam-fast train` in RUN... say into one small file: settings,
-final losses and accuracies, what `imbsam-fast analyze` found, environments. Files in
-benchmarks/results/recipes/ are read by `python -m benchmarks.report`.
+final losses and accuracies, what `imbsam-fast analyze` found, environments. A RUN may be such a file
+itself, whose runs come before those of the directories. Files in benchmarks/results/recipes/ are
+read by `python -m benchmarks.report`.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def condensed(runs: Sequence[ComparedRun]) -> dict[str, Any]:
         date = environment.pop("date")
         if environment not in environments:
             environments.append(environment)
-        result.pop("seconds")
+        result.pop("seconds", None)
         recorded.append(
             {
                 "config": {k: v for k, v in config.items() if k not in shared},
@@ -92,12 +93,19 @@ def load(path: Path) -> RecipeReport:
     content = json.loads(path.read_text())
     runs, environments = [], []
     for run in content["runs"]:
-        config = {**content["settings"], **run["config"]}
-        runs.append(ComparedRun(path, config, run["log"], run["result"], run["analyses"]))
-        environment = content["environments"][run["environment"]]
-        environments.append({**environment, "date": run["date"]})
+        config = _with_defaults({**content["settings"], **run["config"]})
+        environment = {**content["environments"][run["environment"]], "date": run["date"]}
+        result = {**run["result"], "environment": environment}
+        runs.append(ComparedRun(path, config, run["log"], result, run["analyses"]))
+        environments.append(environment)
     (section,) = sections(runs, [])
     return RecipeReport(section, environments)
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """With the settings that were added since the run was recorded."""
+    known = RunConfig.from_dict({**dict.fromkeys(NOT_RECORDED, 0), **config}).to_dict()
+    return {k: v for k, v in known.items() if k not in NOT_RECORDED}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,10 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
-    comparison = compare(args.runs)
+    records = [path for path in args.runs if path.is_file()]
+    comparison = compare([path for path in args.runs if path not in records])
+    read = [*(load(path).section for path in records), *comparison.sections]
+    runs = [run for section in read for group in section.groups for run in group.runs]
+    found = [section for section in sections(runs, comparison.faults) if section.finished]
     for fault in comparison.faults:
         print(f"{fault.path}: {fault.what}")
-    found = [section for section in comparison.sections if section.finished]
     if len(found) != 1:
         print(f"RUN has finished runs on {len(found)} data sets, expected one")
         return 1

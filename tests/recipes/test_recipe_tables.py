@@ -70,6 +70,27 @@ def test_the_record_has_what_is_finished_and_no_places(recorded):
     assert "/home/me" not in recorded.read_text() and "seconds" not in recorded.read_text()
 
 
+def test_a_record_grows_by_further_runs(recorded, tmp_path, capsys):
+    file = tmp_path / "r.json"
+    older = json.loads(recorded.read_text())
+    del older["settings"]["perturb_every"]  # as before there was one
+    file.write_text(json.dumps(older))
+    write(tmp_path / "runs", "imbsam", [[0.0] * 3, [0.0] * 3, [77.0, 52.0, 15.0]],
+          preset="released")  # fmt: skip
+    write(tmp_path / "runs", "imbsam", [[75.0, 50.0, 20.0]], preset="released", perturb_every=4)
+    assert recipe_tables.main([str(file), str(tmp_path / "runs"), "--json", str(file)]) == 0
+    assert capsys.readouterr().out.count("left out: seed") == 2  # those that the record has
+    lines = recipe_tables.accuracy(recipe_tables.load(file))
+    assert lines[2] == recipe_tables.accuracy(recipe_tables.load(recorded))[2]
+    assert [line.split(" | ")[1:4] for line in lines if "ImbSAM" in line] == [
+        ["3", "77.0 ± 1.0", "50.0 ± 2.0"],
+        ["1", "75.0", "50.0"],
+    ]
+    (cheaper,) = [x for x in recipe_tables.paired(recipe_tables.load(file)) if "every 4" in x[:60]
+                  and "minus ImbSAM" in x]  # fmt: skip
+    assert cheaper.split(" | ")[1:3] == ["1", "-3.0"]
+
+
 def test_accuracies_are_those_of_the_runs(recorded):
     lines = recipe_tables.accuracy(recipe_tables.load(recorded))
     assert lines[0].startswith("| % | seeds | Many | Medium | Few | All | Many, flip | ")
