@@ -3,8 +3,8 @@
     python -m benchmarks.recipe_tables RUN... --json FILE
 
 writes what the finished runs of `imbsam-fast train` in RUN... say into one small file: settings,
-final losses and accuracies, what `imbsam-fast analyze` found, environments. A RUN may be such a file
-itself, whose runs come before those of the directories. Files in benchmarks/results/recipes/ are
+final losses and accuracies, what `imbsam-fast analyze` found, environments. A RUN may be such a
+file itself, whose runs come before those of directories. Files in benchmarks/results/recipes/ are
 read by `python -m benchmarks.report`.
 """
 
