@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..losses import LABELS, is_labels
 from ..optim import ImbSAM
@@ -18,6 +17,7 @@ from ..optim.lean import check_whole_gradient
 from ..split import ClassSplit
 from ..validation import check_bool, check_whole_number
 from .choices import BATCH_NORM_UPDATES, PERTURBATIONS, PLANS
+from .trees import tensors
 from .wrappers import kind_of
 
 
@@ -115,13 +115,13 @@ def check_batch(inputs: Any, targets: Tensor, criterion: object) -> None:
         raise ValueError(f"targets is {targets.dtype} {tuple(targets.shape)}, expected {LABELS}")
     if targets.shape[0] == 0:
         raise ValueError("targets is empty, expected at least one row")
-    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-    if not tensors:
+    given = tensors(inputs)
+    if not given:
         instead = "; take dict(inputs)" if isinstance(inputs, Mapping) else ""
         raise ValueError(
             f"inputs is {type(inputs).__name__}, expected a tensor or a pytree of them{instead}"
         )
-    for x in tensors:
+    for x in given:
         if x.dim() == 0 or x.shape[0] != targets.shape[0]:
             raise ValueError(
                 f"inputs holds a tensor of shape {tuple(x.shape)}, expected {len(targets)} rows "

@@ -10,10 +10,10 @@ from math import prod
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from .rows import Rows
+from .trees import tensors
 
 # A forward and backward of a module on no rows, in multiply-adds of one forward: from timings on a
 # CPU of networks of 2 to 9 modules, split and joint plan beside each other. Not measured on GPUs,
@@ -27,7 +27,7 @@ def split_is_cheaper(model: nn.Module, inputs: Any, rows: Rows) -> bool:
     saved = 8 * rows.head.shape[0] - 3 * (rows.head_rows + 2 * rows.tail_rows)  # thirds of rows
     modules, weights = _size(model)
     # Multiply-adds of a row's forward, roughly: each weight once a position of image or text.
-    x = next(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+    x = tensors(inputs)[0]
     channels = 2 if x.is_floating_point() else 1  # dimensions before the positions
     work_of_a_row = weights * prod(x.shape[channels:])
     return saved * work_of_a_row >= 3 * WORK_OF_A_MODULE * modules

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..optim import ImbSAM
 from ..optim.bases import reason_not_fused
+from .trees import mapped
 
 # Steps that run as usual before a shape is captured, as torch.cuda.graphs asks for: they create
 # the momentum buffers and load what libraries load at their first call.
@@ -139,7 +140,7 @@ class _Graph:
         stream: torch.cuda.Stream,
         pool: Any,
     ) -> None:
-        self.inputs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)
+        self.inputs = mapped(Tensor.clone, inputs)
         self.targets = pytree.tree_map(lambda y: y.to(device, copy=True), targets)
         self.graph = torch.cuda.CUDAGraph()
         # Threads that load data may go on allocating pinned memory.
@@ -156,7 +157,7 @@ class _Graph:
         for place, y in zip(pytree.tree_leaves(self.targets), pytree.tree_leaves(targets)):
             place.copy_(y, non_blocking=True)
         self.graph.replay()
-        return pytree.tree_map_only(Tensor, Tensor.clone, self.result)  # the next replay's memory
+        return mapped(Tensor.clone, self.result)  # the next replay's memory
 
 
 def _shapes(inputs: Any, targets: Any) -> tuple:

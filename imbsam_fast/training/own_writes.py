@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
 from ..split import ClassSplit
 from .generators import Generators
+from .trees import tensors
 
 
 class ChangesItselfError(Exception):
@@ -86,7 +86,7 @@ class OwnWrites:
 
     def before(self, inputs: Any, targets: Tensor) -> _Before:
         """Note the versions of what the pass that follows might write to."""
-        given = [("model", x, _version(x)) for x in _tensors(inputs)]
+        given = [("model", x, _version(x)) for x in tensors(inputs)]
         given.append(("criterion", targets, _version(targets)))
         return _Before(self._now(), given)
 
@@ -155,10 +155,6 @@ def _key(b: _Buffer) -> tuple[int, str]:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
-
-
-def _tensors(inputs: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
 
 
 def _equal(now: Tensor | None, before: Tensor) -> bool:

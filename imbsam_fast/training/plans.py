@@ -18,6 +18,7 @@ from ..optim import ImbSAM
 from ..optim.scaling import Norms
 from ..optim.two_backwards import compiled_for_two_backwards
 from .rows import Rows, assemble, take_rows
+from .trees import mapped
 
 
 class StepResult(NamedTuple):
@@ -219,7 +220,7 @@ class Seen:
 
     def add(self, outputs: Any, head: Tensor | None = None, tail: Tensor | None = None) -> None:
         """The outputs and the losses of one more piece."""
-        self.pieces.append(_detached(outputs))
+        self.pieces.append(mapped(Tensor.detach, outputs))
         if head is not None:
             self.head = head.detach() if self.head is None else self.head + head.detach()
         if tail is not None:
@@ -239,10 +240,6 @@ def _assemble(rows: Rows, size: int, head: Seen, tail: Seen) -> Any:
     if not (head.pieces and tail.pieces):
         return (head if head.pieces else tail).outputs()
     return assemble(rows, size, head.outputs(), tail.outputs())
-
-
-def _detached(outputs: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
 
 
 def step_result(rows: Rows, head: Tensor | None, tail: Tensor | None, outputs: Any) -> StepResult:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..losses import parts_of
 from .data_parallel import keep_in_step
+from .trees import mapped
 
 
 class Rows(NamedTuple):
@@ -61,7 +62,7 @@ def pieces(inputs: Any, targets: Tensor, size: int | None) -> Iterator[tuple[Any
         return
     for start in range(0, len(targets), size):
         rows = slice(start, start + size)
-        yield pytree.tree_map_only(Tensor, operator.itemgetter(rows), inputs), targets[rows]
+        yield mapped(operator.itemgetter(rows), inputs), targets[rows]
 
 
 def positions(part: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def take_rows(part: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
         # Like x, so that channels_last images stay channels_last.
         return torch.index_select(x, 0, index, out=torch.empty_like(x[: rows.shape[0]]))
 
-    return pytree.tree_map_only(Tensor, take, inputs), targets[rows]
+    return mapped(take, inputs), targets[rows]
 
 
 def assemble(rows: Rows, size: int, of_head: Any, of_tail: Any) -> Any:
