@@ -71,6 +71,8 @@ class Passes(Protocol):
 
     def sees_all_rows_at_once(self) -> bool: ...
 
+    def tail_rows_suffice(self) -> bool: ...
+
     def sample_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None: ...
 
     def perturb_lagged(self) -> None: ...
@@ -90,7 +92,10 @@ Plan = Callable[[Passes, Any, Tensor, Rows], StepResult]
 
 
 def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-    """One forward of all rows, a backward per part, one more pass of all rows for the tail."""
+    """One forward of all rows, a backward per part, one more pass for the tail.
+
+    That pass too is of all rows, unless the tail rows alone give the same.
+    """
     head, tail = Gradients(step.optimizer), Gradients(step.optimizer)
     seen = Seen()
     pieces = list(step.micro_batches(inputs, targets))
@@ -110,6 +115,8 @@ def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
     tail.hand_over()
     step.perturb(rows.tail_rows > 0)
     if rows.tail_rows:
+        if step.tail_rows_suffice():
+            inputs, targets = take_rows(rows.tail, inputs, targets)
         step.perturbed_backward(inputs, targets, rows.counted)
     return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
 

@@ -52,7 +52,7 @@ from .plans import (
     split_plan,
 )
 from .rows import Rows, filled, pieces, positions, rows_of
-from .sampled import CheaperSteps, SampledPlan, check_sampled, plain_plan
+from .sampled import CheaperSteps, SampledPlan, check_sampled, is_compiled, plain_plan
 from .wrappers import Wrapper
 
 
@@ -76,7 +76,8 @@ class TrainStep:
             rows alone: 1 + f SGD steps (h + 2f where a share h of the rows is in the head
             pass), and the same result where rows do not influence each other; under
             training-mode BatchNorm it is a different algorithm. "auto" takes the cheaper one
-            for the batch and the size of the model, but joint where BatchNorm uses the batch's, or
+            for the batch and the size of the model (joint then perturbs with the tail rows alone
+            where rows do not influence each other), but joint where BatchNorm uses the batch's, or
             where a forward pass was seen to write to other buffers of the model or the criterion
             (spectral norm, observers of quantisation, statistics of a layer's own).
             "sampled", NOT THE PAPER where a BatchNorm layer uses batch statistics, runs all rows
@@ -334,18 +335,31 @@ class TrainStep:
             )
         elif self.plan == "auto":
             independent = not self.sees_all_rows_at_once()
-            split = independent and (lags or split_is_cheaper(self.model, inputs, rows))
+            split = independent and (lags or self._split_is_cheaper(inputs, rows))
         else:
             split = self.plan == "split"
         if lags:
             return lagged_split_plan if split else lagged_joint_plan
         return split_plan if split else joint_plan
 
+    def _split_is_cheaper(self, inputs: Any, rows: Rows) -> bool:
+        perturbed = rows.tail_rows if self.tail_rows_suffice() else rows.head.shape[0]
+        return split_is_cheaper(self.model, inputs, rows, perturbed)
+
     # ------------------------------------------------------------ what plans are made of
 
     def sees_all_rows_at_once(self) -> bool:
         """Whether the model gathers something over the rows of a batch, so that parts differ."""
         return bool(self.own_writes.changing) or has_batch_statistics(self.model)
+
+    def tail_rows_suffice(self) -> bool:
+        """Whether the joint plan's perturbed pass runs the tail rows alone.
+
+        Not where each pass has to have the rows of another: on all ranks, with the same dropout, in
+        a compiled model, which would be compiled for every number of tail rows.
+        """
+        asked = self.plan == "auto" and not self.ranks.same_passes and not self.same_dropout
+        return asked and not self.sees_all_rows_at_once() and not is_compiled(self.model)
 
     def micro_batches(self, inputs: Any, targets: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """The rows of a pass in pieces of at most micro_batch_size."""

@@ -216,6 +216,31 @@ def test_auto_takes_joint_where_passes_cost_more_than_rows():
     model = CountRows(network("group"))
     step = TrainStep(model, SplitCrossEntropy(ClassSplit.from_counts(COUNTS)), imbsam(model))
     step(torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 9]))
+    assert model.rows == [4, 1]
+
+
+def test_the_perturbed_pass_of_auto_needs_the_tail_rows_alone():
+    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
+    found = []
+    for plan in ("auto", "joint"):
+        model = network("group")
+        step = TrainStep(CountRows(model), criterion, imbsam(model), plan)
+        for x, y in batches(10):
+            step(x, y)
+        found.append(model)
+        rows = step.model.rows
+        assert len(rows) > 10 and (set(rows) == {16}) == (plan == "joint")
+    assert distance(*found) < 1e-12
+
+
+@pytest.mark.parametrize("needed", ["the same dropout", "a compiled model"])
+def test_the_perturbed_pass_of_auto_has_all_rows_where_they_are_needed(needed):
+    torch._dynamo.reset()
+    model = CountRows(network("group"))
+    made = torch.compile(model, backend="eager") if "compiled" in needed else model
+    criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
+    step = TrainStep(made, criterion, imbsam(model), same_dropout="dropout" in needed)
+    step(torch.randn(4, 3, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 9]))
     assert model.rows == [4, 4]
 
 
@@ -237,7 +262,7 @@ def test_auto_takes_what_was_faster_where_both_plans_were_timed(
     made = Scorer(shape[0]) if model == "DevNet" else NETWORKS[model][0](100)
     tail = torch.arange(rows) < tail_rows
     parts = Rows(~tail, tail, rows - tail_rows, tail_rows, rows)
-    assert split_is_cheaper(made, torch.zeros(rows, *shape), parts) == is_cheaper
+    assert split_is_cheaper(made, torch.zeros(rows, *shape), parts, tail_rows) == is_cheaper
 
 
 @pytest.mark.parametrize("plan", ["joint", "split"])
