@@ -57,7 +57,7 @@ def build() -> None:
         flags += ["-include", "immintrin.h"]  # for streaming stores, which every one of them has
     csrc = ROOT / "csrc"
     sources = [*sorted((csrc / "cuda").glob("*.cu")), stand_in.parent / "fibers.cpp"]
-    sources += [*sorted(csrc.glob("*.cpp")), csrc / "cpu/drivers.cpp", csrc / "cpu/kernels.cpp"]
+    sources += [*sorted(csrc.glob("*.cpp")), *sorted((csrc / "cpu").glob("*.cpp"))]
     objects = [str(BUILD / f"{source.name}.o") for source in sources]
     for source, out in zip(sources, objects):
         print(source.name)

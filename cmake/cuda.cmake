@@ -67,6 +67,7 @@ function(imbsam_add_cuda target)
     ${bit_exact}
     csrc/cuda/merge.cu
     csrc/cuda/runtime.cu
+    csrc/cuda/soft_cross_entropy.cu
     csrc/cuda/split_cross_entropy.cu
     csrc/cuda/squared_norm.cu
     csrc/cuda/updates.cu)

@@ -284,6 +284,9 @@ void define_cuda(py::module_& module) {
   module.def("cuda_grad_check", &cuda_grad_check, release);
   module.def("cuda_split_cross_entropy", &cuda_split_cross_entropy, release);
   module.def("cuda_split_cross_entropy_backward", &cuda_split_cross_entropy_backward, release);
+  module.def("cuda_split_soft_cross_entropy", &cuda_split_soft_cross_entropy, release);
+  module.def("cuda_split_soft_cross_entropy_backward", &cuda_split_soft_cross_entropy_backward,
+             release);
 }
 
 #endif

@@ -241,5 +241,20 @@ void split_cross_entropy_backward(DType, const CrossEntropySettings&, const void
                                   const ClassWeights&, const double* weight_sum,
                                   void* grad_logits, const Stream&);
 
+// q: a label distribution for each row, in the arithmetic dtype. losses: scratch, three a row.
+// row_numbers: six a row, as on the CPU. bytes: 2 N·K read
+void split_soft_cross_entropy(DType, const CrossEntropySettings&, const void* logits,
+                              const void* q, int64_t q_stride, const ClassWeights&,
+                              double batch_size, double* losses, void* head, void* tail, void* b,
+                              void* row_numbers, const Stream&);
+
+// grad_head, grad_tail: null for zero. weight_sum: as in split_cross_entropy_backward. Rows without
+// weight are not read. bytes: 2 N·K read, N·K written
+void split_soft_cross_entropy_backward(DType, const CrossEntropySettings&, const void* grad_head,
+                                       const void* grad_tail, const void* logits, const void* q,
+                                       int64_t q_stride, const void* row_numbers, const void* b,
+                                       const ClassWeights&, const double* weight_sum,
+                                       void* grad_logits, const Stream&);
+
 }  // namespace cuda
 }  // namespace imbsam

@@ -143,6 +143,42 @@ void cuda_split_cross_entropy_backward(
       pointer(grad_logits), on(device, stream));
 }
 
+void cuda_split_soft_cross_entropy(int dtype, int64_t rows, int64_t classes, int64_t row_stride,
+                                   uintptr_t logits, uintptr_t q, int64_t q_stride,
+                                   uintptr_t plain, uintptr_t sharp, uintptr_t class_weight,
+                                   double label_smoothing, std::optional<double> batch_size,
+                                   uintptr_t losses, uintptr_t head, uintptr_t tail, uintptr_t b,
+                                   uintptr_t row_numbers, int device, uintptr_t stream) {
+  const auto settings =
+      checked_soft("split_soft_cross_entropy", dtype, rows, classes, row_stride, q_stride,
+                   label_smoothing,
+                   {{"logits", logits}, {"q", q}, {"plain", plain}, {"sharp", sharp},
+                    {"losses", losses}, {"row_numbers", row_numbers}});
+  IMBSAM_CHECK(head && tail && b, "split_soft_cross_entropy: head, tail or b is a null pointer");
+  cuda::split_soft_cross_entropy((DType)dtype, settings, pointer(logits), pointer(q), q_stride,
+                                 {pointer(plain), pointer(sharp), pointer(class_weight)},
+                                 batch_size.value_or(-1), (double*)pointer(losses), pointer(head),
+                                 pointer(tail), pointer(b), pointer(row_numbers),
+                                 on(device, stream));
+}
+
+void cuda_split_soft_cross_entropy_backward(
+    int dtype, int64_t rows, int64_t classes, int64_t row_stride, uintptr_t grad_head,
+    uintptr_t grad_tail, uintptr_t logits, uintptr_t q, int64_t q_stride, uintptr_t row_numbers,
+    uintptr_t b, uintptr_t plain, uintptr_t sharp, uintptr_t class_weight, uintptr_t weight_sum,
+    double label_smoothing, uintptr_t grad_logits, int device, uintptr_t stream) {
+  const auto settings =
+      checked_soft("split_soft_cross_entropy_backward", dtype, rows, classes, row_stride, q_stride,
+                   label_smoothing,
+                   {{"logits", logits}, {"q", q}, {"row_numbers", row_numbers}, {"b", b},
+                    {"plain", plain}, {"sharp", sharp}, {"grad_logits", grad_logits}});
+  cuda::split_soft_cross_entropy_backward(
+      (DType)dtype, settings, pointer(grad_head), pointer(grad_tail), pointer(logits), pointer(q),
+      q_stride, pointer(row_numbers), pointer(b),
+      {pointer(plain), pointer(sharp), pointer(class_weight)}, (const double*)pointer(weight_sum),
+      pointer(grad_logits), on(device, stream));
+}
+
 #endif
 
 }  // namespace

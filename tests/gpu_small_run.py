@@ -19,7 +19,16 @@ from imbsam_fast.ops import dispatch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from checks import TOLERANCE
-from samples import DTYPES, SHAPES, SUMS, UPDATES, class_weights, lists, logits_and_targets
+from samples import (
+    DTYPES,
+    SHAPES,
+    SUMS,
+    UPDATES,
+    class_weights,
+    distributions,
+    lists,
+    logits_and_targets,
+)
 
 CASES = [case for case in SHAPES if case != "many"]
 
@@ -62,6 +71,26 @@ def cross_entropy(
     close(f"split_cross_entropy, {rows} x {classes}, {dtype}", *results)
 
 
+def soft_cross_entropy(
+    dtype: torch.dtype, rows: int, classes: int, smoothing: float, device: str
+) -> None:
+    operators = torch.ops.imbsam_fast
+    logits, q = distributions(rows, classes, dtype, device)
+    weights = class_weights(classes, dtype, device)
+    results = []
+    for backend in ("native", "reference"):
+        with dispatch.use_backend(backend):
+            head, tail, b, numbers = operators.split_soft_cross_entropy(
+                logits, q, *weights, smoothing, None
+            )
+            gradient = operators.split_soft_cross_entropy_backward(
+                torch.ones_like(head), torch.ones_like(tail), logits, q, numbers, b, *weights,
+                smoothing,
+            )  # fmt: skip
+            results.append([head, tail, b, numbers, gradient])
+    close(f"split_soft_cross_entropy, {rows} x {classes}, {dtype}", *results)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_small_run", allow_abbrev=False)
     parser.add_argument("--dry-run", action="store_true", help="with the CPU's kernels")
@@ -77,6 +106,7 @@ def main() -> None:
         for rows, classes in ((1, 1), (3, 37), (5, 1003), (2, 8142)):
             for smoothing in (0.0, 0.1):
                 cross_entropy(dtype, rows, classes, smoothing, device)
+                soft_cross_entropy(dtype, rows, classes, smoothing, device)
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"every operation ran on {device} and agrees with the reference")

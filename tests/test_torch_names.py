@@ -103,6 +103,14 @@ def transforms() -> None:
     assert seen == [True, True]
 
 
+def asked_at_compile_time() -> None:
+    def answer() -> bool:
+        return True
+
+    torch.compiler.assume_constant_result(answer)
+    assert answer._dynamo_marked_constant is True  # type: ignore[attr-defined]
+
+
 def profiler() -> None:
     assert not torch.autograd._profiler_enabled()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
@@ -203,7 +211,8 @@ def foreach() -> None:
 @pytest.mark.parametrize(
     "use",
     [
-        scaler, donated_buffer, transforms, profiler, dispatch_modes, storage_uses, optimizer_hooks,
+        scaler, donated_buffer, transforms, asked_at_compile_time, profiler, dispatch_modes,
+        storage_uses, optimizer_hooks,
         order_of_calls, shards, batch_norm, compiled_modules, trees, buffers, foreach,
     ],
     ids=lambda use: use.__name__,

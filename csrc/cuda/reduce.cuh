@@ -32,6 +32,29 @@ __device__ __forceinline__ double block_sum(double x) {
   return block_reduce(x, 0.0, [](double a, double b) { return a + b; });
 }
 
+// The sums of n numbers over all threads, for thread 0 alone and with one barrier. To be called at
+// most once in a kernel, by all threads of a block of whole warps.
+template <int n>
+__device__ __forceinline__ void sum_for_first_thread(double (&x)[n]) {
+  __shared__ double of_warp[n][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const auto sum_lanes = [&] {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+#pragma unroll
+      for (int i = 0; i < n; ++i) x[i] += __shfl_down_sync(0xffffffffu, x[i], distance);
+  };
+  sum_lanes();
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (lane == 0) of_warp[i][warp] = x[i];
+  __syncthreads();
+  if (warp != 0) return;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = lane < warps ? of_warp[i][lane] : 0.0;
+  sum_lanes();
+}
+
 // What one thread computes for its block, anew where the key is another one than before. To be
 // called by all threads of a block with the same key.
 template <class V>

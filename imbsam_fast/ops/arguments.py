@@ -31,9 +31,17 @@ def unobserved() -> bool:
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode differentiation is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or (
-        forward_ad._current_level >= 0
-    )
+    return _is_in_torch_func() or forward_ad._current_level >= 0
+
+
+def _is_in_torch_func() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# torch.compile takes the None of an empty stack for an object, and so would compile the losses from
+# their definition. It asks this function once, when it compiles, and guards on the stack by itself.
+# The name is what torch.compiler.assume_constant_result sets, which would import the compiler.
+_is_in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _describe(t: Tensor) -> str:

@@ -19,10 +19,6 @@ from torch import Tensor
 from ..kernels.arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
 from .native import _C, _chunks, _contiguous, _pointer, _rows, _table, _value
 
-# Label distributions have no CUDA kernel yet: torch's own operations, several times the traffic.
-from .reference_soft import split_soft_cross_entropy as split_soft_cross_entropy
-from .reference_soft import split_soft_cross_entropy_backward as split_soft_cross_entropy_backward
-
 
 def _on(device: torch.device) -> tuple[int, int]:
     """The device and its current stream, as the compiled operations take them."""
@@ -139,6 +135,19 @@ def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Te
     return partials, found_inf
 
 
+def _weight_sum(class_weight: Tensor | None, label_smoothing: float) -> Tensor | None:
+    """What smoothed labels need of the class weights, float64; None where nothing is needed."""
+    if class_weight is None or not label_smoothing:
+        return None
+    return class_weight.sum(dtype=torch.float64)
+
+
+def _gradients(logits: Tensor, *gradients: Tensor | None) -> list[Tensor | None]:
+    """Of the losses, as the kernels read them."""
+    on = logits.device, arithmetic_dtype(logits.dtype)
+    return [gradient if gradient is None else gradient.to(*on) for gradient in gradients]
+
+
 def split_cross_entropy(
     logits: Tensor,
     targets: Tensor,
@@ -181,17 +190,63 @@ def split_cross_entropy_backward(
     logits, rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     targets, lse, plain, sharp, class_weight = _contiguous(targets, lse, plain, sharp, class_weight)
-    weight_sum = None
-    if class_weight is not None and label_smoothing:
-        weight_sum = class_weight.sum(dtype=torch.float64)
-    grad_head, grad_tail = (
-        g if g is None else g.to(logits.device, arithmetic_dtype(logits.dtype))
-        for g in (grad_head, grad_tail)
-    )
+    weight_sum = _weight_sum(class_weight, label_smoothing)
+    grad_head, grad_tail = _gradients(logits, grad_head, grad_tail)
     _C.cuda_split_cross_entropy_backward(
         *rows, _pointer(grad_head), _pointer(grad_tail), _pointer(logits), _pointer(targets),
         _pointer(lse), _pointer(b), _pointer(plain), _pointer(sharp), _pointer(class_weight),
         _pointer(weight_sum), label_smoothing, ignore_index, _pointer(grad_logits),
+        *_on(logits.device),
+    )  # fmt: skip
+    return grad_logits
+
+
+def split_soft_cross_entropy(
+    logits: Tensor,
+    q: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    batch_size: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See reference.split_soft_cross_entropy."""
+    (logits, rows), (q, q_rows) = _rows(logits), _rows(q)
+    dtype, device = arithmetic_dtype(logits.dtype), logits.device
+    head, tail, b = (torch.empty((), dtype=dtype, device=device) for _ in range(3))
+    numbers = torch.empty(len(logits), 6, dtype=dtype, device=device)
+    losses = torch.empty(len(logits), 3, dtype=torch.float64, device=device)
+    plain, sharp, class_weight = _contiguous(plain, sharp, class_weight)
+    _C.cuda_split_soft_cross_entropy(
+        *rows, _pointer(logits), _pointer(q), q_rows[-1], _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), label_smoothing, batch_size, _pointer(losses), _pointer(head),
+        _pointer(tail), _pointer(b), _pointer(numbers), *_on(device),
+    )  # fmt: skip
+    return head, tail, b, numbers
+
+
+def split_soft_cross_entropy_backward(
+    grad_head: Tensor | None,
+    grad_tail: Tensor | None,
+    logits: Tensor,
+    q: Tensor,
+    rows: Tensor,
+    b: Tensor,
+    plain: Tensor,
+    sharp: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+) -> Tensor:
+    """See reference.split_soft_cross_entropy_backward."""
+    (logits, sizes), (q, q_rows) = _rows(logits), _rows(q)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows, plain, sharp, class_weight = _contiguous(rows, plain, sharp, class_weight)
+    weight_sum = _weight_sum(class_weight, label_smoothing)
+    grad_head, grad_tail = _gradients(logits, grad_head, grad_tail)
+    _C.cuda_split_soft_cross_entropy_backward(
+        *sizes, _pointer(grad_head), _pointer(grad_tail), _pointer(logits), _pointer(q),
+        q_rows[-1], _pointer(rows), _pointer(b), _pointer(plain), _pointer(sharp),
+        _pointer(class_weight), _pointer(weight_sum), label_smoothing, _pointer(grad_logits),
         *_on(logits.device),
     )  # fmt: skip
     return grad_logits

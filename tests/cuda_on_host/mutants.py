@@ -10,6 +10,7 @@ survives; what is known to change nothing is named in HARMLESS. Prints the other
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -28,10 +29,16 @@ SEEDS = (1, 2, 3)
 
 # A part of the kernel's name and of the source line -> why the change is harmless.
 _ONE_SUM = "the kernel reduces once: nobody writes of_warp again"
+_LOADED = "whether a single is loaded; whether it is added is asked again"
 HARMLESS: dict[tuple[str, str], str] = {
     ("perturb_kernel", "of_warp may be written again"): _ONE_SUM,
     ("squared_norm_kernel", "of_warp may be written again"): _ONE_SUM,
     ("grad_check_kernel", "of_warp may be written again"): _ONE_SUM,
+    ("soft_row_losses_kernel", "of_warp may be written again"): _ONE_SUM,
+    ("row_losses_kernel", "const bool has_single"): _LOADED,
+    ("row_losses_kernel", "singles = classes - packs * lanes"): _LOADED,
+    ("row_losses_kernel", "const int whole = (classes - before) / lanes"): "of numbers above 0",
+    ("sum_soft_losses_kernel", "i < end; i += kRowThreads"): "of a count of which 2 bits are used",
 }
 
 
@@ -41,7 +48,7 @@ def numbers(*sizes: int, seed: int = 0, shift: int = 0) -> list[Tensor]:
     return [torch.randn(n + shift, generator=generator)[shift:] for n in sizes]
 
 
-def sums() -> list[Tensor]:
+def sums(kernel: str) -> list[Tensor]:
     found = []
     for shift in (0, 1):
         g, theta = (numbers(33_001, 130, 3, 700, 64, seed=i, shift=shift) for i in range(2))
@@ -54,7 +61,7 @@ def sums() -> list[Tensor]:
     return found
 
 
-def perturbed() -> list[Tensor]:
+def perturbed(kernel: str) -> list[Tensor]:
     found = []
     for count in (1, 33, 300, 1100):
         for shift, subtracts in ((0, False), (1, False), (0, True), (1, True)):
@@ -68,30 +75,69 @@ def perturbed() -> list[Tensor]:
     return found
 
 
-def losses() -> list[Tensor]:
+# Rows, classes, label smoothing: one row has so many classes that threads meet a higher maximum in
+# each of their loops, and no class weights. More rows than a block adds up take long, and only the
+# kernels that add up rows need them.
+ROWS = ((5, 1003, 0.0), (5, 1003, 0.1), (1, 20_000, 0.0), (1, 20_000, 0.1), (9, 7, 0.1))
+MANY_ROWS = ((9300, 2, 0.0),)  # of which the last of two blocks has an odd share
+
+
+def losses(kernel: str) -> list[Tensor]:
     found = []
-    for rows, classes, smoothing in ((5, 1003, 0.0), (4, 5000, 0.1), (9, 7, 0.1), (8200, 2, 0.0)):
+    for rows, classes, smoothing in MANY_ROWS if kernel.startswith("sum_") else ROWS:
         logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
+        logits[:, -2:] += 9  # a maximum that no pack has
         targets = torch.arange(rows) % classes
-        targets[1] = -100
+        targets[1:2] = -100
         plain, sharp, weight = (w.abs() for w in numbers(classes, classes, classes, seed=3))
         plain[0] = 0
-        rest = plain, sharp, weight, smoothing, -100
+        rest = plain, sharp, weight if rows > 1 else None, smoothing, -100
         head, tail, b, lse = native_cuda.split_cross_entropy(logits, targets, *rest, None)
+        found += [head, tail, b, lse]
+        if kernel.startswith("sum_"):
+            continue
         gradient = native_cuda.split_cross_entropy_backward(
             torch.ones(()), torch.full((), 2.0), logits, targets, lse, b, *rest
         )
         alone = native_cuda.split_cross_entropy_backward(
             torch.ones(()), None, logits, targets, lse, b, *rest
         )
-        found += [head, tail, b, lse, gradient, alone]
+        found += [gradient, alone]
     return found
 
 
-# Source -> what runs all its kernels.
-CHECKS: dict[str, Callable[[], list[Tensor]]] = {
+def soft_losses(kernel: str) -> list[Tensor]:
+    found = []
+    # Rows that end at each of the elements that a thread takes at once.
+    ends = tuple((3, 32 * u + 5, s) for u in range(8) for s in (0.0, 0.1))
+    for rows, classes, smoothing in MANY_ROWS if kernel.startswith("sum_") else ROWS + ends:
+        logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
+        logits[:, -2:] += 9  # a maximum that no pack has
+        q = numbers(rows * classes, seed=classes + 1)[0].reshape(rows, classes).abs()
+        q[1:2] = q[:, 3::4] = 0
+        plain, sharp, weight = (w.abs() for w in numbers(classes, classes, classes, seed=3))
+        plain[:1] = plain[4:5] = sharp[4:5] = 0
+        if not smoothing:  # of a class that q has not, and of one without weight
+            logits[:, 3:5] = -float("inf")
+        rest = plain, sharp, weight if rows > 1 else None, smoothing
+        head, tail, b, of_rows = native_cuda.split_soft_cross_entropy(logits, q, *rest, None)
+        found += [head, tail, b, of_rows]
+        if kernel.startswith("sum_"):
+            continue
+        found += [
+            native_cuda.split_soft_cross_entropy_backward(
+                torch.ones(()), other, logits, q, of_rows, b, *rest
+            )
+            for other in (None, torch.full((), 2.0))
+        ]
+    return found
+
+
+# Source -> what runs its kernels, one of which is named.
+CHECKS: dict[str, Callable[[str], list[Tensor]]] = {
     "squared_norm": sums,
     "perturb": perturbed,
+    "soft_cross_entropy": soft_losses,
     "split_cross_entropy": losses,
 }
 
@@ -138,10 +184,11 @@ def survivors(
     library = build.build_ptx(host.path, text, r"_kernelf", mutable=True)
     (loaded,) = host.run_ptx([library])
     mutant = ctypes.c_int.in_dll(loaded, "mutant")
-    right = bits(CHECKS[name]())
     for kernel in library.kernels:
+        check = functools.partial(CHECKS[name], kernel.key)
+        right = bits(check())
         for mutation in filter(wanted, kernel.mutations):
-            yield mutation, survives(mutation.number, mutant, host, CHECKS[name], right)
+            yield mutation, survives(mutation.number, mutant, host, check, right)
     host.run_sources()
 
 

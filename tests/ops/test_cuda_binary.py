@@ -30,8 +30,11 @@ OVER_ELEMENTS = {
     "merge_kernel": True,
     "row_losses_kernel": False,
     "row_gradients_kernel": True,
+    "soft_row_losses_kernel": False,
 }
-OTHERS = ("sum_losses_kernel", "sum_blocks_kernel")
+BY_ELEMENT = ("soft_gradients_kernel",)  # rows without weight are written by packs
+SMOOTHING = ("row_losses_kernel", "soft_row_losses_kernel")  # with a variant for it
+OTHERS = ("sum_losses_kernel", "sum_blocks_kernel", "sum_soft_losses_kernel")
 # Kernels with a variant for master weights, which the half dtypes have.
 KEEPING = ("perturb_kernel", *(f"{op}kernel" for op in UPDATES))
 # All that a wheel may carry.
@@ -75,7 +78,9 @@ def _run(*arguments: str) -> str:
 
 def _readable(mangled: str) -> str:
     """perturb_kernel<float> for _ZN6imbsam4cuda..14perturb_kernelIfEEv..."""
-    base = re.search(rf"\d({'|'.join(('update_kernel', *OVER_ELEMENTS, *OTHERS))})I", mangled)
+    base = re.search(
+        rf"\d({'|'.join(('update_kernel', *OVER_ELEMENTS, *BY_ELEMENT, *OTHERS))})I", mangled
+    )
     assert base, mangled
     name = base[1]
     flags = r"(?:Lb([01]))?(?:ELb([01]))?"
@@ -146,7 +151,8 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, Kernel]:
 
 def test_every_kernel_in_every_dtype(compiled: dict[str, Kernel]) -> None:
     expected = {f"{name}<{dtype}>" for name in OVER_ELEMENTS for dtype in DTYPES}
-    expected |= {f"row_losses_kernel<{dtype}, smooth>" for dtype in DTYPES}
+    expected |= {f"{name}<{dtype}, smooth>" for name in SMOOTHING for dtype in DTYPES}
+    expected |= {f"{name}<{dtype}>" for name in BY_ELEMENT for dtype in DTYPES}
     expected |= {f"{name}<{dtype}, master>" for name in KEEPING for dtype in DTYPES[2:]}
     expected |= {f"{name}<{dtype}>" for name in OTHERS for dtype in DTYPES[:2]}
     expected |= {f"perturb_kernel<{dtype}, held>" for dtype in DTYPES}
@@ -171,7 +177,7 @@ def test_elements_move_in_128_bits(compiled: dict[str, Kernel]) -> None:
 
 def test_sums_keep_four_loads_under_way(compiled: dict[str, Kernel]) -> None:
     for kernel in compiled.values():
-        if kernel.base in ("squared_norm_kernel", "grad_check_kernel", "row_losses_kernel"):
+        if kernel.base in ("squared_norm_kernel", "grad_check_kernel", *SMOOTHING):
             assert kernel.count("LDG.128") >= 4, kernel.name
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from bases import BASES
-from checks import SUM_TOLERANCE, assert_same_bits, assert_sums
+from checks import SUM_TOLERANCE, assert_as_accurate, assert_same_bits, assert_sums
 from cuda_on_host import build
 from samples import (
     DTYPES,
@@ -31,10 +31,14 @@ from samples import (
     arguments_of,
     as_state,
     class_weights,
+    distributions,
     lists,
     logits_and_targets,
     with_master,
 )
+from test_soft_targets import OPTIONS as SOFT_OPTIONS
+from test_soft_targets import check as check_soft
+from test_soft_targets import formula as soft_formula
 from test_split_cross_entropy import LAYOUTS, OPTIONS, PARTS, check
 from torch import Tensor
 
@@ -376,6 +380,94 @@ def test_rows_without_weight_are_not_read(dtype: torch.dtype) -> None:
     logits[:4] = float("nan")
     gradient = native_cuda.split_cross_entropy_backward(
         torch.ones_like(b), None, logits, targets, *rest
+    )
+    assert_same_bits([gradient[:4]], [torch.zeros(4, 33, dtype=dtype)])
+    assert gradient[4:].isfinite().all()
+
+
+# ---------------------------------------------------------------- label distributions
+
+
+@each_dtype
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [(0, 5), (1, 1), (3, 7), (5, 64), (5, 1003), (2, 8142), (1, 33_000)],
+)
+def test_soft_cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> None:
+    logits, q = distributions(rows, classes, dtype)
+    plain, sharp, _ = class_weights(classes, dtype)
+    check_soft(logits, q, plain, sharp, batch_size=16.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)  # in which losses are added up
+def test_soft_losses_of_more_rows_than_a_block_adds_up(dtype: torch.dtype) -> None:
+    logits, q = distributions(8195, 3, dtype)
+    arguments = logits, q, *class_weights(3, dtype)[:2], None, 0.0, None
+    found = native_cuda.split_soft_cross_entropy(*arguments)
+    plain = reference.split_soft_cross_entropy(*arguments)
+    truth = soft_formula(*(x.double() for x in arguments[:4]))
+    for a, p, t in zip(found[:2], plain[:2], truth):
+        assert_as_accurate(a, p, t, scale=t.abs())
+    assert found[2] == plain[2] == (q != 0).any(1).sum() < 8195
+
+
+@each_dtype
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "class_weight"])
+@pytest.mark.parametrize("options", SOFT_OPTIONS.values(), ids=list(SOFT_OPTIONS))
+def test_soft_cross_entropy_options(
+    part: str, weighted: bool, options: dict, dtype: torch.dtype
+) -> None:
+    logits, q = distributions(7, 301, dtype)
+    plain, sharp, class_weight = class_weights(301, dtype)
+    check_soft(logits, q, plain, sharp, class_weight if weighted else None, part=part, **options)
+
+
+@each_dtype
+@pytest.mark.parametrize("classes", [9, 24, 301])
+def test_distributions_aligned_otherwise_than_logits(classes: int, dtype: torch.dtype) -> None:
+    logits, q = distributions(9, classes + 13, dtype)
+    weights = class_weights(classes, dtype)
+    check_soft(logits[:, 3 : 3 + classes], q[:, 1 : 1 + classes], *weights, label_smoothing=0.1)
+    wide, other = distributions(9, classes, dtype)
+    check_soft(wide, q[:, 3 : 3 + classes], *weights)
+    check_soft(logits[:, 1 : 1 + classes], other, *weights)
+
+
+@pytest.mark.parametrize("which", ["logits", "q"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_soft_cross_entropy_of_strided_rows(layout: Any, which: str) -> None:
+    logits, q = distributions(5, 37, torch.float32)
+    if which == "logits":
+        logits = layout(logits)
+    else:
+        q = layout(q)
+    check_soft(logits, q, *class_weights(37, torch.float32), label_smoothing=0.1)
+
+
+@each_dtype
+def test_classes_that_are_masked_where_q_is_0(dtype: torch.dtype) -> None:
+    logits, q = distributions(6, 700, dtype)
+    q[:, :600] = 0
+    logits[:, :600] = -float("inf")  # whole packs of some threads
+    plain, sharp, _ = class_weights(700, dtype)
+    check_soft(logits, q, plain, sharp)
+    plain[650:] = sharp[650:] = 0  # a class without weight counts nothing either
+    logits[:, 660:] = -float("inf")
+    found = native_cuda.split_soft_cross_entropy(logits, q, plain, sharp, None, 0.0, None)
+    assert all(value.isfinite().all() for value in found)
+
+
+@each_dtype
+def test_soft_rows_without_weight_are_not_read(dtype: torch.dtype) -> None:
+    logits, q = distributions(8, 33, dtype)
+    plain, sharp, _ = class_weights(33, dtype)
+    q[:4] = 0
+    q[1, 2] = q[2, 5] = q[3, 8] = 1  # of plain weight 0
+    _, _, b, rows = native_cuda.split_soft_cross_entropy(logits, q, plain, sharp, None, 0.0, None)
+    logits[:4] = q[:4] = float("nan")
+    gradient = native_cuda.split_soft_cross_entropy_backward(
+        torch.ones_like(b), None, logits, q, rows, b, plain, sharp, None, 0.0
     )
     assert_same_bits([gradient[:4]], [torch.zeros(4, 33, dtype=dtype)])
     assert gradient[4:].isfinite().all()

@@ -195,20 +195,6 @@ def test_parts_that_cancel_are_not_taken_for_none(backend: Backend) -> None:
     torch.testing.assert_close(gradient.cpu(), torch.tensor([[-0.5, 0.5]]))
 
 
-@each_dtype
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("k", [0, 15, 36])
-def test_nan_is_not_hidden(backend: Backend, k: int, value: float, dtype: torch.dtype) -> None:
-    logits, q = distributions(4, 37, dtype, backend.device)
-    logits[2, k] = value
-    plain = sharp = torch.ones(37, dtype=arithmetic_dtype(dtype), device=backend.device)
-    head, tail, gradient = losses_and_gradient(
-        logits, "both", ops.split_soft_cross_entropy, q, plain, sharp
-    )
-    assert head.isnan() and tail.isnan()
-    assert gradient.isnan().any(dim=1).tolist() == [False, False, True, False]
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     logits, q = distributions(4, 5, torch.float64, backend.device)
@@ -216,37 +202,6 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(
         lambda z: ops.split_soft_cross_entropy(z, q, *weights, **options), logits.requires_grad_()
     )
-
-
-def test_second_derivatives_are_refused_and_transforms_run(backend: Backend) -> None:
-    logits, q = distributions(4, 5, torch.float64, backend.device)
-    weights = class_weights(5, torch.float64, backend.device)
-
-    def head(z: Tensor) -> Tensor:
-        return ops.split_soft_cross_entropy(z, q, *weights)[0]
-
-    jacobian = torch.func.grad(head)(logits)
-    z = logits.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(head(z), z, create_graph=True)
-    torch.testing.assert_close(gradient.detach(), jacobian)
-    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*split_loss"):
-        gradient.square().sum().backward()
-
-
-def test_it_compiles_as_one_graph() -> None:
-    logits, q = distributions(6, 9, torch.float32)
-    weights = class_weights(9, torch.float32)
-
-    def step(z: Tensor) -> tuple[Tensor, ...]:
-        head, tail = ops.split_soft_cross_entropy(z, q, *weights, label_smoothing=0.1)
-        return head, tail, *torch.autograd.grad(head + 2 * tail, z)
-
-    eager = step(logits.clone().requires_grad_())
-    compiled = torch.compile(ops.split_soft_cross_entropy, fullgraph=True, backend="aot_eager")
-    z = logits.clone().requires_grad_()
-    head, tail = compiled(z, q, *weights, label_smoothing=0.1)
-    found = (head, tail, *torch.autograd.grad(head + 2 * tail, z))
-    torch.testing.assert_close(found, eager, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("threads", [2, 3])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from checks import TOLERANCE, assert_as_accurate, assert_same_bits
 from conftest import Backend
-from samples import DTYPES, class_weights, logits_and_targets
+from samples import DTYPES, class_weights, distributions, logits_and_targets
 from torch import Tensor
 
 from imbsam_fast import ops
@@ -18,6 +18,13 @@ from imbsam_fast.ops.dispatch import use_backend
 from imbsam_fast.ops.reference import arithmetic_dtype
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+# Both losses, with what makes their logits and targets: what holds for each.
+LOSSES: dict[str, tuple[Any, Any]] = {
+    "labels": (ops.split_cross_entropy, logits_and_targets),
+    "distributions": (ops.split_soft_cross_entropy, distributions),
+}
+each_loss = pytest.mark.parametrize(("loss", "batch"), LOSSES.values(), ids=list(LOSSES))
 
 SIZES = [(rows, classes) for classes in (1, 2, 10, 100, 1003) for rows in (0, 1, 5, 64)]
 SIZES += [(0, 8142), (1, 8142), (5, 8142)]
@@ -287,16 +294,17 @@ def test_rows_without_weight_get_zeros(backend: Backend, part: str, dtype: torch
     assert_same_bits([poisoned[~without]], [clean[~without]])
 
 
+@each_loss
 @each_dtype
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("k", [0, 15, 36])
-def test_nan_is_not_hidden(backend: Backend, k: int, value: float, dtype: torch.dtype) -> None:
-    logits, targets = logits_and_targets(4, 37, dtype, backend.device)
+def test_nan_is_not_hidden(
+    backend: Backend, loss: Any, batch: Any, k: int, value: float, dtype: torch.dtype
+) -> None:
+    logits, targets = batch(4, 37, dtype, backend.device)
     logits[2, k] = value
     plain = sharp = torch.ones(37, dtype=arithmetic_dtype(dtype), device=backend.device)
-    head, tail, gradient = losses_and_gradient(
-        logits, "both", ops.split_cross_entropy, targets, plain, sharp
-    )
+    head, tail, gradient = losses_and_gradient(logits, "both", loss, targets, plain, sharp)
     assert head.isnan() and tail.isnan()
     assert gradient.isnan().any(dim=1).tolist() == [False, False, True, False]
 
@@ -321,13 +329,55 @@ def test_no_gradient_asked_for(backend: Backend) -> None:
     assert not head.requires_grad and not tail.requires_grad
 
 
-def test_second_derivatives_are_refused(backend: Backend) -> None:
-    logits, targets = logits_and_targets(4, 5, torch.float32, backend.device)
-    weights = class_weights(5, torch.float32, backend.device)
-    head, tail = ops.split_cross_entropy(logits.requires_grad_(), targets, *weights)
-    (gradient,) = torch.autograd.grad(head + tail, logits, create_graph=True)
+@each_loss
+def test_second_derivatives_are_refused_and_transforms_run(
+    backend: Backend, loss: Any, batch: Any
+) -> None:
+    logits, targets = batch(4, 5, torch.float64, backend.device)
+    weights = class_weights(5, torch.float64, backend.device)
+
+    def total(z: Tensor) -> Tensor:
+        return sum(loss(z, targets, *weights))  # type: ignore[return-value]
+
+    z = logits.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(z), z, create_graph=True)
+    torch.testing.assert_close(gradient.detach(), torch.func.grad(total)(logits))
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice.*split_loss"):
         gradient.square().sum().backward()
+
+
+@each_loss
+def test_compiled_as_one_graph_it_is_the_operator(loss: Any, batch: Any) -> None:
+    logits, targets = batch(6, 9, torch.float32)
+    weights = class_weights(9, torch.float32)
+    graphs: list[str] = []
+
+    def noting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=noting)
+    options = {"label_smoothing": 0.1}
+    eager = losses_and_gradient(logits, "both", loss, targets, *weights, **options)
+    assert_same_bits(
+        losses_and_gradient(logits, "both", compiled, targets, *weights, **options), eager
+    )
+    assert len(graphs) == 1 and f"ops.imbsam_fast.{loss.__name__}(" in graphs[0]
+
+
+@each_loss
+def test_a_transform_inside_of_a_compiled_function(loss: Any, batch: Any) -> None:
+    """Where the operator could not follow."""
+    logits, targets = batch(6, 9, torch.float64)
+    weights = class_weights(9, torch.float64)
+
+    def gradient(z: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: sum(loss(z, targets, *weights)))(z)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(gradient, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(logits), gradient(logits))
 
 
 # ---------------------------------------------------------------- refusals
