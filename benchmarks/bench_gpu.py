@@ -211,6 +211,38 @@ def loss_contest(
     return Contest(f"loss, {rows} x {classes}, {dtype}", contestants, bytes=bytes_)
 
 
+def soft_loss_contest(rows: int, classes: int, dtype: torch.dtype, device: str) -> Contest:
+    """Mixup with smoothed labels: every row has weight in both parts.
+
+    bytes: a forward and two backwards, which read logits and q, and two gradients, written.
+    """
+    split, targets = long_tail_batch(rows, classes)
+    one, two = F.one_hot(targets, classes), F.one_hot(targets.flip(0), classes)
+    q = (0.9 * (0.7 * one + 0.3 * two) + 0.1 / classes).to(device)
+    labels = q.to(dtype)
+    logits = torch.randn(rows, classes, device=device, dtype=dtype).requires_grad_()
+    ours = SplitCrossEntropy(split).to(device)
+
+    def both() -> None:
+        loss = ours(logits, q)
+        torch.autograd.grad(loss.head, logits, retain_graph=True)
+        torch.autograd.grad(loss.tail, logits)
+
+    def one_backward() -> None:
+        torch.autograd.grad(F.cross_entropy(logits, labels), logits)
+
+    contestants = {
+        "imbsam-fast": [Phase(both)],
+        "its definition in torch": [Phase(on_backend(both, "reference"))],
+        "F.cross_entropy, one backward": [Phase(one_backward)],
+    }
+    if dispatch.available(device)["triton"] is None:
+        contestants[TRITON] = [Phase(on_backend(both, "triton"))]
+    per_element = 5 * logits.element_size() + 3 * q.element_size()
+    name = f"loss of distributions, {rows} x {classes}, {dtype}"
+    return Contest(name, contestants, bytes=per_element * logits.numel())
+
+
 # ---------------------------------------------------------------- what runs
 
 
@@ -224,6 +256,8 @@ def contests(device: str) -> Iterator[Contest]:
     for rows, classes in ((512, 8142), (4096, 131_072)) if on_gpu else ((8, 32),):
         for dtype in (torch.float32, torch.bfloat16):
             yield loss_contest(rows, classes, dtype, device, graphs=on_gpu)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield soft_loss_contest(*((512, 8142) if on_gpu else (8, 32)), dtype, device)
 
 
 if __name__ == "__main__":

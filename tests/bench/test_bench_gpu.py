@@ -64,9 +64,11 @@ def test_every_optimizer_runs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_loss_runs(dtype: torch.dtype) -> None:
-    contest = bench_gpu.loss_contest(8, 32, dtype, "cpu", graphs=False)
-    assert contest.bytes == 4 * 8 * 32 * dtype.itemsize
-    for phases in contest.contestants.values():
+    of_labels = bench_gpu.loss_contest(8, 32, dtype, "cpu", graphs=False)
+    of_distributions = bench_gpu.soft_loss_contest(8, 32, dtype, "cpu")
+    assert of_labels.bytes == 4 * 8 * 32 * dtype.itemsize
+    assert of_distributions.bytes == 8 * 32 * (5 * dtype.itemsize + 3 * 4)
+    for phases in (*of_labels.contestants.values(), *of_distributions.contestants.values()):
         for phase in phases:
             phase.call()
 

@@ -77,36 +77,6 @@ LAST = (0, 0)  # device, stream
             r"merge_: theta\[0\] and g_p\[0\] overlap",
         ),
         (lambda c: c.cuda_grad_check(0, [4], [], [A], A, 0, *LAST), "grad_check: found_inf is a"),
-        (
-            lambda c: c.cuda_split_cross_entropy(
-                0, 2**31, 1, 1, A, A, A, A, 0, 0.0, -100, None, A, A, A, A, A, *LAST
-            ),
-            r"split_cross_entropy: logits is \(2147483648, 1\), expected at most 1073741824 rows",
-        ),
-        (
-            lambda c: c.cuda_split_cross_entropy_backward(
-                0, 2, 0, 1, 0, 0, A, A, A, A, A, A, 0, 0, 0.0, -100, A, *LAST
-            ),
-            r"split_cross_entropy_backward: logits is \(2, 0\), expected",
-        ),
-        (
-            lambda c: c.cuda_split_soft_cross_entropy(
-                0, 2, 3, 3, A, A, -1, A, A, 0, 0.0, None, A, A, A, A, A, *LAST
-            ),
-            "split_soft_cross_entropy: q_stride is -1, expected >= 0",
-        ),
-        (
-            lambda c: c.cuda_split_soft_cross_entropy(
-                0, 2**31, 1, 1, A, A, 1, A, A, 0, 0.0, None, A, A, A, A, A, *LAST
-            ),
-            r"split_soft_cross_entropy: logits is \(2147483648, 1\), expected at most 1073741824",
-        ),
-        (
-            lambda c: c.cuda_split_soft_cross_entropy_backward(
-                0, 2, 3, 3, 0, 0, A, 0, 3, A, A, A, A, 0, 0, 0.0, A, *LAST
-            ),
-            "split_soft_cross_entropy_backward: q is a null pointer",
-        ),
     ],
 )  # fmt: skip
 def test_refusals_before_the_device_is_touched(call, message: str) -> None:
