@@ -103,6 +103,12 @@ inline uint16_t to_f16(float x) {  // to nearest even, as nearbyint rounds
   return sign | (uint16_t)(places + (exponent + 14) * 1024);  // a carry raises the exponent
 }
 
+// The `count` low bits of x, at bit `at` of y.
+inline uint32_t bits_inserted(uint32_t x, uint32_t y, uint32_t at, uint32_t count) {
+  const uint32_t mask = (uint32_t)(((uint64_t)1 << count) - 1) << at;
+  return (x << at & mask) | (y & ~mask);
+}
+
 inline float saturated(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 
 inline float fma_down(float a, float b, float c) {  // rounded toward -infinity

@@ -314,6 +314,12 @@ class Kernel:
         arguments = ", ".join(self.read(o, "b32") for o in operands[1:])
         return self.write(operands[0].split("|")[0], "b32", f"{how}({arguments})")
 
+    def _do_bfi(self, modifiers: list[str], operands: list[str]) -> str:
+        if modifiers != ["b32"]:
+            raise self._unknown("bfi", modifiers)
+        arguments = ", ".join(self.read(o, "b32") for o in operands[1:])
+        return self.write(operands[0], "b32", f"bits_inserted({arguments})")
+
     def _do_call(self, *_: list[str]) -> str:
         return 'die("a device-side assertion failed");'
 
