@@ -114,7 +114,7 @@ def soft_losses(kernel: str) -> list[Tensor]:
         logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
         logits[:, -2:] += 9  # a maximum that no pack has
         q = numbers(rows * classes, seed=classes + 1)[0].reshape(rows, classes).abs()
-        q[1:2] = q[:, 3::4] = 0
+        q[1:2] = q[:, 3::4] = q[2:3, :-1] = 0  # row 2: its last class alone
         plain, sharp, weight = (w.abs() for w in numbers(classes, classes, classes, seed=3))
         plain[:1] = plain[4:5] = sharp[4:5] = 0
         if not smoothing:  # of a class that q has not, and of one without weight
