@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import TOLERANCE
+from conftest import INTERPRETER_ERROR
 from torch import Tensor
 
 from benchmarks import bench_gpu, bench_gpu_steps, gpu_timing
@@ -20,6 +21,9 @@ from imbsam_fast.bench import peers
 from imbsam_fast.bench.cases import long_tail_batch
 
 SHAPES = [(30, 4), (5,), (2, 3, 3)]
+needs_what_is_there = pytest.mark.skipif(
+    INTERPRETER_ERROR is not None, reason="Triton's interpreter does not run here"
+)
 
 
 def after(step: Callable[[bench_gpu.Optimizer], None]) -> list[Tensor]:
@@ -52,6 +56,7 @@ def test_the_authors_phases(fused: bool) -> None:
     assert len(phases) == 3
 
 
+@needs_what_is_there
 def test_every_optimizer_runs() -> None:
     contest = bench_gpu.optimizer_contest(SHAPES, "cpu", graphs=False)
     assert contest.name == "optimizer, 3 tensors, 143 elements"
@@ -62,6 +67,7 @@ def test_every_optimizer_runs() -> None:
             phase.call()
 
 
+@needs_what_is_there
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_loss_runs(dtype: torch.dtype) -> None:
     of_labels = bench_gpu.loss_contest(8, 32, dtype, "cpu", graphs=False)
@@ -114,6 +120,7 @@ def test_the_networks_of_a_gpu_can_be_made(monkeypatch: pytest.MonkeyPatch) -> N
             assert sum(p.numel() for p in network.make().parameters()) > 4e5
 
 
+@needs_what_is_there
 @pytest.mark.quick
 def test_everything_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:
     for contests in (bench_gpu.contests, bench_gpu_steps.contests):

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from bases import CLASSES, class_id
+from compiles import needs_a_compiler
 from phases import equal, fill, gradients, one_step, parameters, snapshot
 from torch.optim import AdamW
 
@@ -104,6 +105,7 @@ def test_what_is_not_finite_skips_the_step(base, settings):
         assert equal(params, expected) and equal(own_state(optimizer), own_state(plain))
 
 
+@needs_a_compiler
 @pytest.mark.slow  # compiles
 @pytest.mark.parametrize("base", bases.FUSED, ids=class_id)
 def test_the_phases_compile_as_full_graphs(base):

@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
+from compiles import needs_a_compiler
 from torch import nn
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, ops
+
+pytestmark = needs_a_compiler
 
 COUNTS = [500, 300, 200, 50, 20, 5]
 
