@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -198,9 +199,11 @@ def sharpness(report: RecipeReport) -> Lines:
 def _compared_with(group: Group, section: Section) -> Iterator[Group]:
     """The control, SGD with the same class weights, and SGD, where it is another one.
 
-    For a step that is not the paper's, that one too; for another loss, cross-entropy.
+    For a step that is not the paper's, that one too, of several the one that differs in least; for
+    another loss, cross-entropy.
     """
     weights = _class_weights(group, section)
+    papers: list[tuple[int, Group]] = []
     for other in section.groups:
         if other is group:
             continue
@@ -211,13 +214,15 @@ def _compared_with(group: Group, section: Section) -> Iterator[Group]:
             continue
         if not other.config["optimizer"].startswith("sgd"):
             if differing <= STEP_KEYS and _is_papers(other) and not _is_papers(group):
-                yield other
+                papers.append((len(differing), other))
             continue
         if differing - METHOD_KEYS:
             continue
         is_control = torch.equal(weights, _class_weights(other, section))
         if other.config["optimizer"] == "sgd" or is_control:
             yield other
+    if papers:
+        yield min(papers, key=operator.itemgetter(0))[1]
 
 
 def _is_papers(group: Group) -> bool:
