@@ -79,8 +79,9 @@ INTERPRETED = Backend("triton", "cpu")
 QUICK_TESTS = 3
 # They start ranks, or train.
 SLOW_FIXTURES = {"outcome", "outcomes", "trained"}
-# Files whose imports alone, of torch's own tests and of hypothesis, take seconds.
-NOT_QUICK = {"test_torch_contract.py", "test_random_phases.py", "test_random_configurations.py"}
+# Files whose imports alone, of torch's own tests and of hypothesis, take seconds, or that compile.
+NOT_QUICK = {"test_torch_contract.py", "test_random_phases.py", "test_random_configurations.py",
+             "test_compile.py"}  # fmt: skip
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

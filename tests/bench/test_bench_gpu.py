@@ -121,7 +121,7 @@ def test_the_networks_of_a_gpu_can_be_made(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_what_is_there
-@pytest.mark.quick
+@pytest.mark.slow
 def test_everything_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:
     for contests in (bench_gpu.contests, bench_gpu_steps.contests):
         gpu_timing.run_script("", contests, 1, ["--dry-run"])

@@ -245,6 +245,7 @@ def test_what_a_result_is_not_good_for_is_said():
 # ---------------------------------------------------------------- documents
 
 
+@pytest.mark.slow  # draws plots
 def test_documents_are_filled_and_then_check(directory, capsys):
     assert run(directory) == 0
     for path, names in (
@@ -259,6 +260,7 @@ def test_documents_are_filled_and_then_check(directory, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow  # draws plots
 def test_check_finds_a_number_that_no_result_says(directory, capsys):
     run(directory)
     path = directory / "README.md"
@@ -272,6 +274,7 @@ def test_check_finds_a_number_that_no_result_says(directory, capsys):
     assert path.read_text() == wrong
 
 
+@pytest.mark.slow  # draws plots
 @pytest.mark.parametrize("arguments", [[], ["--check"]], ids=str)
 def test_a_marker_without_its_result_fails_and_keeps_its_table(directory, arguments, capsys):
     run(directory)

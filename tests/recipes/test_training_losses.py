@@ -106,6 +106,7 @@ def train(*words: str) -> int:
     return cli.main(["train", "digits", "--epochs", "2", "--batch-size", "64", *words])
 
 
+@pytest.mark.slow  # trains
 def test_balanced_softmax_is_logit_adjustment_with_tau_1_on_the_command_line(
     tmp_path, capsys, monkeypatch
 ):
