@@ -339,8 +339,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _draw_front(axes: Axes, points: list[tuple[float, float]]) -> None:
-    x = [cost for cost, _ in front(points)]
-    y = [accuracy for _, accuracy in front(points)]
+    corners = front(points)
+    x = [cost for cost, _ in corners]
+    y = [accuracy for _, accuracy in corners]
     axes.step(x, y, where="post", color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
 
 
