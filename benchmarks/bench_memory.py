@@ -34,7 +34,6 @@ from imbsam_fast.env import environment
 CLASSES = 100
 TAIL_FRACTION = 0.25
 LEAN_JOINT, LEAN_SPLIT = "LeanImbSAM, joint", "LeanImbSAM, split"
-LAGGED_SPLIT = "ImbSAM, lagged split"
 SAMPLED, LEAN_SAMPLED = "ImbSAM, sampled 0.25", "LeanImbSAM, sampled 0.25"
 
 Step = Callable[[Tensor, Tensor], object]
@@ -86,7 +85,6 @@ CONTESTANTS: dict[str, Contestant] = {
     AUTHORS: authors,
     JOINT: planned("joint"),
     SPLIT: planned("split"),
-    LAGGED_SPLIT: planned("split", lagged=True),
     SAMPLED: planned("sampled", sample=0.25),
     LEAN_JOINT: planned("joint", LeanImbSAM),
     LEAN_SPLIT: planned("split", LeanImbSAM),

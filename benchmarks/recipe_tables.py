@@ -14,7 +14,7 @@ import argparse
 import json
 import operator
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,18 +33,18 @@ from imbsam_fast.recipes.report.comparison import (
     differences,
     sections,
 )
-from imbsam_fast.recipes.settings.config import RunConfig
+from imbsam_fast.recipes.settings.config import REMOVED, RunConfig
 from imbsam_fast.recipes.train.methods import sharpness_split
 
 FORMAT = 1
 # Where runs may differ from their control: everything that makes the method.
 METHOD_KEYS = frozenset(
     ("label", "optimizer", "preset", "eta", "inclusive", "tail_weight", "batch_norm", "rho", "plan",
-     "sample", "perturb_every", "lagged", "gamma", "lam")
+     "sample", "perturb_every", "gamma", "lam", *REMOVED)
 )  # fmt: skip
 # Where a cheaper step may differ from the paper's.
 LOSS_KEYS = frozenset(("label", "loss", "tau"))
-STEP_KEYS = frozenset(("label", "plan", "sample", "perturb_every", "batch_norm", "lagged"))
+STEP_KEYS = frozenset(("label", "plan", "sample", "perturb_every", "batch_norm", *REMOVED))
 NOT_RECORDED = PLACE_KEYS - {"seed"}
 LOGGED = ("epoch", "loss", "head", "tail", "train_accuracy")  # no times: other work ran beside
 ANALYSED = ("analysis", "classes", "class_list", "rows", "checkpoint", "lambda_max", "trace")
@@ -104,9 +104,14 @@ def load(path: Path) -> RecipeReport:
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """With the settings that were added since the run was recorded."""
-    known = RunConfig.from_dict({**dict.fromkeys(NOT_RECORDED, 0), **config}).to_dict()
-    return {k: v for k, v in known.items() if k not in NOT_RECORDED}
+    """With the settings that were added since the run was recorded, and those removed since."""
+    known = _known({**dict.fromkeys(NOT_RECORDED, 0), **config}).to_dict()
+    return {k: v for k, v in {**known, **config}.items() if k not in NOT_RECORDED}
+
+
+def _known(config: Mapping[str, Any]) -> RunConfig:
+    """What this version knows of a configuration."""
+    return RunConfig.from_dict({**config, **REMOVED})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,12 +234,12 @@ def _is_papers(group: Group) -> bool:
     """Whether its steps have the passes of Algorithm 1."""
     config = group.config
     exact = config["plan"] in ("auto", "joint") and config.get("perturb_every", 1) == 1
-    return exact and not config.get("lagged")
+    return exact and not any(config.get(name) for name in REMOVED)
 
 
 def _class_weights(group: Group, section: Section) -> torch.Tensor:
     """(K,), plain plus sharp: the weights of the loss without any perturbation."""
-    config = RunConfig.from_dict({**group.config, **dict.fromkeys(NOT_RECORDED, 0), "seed": 0})
+    config = _known({**group.config, **dict.fromkeys(NOT_RECORDED, 0), "seed": 0})
     split = sharpness_split(config, section.counts or [])
     return (split.plain + split.sharp).float()
 

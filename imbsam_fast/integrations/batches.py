@@ -58,7 +58,7 @@ def _checked(step: TrainStep, rows: int) -> int:
     uses_graphs = step.graphs is not None
     if uses_graphs:
         raise ValueError("cuda_graph is True, expected False where batches are accumulated")
-    step.ranks.check(step.plan, rows, step.perturbation, uses_graphs, step.lagged)
+    step.ranks.check(step.plan, rows, step.perturbation, uses_graphs)
     return rows
 
 

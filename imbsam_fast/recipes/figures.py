@@ -22,7 +22,7 @@ INK = "#1b1f23"  # of axes and their text
 # A method has the same colour in every report, whatever it is compared with.
 COLOURS = dict(
     zip(
-        ("sgd", "sgd-weighted", "sam", "imbsam", "sampled", "focal-sam", "every", "lagged"),
+        ("sgd", "sgd-weighted", "sam", "imbsam", "sampled", "focal-sam", "every"),
         PALETTE,
     )
 )
@@ -44,8 +44,6 @@ def method_of(config: Mapping[str, Any]) -> str:
             return "sampled"
         if (config.get("perturb_every") or 1) != 1:
             return "every"
-        if config.get("lagged"):
-            return "lagged"
     return optimizer
 
 

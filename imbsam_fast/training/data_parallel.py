@@ -68,7 +68,6 @@ class Ranks:
         micro_batch_size: int | None,
         perturbation: str,
         cuda_graph: bool,
-        lagged: bool,
     ) -> None:
         """Raise ValueError for settings of TrainStep that do not work on these ranks."""
         if self.same_passes and plan in ("split", "sampled") and micro_batch_size is not None:
@@ -80,7 +79,6 @@ class Ranks:
         for name, value, expected in (
             ("perturbation", perturbation, "global"),  # there is one copy of the weights
             ("cuda_graph", cuda_graph, False),
-            ("lagged", lagged, False),
         ):
             if self.sharded and value != expected:
                 raise ValueError(

@@ -33,15 +33,14 @@ class StepResult(NamedTuple):
       anyway, and `grad_norm` is known with it.
     - `tail_grad_norm`, which costs nothing, where no tail gradient was taken at these weights: a
       step without tail rows (0 where ranks run its passes all the same) or between those of
-      `perturb_every`, a lagged one after the first; and with `adaptive`, where the perturbation
-      has another norm.
+      `perturb_every`; and with `adaptive`, where the perturbation has another norm.
     - `tail_share` and `perturbed` in a CUDA graph, which does not look at the labels; steps between
       those of `perturb_every` are False there too.
     """
 
     loss: Tensor  # () head + tail
     head: Tensor  # ()
-    tail: Tensor  # () in a lagged step perhaps at the perturbed weights: see TrainStep
+    tail: Tensor  # ()
     # The model's outputs, or their entry `TrainStep(logits=...)`: a row for a row of the batch, in
     # its order.
     logits: Any
@@ -75,11 +74,7 @@ class Passes(Protocol):
 
     def sample_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None: ...
 
-    def perturb_lagged(self) -> None: ...
-
-    def perturbed_backward(
-        self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
-    ) -> None: ...
+    def perturbed_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None: ...
 
     def update(self) -> Norms: ...
 
@@ -123,7 +118,13 @@ def joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
 
 def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
     """The head rows alone, the tail rows alone, the tail rows again at the perturbed weights."""
-    head, tail = _head_rows(step, inputs, targets, rows), Seen()
+    head, tail = Seen(), Seen()
+    if rows.head_rows:
+        for x, y in step.micro_batches(*take_rows(rows.head, inputs, targets)):
+            outputs, loss = step.forward(x, y, rows.counted)
+            step.backward(loss.head)
+            head.add(outputs, head=loss.head)
+        step.optimizer.first_step()
     if rows.tail_rows:
         tail_inputs, tail_targets = take_rows(rows.tail, inputs, targets)
         for x, y in step.micro_batches(tail_inputs, tail_targets):
@@ -135,56 +136,6 @@ def split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepRe
         step.perturbed_backward(tail_inputs, tail_targets, rows.counted)
     outputs = _assemble(rows, len(targets), head, tail)
     return updated(step, step_result(rows, head.head, tail.tail, outputs))
-
-
-def _head_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
-    """The head pass of the split plan: g_h is held."""
-    seen = Seen()
-    if rows.head_rows:
-        for x, y in step.micro_batches(*take_rows(rows.head, inputs, targets)):
-            outputs, loss = step.forward(x, y, rows.counted)
-            step.backward(loss.head)
-            seen.add(outputs, head=loss.head)
-        step.optimizer.first_step()
-    return seen
-
-
-# ---------------------------------------------------------------- lagged: without the pass for g_t
-
-
-def lagged_joint_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-    """All rows for the head, all rows at the perturbed weights for the tail: 2F + 2B.
-
-    F + B where the batch has no tail rows, or no head rows.
-    """
-    seen = Seen()
-    if rows.head_rows:
-        for x, y in step.micro_batches(inputs, targets):
-            with compiled_for_two_backwards():  # as in the joint plan, which shares the graph
-                outputs, loss = step.forward(x, y, rows.counted)
-            step.backward(loss.head)
-            seen.add(outputs, loss.head, loss.tail)
-        step.optimizer.first_step()
-    if rows.tail_rows:
-        step.perturb_lagged()
-        only = None if rows.head_rows else seen
-        step.perturbed_backward(inputs, targets, rows.counted, only)
-    return _lagged(updated(step, step_result(rows, seen.head, seen.tail, seen.outputs())))
-
-
-def lagged_split_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-    """The head rows alone, the tail rows alone at the perturbed weights: F + B."""
-    head, tail = _head_rows(step, inputs, targets, rows), Seen()
-    if rows.tail_rows:
-        step.perturb_lagged()
-        step.perturbed_backward(*take_rows(rows.tail, inputs, targets), rows.counted, tail)
-    outputs = _assemble(rows, len(targets), head, tail)
-    return _lagged(updated(step, step_result(rows, head.head, tail.tail, outputs)))
-
-
-def _lagged(result: StepResult) -> StepResult:
-    """The result of a lagged step: it takes no tail gradient of its own."""
-    return result._replace(tail_grad_norm=None)
 
 
 # ---------------------------------------------------------------- what passes leave behind

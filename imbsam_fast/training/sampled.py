@@ -122,14 +122,10 @@ class CheaperSteps:
         self.counted = counted
 
 
-def check_sampled(batch_norm: str, lagged: bool) -> None:
-    """Raise ValueError for settings of TrainStep that the sampled plan excludes."""
-    for name, value, expected in (
-        ("batch_norm", batch_norm, "once"),  # statistics of a sample are not the batch's
-        ("lagged", lagged, False),  # there is no g_t of the sample then
-    ):
-        if value != expected:
-            raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan='sampled'")
+def check_sampled(batch_norm: str) -> None:
+    """Raise ValueError where statistics would be a sample's, and not the batch's."""
+    if batch_norm != "once":
+        raise ValueError(f"batch_norm is {batch_norm!r}, expected 'once' with plan='sampled'")
 
 
 def plain_plan(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:

@@ -39,18 +39,9 @@ from .batch_norm import (
 from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of, grain
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
-from .lagged import TailGradient
 from .model_call import ModelCall
 from .own_writes import ChangesItselfError, OwnWrites
-from .plans import (
-    Plan,
-    Seen,
-    StepResult,
-    joint_plan,
-    lagged_joint_plan,
-    lagged_split_plan,
-    split_plan,
-)
+from .plans import Plan, StepResult, joint_plan, split_plan
 from .rows import Rows, filled, pieces, positions, rows_of
 from .sampled import CheaperSteps, SampledPlan, check_sampled, is_compiled, plain_plan
 from .wrappers import Wrapper
@@ -68,7 +59,7 @@ class TrainStep:
         model: any module, compiled or not.
         criterion: gives the head and the tail loss, e.g. `SplitCrossEntropy`.
         optimizer: an `ImbSAM`, also as Accelerate or Lightning wrapped it, or a `LeanImbSAM` for
-            the least memory, which excludes grad_scaler, max_norm, cuda_graph, lagged and
+            the least memory, which excludes grad_scaler, max_norm, cuda_graph and
             DistributedDataParallel; under the joint plan micro-batches cost it n more, since both
             gradients are summed at once.
         plan: "joint" runs all rows forward once and both parts backward, then all rows at the
@@ -107,21 +98,13 @@ class TrainStep:
             split plan, for models without batch statistics, is captured for parts of few sizes:
             each is filled up to a multiple of 8 rows, or of a 32nd of the batch, with rows that
             weigh nothing in it; a batch with ignored rows runs as usual, and labels belong on the
-            CPU. Not captured: lagged and micro-batches.
-        lagged: EXPERIMENTAL, NOT IN THE PAPER. Perturb along the perturbed tail gradient of the
-            last step that had tail rows, without a pass for the present one: one SGD step under
-            the split plan and 2F + 2B, two, under the joint plan. The first step with tail rows
-            is an ordinary one. The gradient, as large as the weights, is kept in
-            `optimizer.state[p]["tail_gradient"]`, and so in checkpoints; a failed or skipped
-            step leaves it as it was. Tail rows that had no unperturbed pass (split plan; no head
-            row in the batch) are seen at the perturbed weights only: their part of `.tail`,
-            `.loss` and `.logits`, and the BatchNorm statistics, are from there.
+            CPU. Micro-batches are not captured.
         same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
             from torch's default generators, of the CPU and of the model's devices: a row has one
             dropout mask a step. The generators go on as if there had been one pass.
         sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
             are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
-            since running statistics see the pass of all rows alone, lagged and cuda_graph.
+            since running statistics see the pass of all rows alone, and cuda_graph.
         sample_seed: decides the drawing, with the number of the step.
         unpack: give the model the entries of the inputs one by one: `model(**inputs)` for a dict,
             `model(*inputs)` for a tuple.
@@ -144,8 +127,8 @@ class TrainStep:
     rows each has; every trainable parameter must get a gradient on some rank, and ranks count
     alike, as with DDP itself; it is found around `model` too. So does a model that `fully_shard`
     (FSDP2) spread over ranks before the optimizer was made: there, and with SyncBatchNorm, all
-    ranks run all passes, on one row of weight zero where a rank has none. It excludes LeanImbSAM,
-    lagged and cuda_graph.
+    ranks run all passes, on one row of weight zero where a rank has none. It excludes LeanImbSAM
+    and cuda_graph.
 
     A batch without tail rows costs one SGD step. If anything fails, weights and optimizer state
     are what they were; the running statistics of BatchNorm keep the passes that ran, as after a
@@ -166,7 +149,6 @@ class TrainStep:
         perturbation: str = "global",
         micro_batch_size: int | None = None,
         cuda_graph: bool = False,
-        lagged: bool = False,
         same_dropout: bool = False,
         sample: float = 0.25,
         sample_seed: int = 0,
@@ -180,7 +162,7 @@ class TrainStep:
         check_criterion(criterion)
         check_choices(plan, batch_norm, perturbation, micro_batch_size)
         check_autocast(autocast)
-        check_switches(cuda_graph=cuda_graph, lagged=lagged, same_dropout=same_dropout)
+        check_switches(cuda_graph=cuda_graph, same_dropout=same_dropout)
         check_grad_scaler(grad_scaler)
         self.wrapper = Wrapper(given, optimizer)
         check_max_norm(max_norm)
@@ -199,8 +181,7 @@ class TrainStep:
         self.perturbation = perturbation
         self.micro_batch_size = micro_batch_size
         self.group = self.ranks.group
-        self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph, lagged)
-        self.lagged = lagged
+        self.ranks.check(plan, micro_batch_size, perturbation, cuda_graph)
         self.cheaper = CheaperSteps(perturb_every)
         if plan == "sampled":
             self.cheaper.sampled = self._sampled(sample, sample_seed)
@@ -209,9 +190,8 @@ class TrainStep:
         self.own_writes = OwnWrites(
             model, criterion, self.draws.generators, same_everywhere=self.ranks.sharded
         )
-        self.tail_gradient = self._tail_gradient() if lagged else None
         if isinstance(optimizer, LeanImbSAM):
-            check_lean(self.grad_scaler, max_norm, self.group, cuda_graph=cuda_graph, lagged=lagged)
+            check_lean(self.grad_scaler, max_norm, self.group, cuda_graph=cuda_graph)
         self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
@@ -239,8 +219,7 @@ class TrainStep:
         self.cheaper.load_state_dict(state_dict)
 
     def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
-        parts = (split_plan, lagged_split_plan) if rows.head_rows else (split_plan,)
-        may_restart = self.plan == "auto" and plan in parts  # from an unperturbed pass
+        may_restart = self.plan == "auto" and plan is split_plan
         self.own_writes.begin_step(may_restart, reads_again=rows.tail_rows > 0)
         self.draws.begin_step()
         try:
@@ -255,7 +234,7 @@ class TrainStep:
             raise
 
     def _sampled(self, share: float, seed: int) -> SampledPlan:
-        check_sampled(self.batch_norm, self.lagged)
+        check_sampled(self.batch_norm)
         common = self.group is not None and self.perturbation == "global"
         return SampledPlan(share, seed, common)
 
@@ -266,7 +245,6 @@ class TrainStep:
             "plan": self.plan == "joint" or self.plan == ("auto" if mixes else "split"),
             "micro_batch_size": self.micro_batch_size is None,
             "model": self.group is None,
-            "lagged": not self.lagged,
             "same_dropout": not self.same_dropout,
         }
         for name, fits in needs.items():
@@ -274,7 +252,7 @@ class TrainStep:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
                     "plan, or the split plan where no BatchNorm layer uses batch statistics, no "
-                    "micro-batches, no DistributedDataParallel, lagged=False, same_dropout=False"
+                    "micro-batches, no DistributedDataParallel, same_dropout=False"
                 )
         device = check_capturable(self.optimizer, in_use(self.grad_scaler))
         perturbed = self.split_parts if self.plan == "split" else self.unconditional
@@ -318,15 +296,9 @@ class TrainStep:
         rows = Rows(head, tail, len(head), len(tail), counted=len(targets))
         return self._run(split_plan, inputs, targets, rows)
 
-    def _tail_gradient(self) -> TailGradient:
-        common = self.perturbation == "global"
-        shared = self.group is not None
-        return TailGradient(self.optimizer, self.group if common else None, shared)
-
     def _planned(self, inputs: Any, rows: Rows) -> Plan:
         if self.cheaper.sampled is not None:
             return self.cheaper.sampled
-        lags = self.tail_gradient is not None and self.tail_gradient.is_known()
         if self.plan == "auto" and self.ranks.same_passes:  # ranks decide alike: not by rows
             split = (
                 self.micro_batch_size is None
@@ -334,12 +306,9 @@ class TrainStep:
                 and not self.sees_all_rows_at_once()
             )
         elif self.plan == "auto":
-            independent = not self.sees_all_rows_at_once()
-            split = independent and (lags or self._split_is_cheaper(inputs, rows))
+            split = not self.sees_all_rows_at_once() and self._split_is_cheaper(inputs, rows)
         else:
             split = self.plan == "split"
-        if lags:
-            return lagged_split_plan if split else lagged_joint_plan
         return split_plan if split else joint_plan
 
     def _split_is_cheaper(self, inputs: Any, rows: Rows) -> bool:
@@ -390,26 +359,16 @@ class TrainStep:
                 _, loss = self.forward(x, y, counted)
                 self.backward(loss.tail)
 
-    def perturbed_backward(
-        self, inputs: Any, targets: Tensor, counted: int | None, only: Seen | None = None
-    ) -> None:
-        """The tail loss at theta + epsilon, and its gradient.
-
-        `only` is what the step saw of these rows, where they have no other pass: this one adds to
-        it and updates BatchNorm statistics.
-        """
-        # The backward is inside: under activation checkpointing it runs the model again.
-        frozen = self.batch_norm == "once" and only is None
+    def perturbed_backward(self, inputs: Any, targets: Tensor, counted: int | None) -> None:
+        """The tail loss at theta + epsilon, and its gradient."""
         pieces = list(self.micro_batches(inputs, targets))
-        rows = [len(y) for _, y in pieces]
-        draws = self.draws.of_last(rows) if only is None else [None] * len(rows)
-        with self._later_statistics(frozen):
+        draws = self.draws.of_last([len(y) for _, y in pieces])
+        with self._later_statistics(frozen=self.batch_norm == "once"):
             for (x, y), states in zip(pieces, draws):
+                # The backward is inside: under activation checkpointing it runs the model again.
                 with self.draws.generators.replayed(states):
-                    outputs, loss = self.forward(x, y, counted)
+                    _, loss = self.forward(x, y, counted)
                     self.backward(loss.tail)
-                if only is not None:
-                    only.add(outputs, tail=loss.tail)
 
     @contextmanager
     def _later_statistics(self, frozen: bool) -> Iterator[None]:
@@ -438,23 +397,13 @@ class TrainStep:
         self.optimizer.second_step(subtract)
         self.ranks.gather_anew()
 
-    def perturb_lagged(self) -> None:
-        """Along the tail gradient of an earlier step."""
-        self.tail_gradient.hand_over()  # type: ignore[union-attr]  # asked by _planned
-        self.optimizer.second_step()
-
     def update(self) -> Norms:
         """The optimizer's update, with clipping and the gradient scaler."""
-        seen = None
-        if self.tail_gradient is not None:
-            seen = self.tail_gradient.seen(in_use(self.grad_scaler) is not None)
         if self.group is not None:
             self.optimizer.merge_held()
             average_(self.optimizer.gradients(), self.group)
         with uninterrupted():  # an updated weight and what the next step needs belong together
             norms = self.optimizer.third_step(self.grad_scaler, self.max_norm)
-            if self.tail_gradient is not None and seen is not None:
-                self.tail_gradient.keep(seen, found_inf_of(self.grad_scaler, self.optimizer))
             found_inf = found_inf_of(self.grad_scaler, self.optimizer)
             if self.grad_scaler is not None:
                 self.grad_scaler.update()

@@ -379,7 +379,7 @@ each(
     "micro_batch_size is {}, expected an integer >= 1",
     lambda w, v: w.train_step(micro_batch_size=v),
 )
-for name in ("cuda_graph", "lagged"):
+for name in ("cuda_graph", "same_dropout"):
     each(
         f"TrainStep({name})",
         NO_BOOL,

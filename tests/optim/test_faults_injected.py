@@ -162,8 +162,7 @@ TRAININGS: list[dict[str, Any]] = [
     {"plan": "joint", "base": "Adam", "micro_batch_size": 5},
     {"plan": "split", "norm": "batch", "micro_batch_size": 3},
     {"plan": "joint", "norm": "batch", "batch_norm": "twice", "max_norm": 0.1, "warm": 0},
-    {"plan": "joint", "lagged": True},
-    {"plan": "split", "lagged": True, "max_norm": 0.1},
+    {"plan": "split", "max_norm": 0.1},
     {"plan": "split", "master_weights": True, "warm": 0},
     {"plan": "joint", "master_weights": True, "base": "Adam"},
 ]
@@ -191,7 +190,7 @@ ERRORS: dict[type[BaseException], Callable[[], None]] = {
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_forward_and_every_backward(settings, error):
     training = Training(**settings)
-    assert len(training.passes) >= (4 if settings.get("lagged") else 5)
+    assert len(training.passes) >= 5
     for kind in ("forward", "backward"):
         for number in range(1, training.passes.count(kind) + 1):
             training.watch.arm(kind, number, ERRORS[error])
@@ -297,9 +296,9 @@ def test_out_of_memory_at_every_operator(backend, settings):
                 training.go_back()
 
 
-def test_out_of_memory_at_every_operator_of_a_lagged_step_under_a_grad_scaler():
+def test_out_of_memory_at_every_operator_under_a_grad_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
-    training = Training("split", lagged=True, grad_scaler=scaler)
+    training = Training("split", grad_scaler=scaler)
     number = operators(training, counts=allocates)
     for i in range(1, number + 1):
         training.fails(torch.OutOfMemoryError, AtOperator(i, counts=allocates))
@@ -326,7 +325,6 @@ def test_out_of_memory_at_every_operator_leaves_the_weights_of_a_lean_optimizer(
     [
         {"plan": "joint"},
         {"plan": "split"},
-        {"plan": "joint", "lagged": True},
         {"plan": "split", "master_weights": True},
     ],
     ids=str,
@@ -371,8 +369,6 @@ def test_a_gradient_that_is_not_finite_skips_the_step_under_a_grad_scaler(settin
         assert training.is_at(training.start, statistics=False)
         assert all(b.isfinite().all() for b in training.model.buffers())
         training.model.load_state_dict(training.start[0])
-        if settings.get("lagged"):
-            scaler.update(4.0)  # the gradient that is kept stays scaled
         training.goes_on()  # to the same bits: scales are powers of two
 
 

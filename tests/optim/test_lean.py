@@ -404,7 +404,6 @@ def test_groups_that_become_unusable_are_refused_and_change_nothing():
     [
         ({"max_norm": 1.0}, "max_norm is 1.0, expected None with a LeanImbSAM"),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler is GradScaler, expected None"),
-        ({"lagged": True}, "lagged is True, expected False with a LeanImbSAM"),
         ({"cuda_graph": True}, "cuda_graph is True, expected False with a LeanImbSAM"),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",

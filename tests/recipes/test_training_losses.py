@@ -34,7 +34,6 @@ WAYS = {
     "split": {"plan": "split", "norm": "group"},
     "sampled": {"plan": "sampled", "sample": 0.5},
     "every": {"perturb_every": 2},
-    "lagged": {"lagged": True},
 }
 
 
@@ -158,3 +157,10 @@ def test_names_and_older_runs():
     assert chosen.directory_name() == "imbsam-released-eta20-logit-adjust-tau0.5-seed0"
     older = {k: v for k, v in settings().to_dict().items() if k not in ("loss", "tau")}
     assert RunConfig.from_dict(older) == settings()
+
+
+def test_runs_of_a_removed_method_are_named_and_others_of_their_time_go_on():
+    older = {**settings().to_dict(), "lagged": False}
+    assert RunConfig.from_dict(older) == settings()
+    with pytest.raises(ValueError, match="lagged is True, expected False: it was removed"):
+        RunConfig.from_dict({**older, "lagged": True})

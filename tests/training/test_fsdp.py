@@ -337,7 +337,6 @@ def settings_are_refused(rank: int, ranks: int) -> None:
     criterion, optimizer = SplitCrossEntropy(SPLIT), imbsam(model)
     for settings, message in {
         ("perturbation", "local"): "perturbation is 'local', expected 'global' with a fully_shard",
-        ("lagged", True): "lagged is True, expected False with a fully_shard model",
         ("cuda_graph", True): "cuda_graph is True, expected False with a fully_shard model",
     }.items():
         with pytest.raises(ValueError, match=message):

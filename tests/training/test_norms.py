@@ -24,8 +24,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sampled": {"plan": "sampled"},
     "sampled, batch norm": {"plan": "sampled", "norm": "batch", "sample": 1.0},
     "every third": {"plan": "split", "perturb_every": 3},
-    "lagged joint": {"plan": "joint", "lagged": True},
-    "lagged split": {"plan": "split", "lagged": True},
     "micro-batches": {"plan": "joint", "micro_batch_size": 5},
     "split micro-batches": {"plan": "split", "micro_batch_size": 3},
     "scaler": {"plan": "joint", "scale": 1024.0},
@@ -38,9 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
 class Definition:
     """The equations of docs/design.md section 2 on a copy of the model, in float64."""
 
-    def __init__(self, adaptive: bool, perturb: bool, lagged: bool, every: int) -> None:
-        self.adaptive, self.perturb, self.lagged, self.every = adaptive, perturb, lagged, every
-        self.kept: list[Tensor] | None = None
+    def __init__(self, adaptive: bool, perturb: bool, every: int) -> None:
+        self.adaptive, self.perturb, self.every = adaptive, perturb, every
         self.counted = 0
 
     def norms(self, model: nn.Module, x: Tensor, y: Tensor, max_norm: float | None) -> dict:
@@ -51,17 +48,16 @@ class Definition:
         has_tail = bool(in_tail.any())
         self.counted += has_tail
         perturbed = has_tail and self.counted % self.every == 0
-        known = self.lagged and self.kept is not None
         g_p = g_t
         if perturbed:
-            self.move(params, self.kept if known else g_t)
-            self.kept = g_p = self.gradient(model, x, y, in_tail)
+            self.move(params, g_t)
+            g_p = self.gradient(model, x, y, in_tail)
         grad_norm = norm([h + p for h, p in zip(g_h, g_p)])
         moved = g_t if self.perturb else g_t[:-1]
         factor = None if max_norm is None else min(1.0, max_norm / (grad_norm + 1e-6))
         return {
             "grad_norm": grad_norm,
-            "tail_grad_norm": norm(moved) if perturbed and not (known or self.adaptive) else None,
+            "tail_grad_norm": norm(moved) if perturbed and not self.adaptive else None,
             "clip_factor": factor,
             "tail_share": float(in_tail.double().mean()),
             "perturbed": perturbed,
@@ -110,7 +106,7 @@ def test_norms_are_those_of_the_definition(case, max_norm):
     step = train_step(model, None if lean else max_norm, **settings)
     definition = Definition(
         settings.get("adaptive", False), settings.get("perturb", True),
-        settings.get("lagged", False), settings.get("perturb_every", 1),
+        settings.get("perturb_every", 1),
     )  # fmt: skip
     clipped = []
     for x, y in batches(8):

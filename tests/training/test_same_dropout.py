@@ -153,19 +153,6 @@ def test_autocast_and_a_scaler_change_nothing_about_the_masks(device):
     assert model.passes[0] == model.passes[1]
 
 
-@pytest.mark.parametrize("plan", ["joint", "split"])
-def test_lagged_steps_replay_where_rows_have_two_passes(plan):
-    model = Drops(network("group"))
-    step = step_of(model, plan=plan, lagged=True, same_dropout=True)
-    for x, y in list(batches(3)):
-        model.passes.clear()
-        step(x, y)
-        pairs = [(p[k], q[k]) for p in model.passes[:-1] for q in model.passes[-1:] for k in p
-                 if k in q]  # fmt: skip
-        assert all(a == b for a, b in pairs)
-    assert len(pairs) == (16 if plan == "joint" else 0)  # a lagged split step: one pass a row
-
-
 def test_compiled_dropout_is_replayed():
     losses = []
 

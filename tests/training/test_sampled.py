@@ -158,7 +158,7 @@ def test_lean_takes_the_same_steps(norm, dampening):
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-@pytest.mark.parametrize("settings", [{"plan": "joint"}, {"plan": "sampled"}, {"lagged": True}])
+@pytest.mark.parametrize("settings", [{"plan": "joint"}, {"plan": "sampled"}])
 def test_between_perturbed_steps_there_are_steps_of_sgd(norm, settings):
     """None of the first 30 perturbs; then every step with tail rows counts."""
     model, expected = network(norm), network(norm)
@@ -296,7 +296,6 @@ def test_what_is_no_state_is_refused(state):
         ({"sample": True}, "sample is True, expected"),
         ({"sample_seed": -1}, "sample_seed is -1, expected an integer >= 0"),
         ({"batch_norm": "twice"}, "batch_norm is 'twice', expected 'once' with plan='sampled'"),
-        ({"lagged": True}, "lagged is True, expected False with plan='sampled'"),
         ({"cuda_graph": True}, "plan is 'sampled', expected with cuda_graph=True"),
         ({"perturb_every": 0}, "perturb_every is 0, expected an integer >= 1"),
         ({"perturb_every": 2.0}, "perturb_every is 2.0, expected an integer >= 1"),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..analysis.settings import ANALYSES
 from ..metrics import BORDERS, COLUMNS, mean_and_std, read_confusion
 from ..run_directory import CONFIG_FILE, RunDirectory, RunDirectoryError
+from ..settings.config import REMOVED
 from ..settings.datasets import DATASETS
 
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
@@ -315,7 +316,8 @@ def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:
     """Runs by configuration: cross-entropy first, then by OPTIMIZER_ORDER and by label."""
     groups: dict[str, Group] = {}
     for run in runs:
-        config = {k: v for k, v in run.config.items() if k not in PLACE_KEYS}
+        known = {k: v for k, v in run.config.items() if (k, v) not in REMOVED.items()}
+        config = {k: v for k, v in known.items() if k not in PLACE_KEYS}
         if config.get("stage1"):  # another run's directory, whose name ends in its seed
             config["stage1"] = re.sub(r"seed\d+$", "seed", str(Path(config["stage1"])))
         key = json.dumps(config, sort_keys=True, default=str)

@@ -33,6 +33,9 @@ LOSSES = {
 DISTRIBUTED = ("off", "ddp", "fsdp")
 SMALL, FULL = "small", "full"
 
+# Settings of methods that were removed, which runs and records of earlier versions have, and the
+# value that means: without the method.
+REMOVED = {"lagged": False}
 COMMON_DEFAULTS: dict[str, Any] = {
     "method": "ce",
     "loss": "ce",
@@ -56,7 +59,6 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "plan": "auto",
     "sample": 0.25,
     "perturb_every": 1,
-    "lagged": False,
     "norm": "batch",
     "epochs": 200,
     "warmup_epochs": 0,
@@ -150,7 +152,6 @@ class RunConfig:
     perturb_every: int
     gamma: float
     lam: float
-    lagged: bool
     model: str
     norm: str
     epochs: int
@@ -191,8 +192,12 @@ class RunConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """What `to_dict` returned; a setting that was added since has its default.
 
-        Raises KeyError for a setting that is missing and has none.
+        Raises KeyError for a setting that is missing and has none, ValueError for a method that
+        was removed since.
         """
+        for name, expected in REMOVED.items():
+            if (value := values.get(name, expected)) != expected:
+                raise ValueError(f"{name} is {value!r}, expected {expected!r}: it was removed")
         defaults = {**COMMON_DEFAULTS, **METHOD_DEFAULTS[values["method"]]}
         known = {**defaults, **values}
         settings = {setting.name: known[setting.name] for setting in fields(cls)}
@@ -235,8 +240,6 @@ class RunConfig:
                 parts.append((f"every{self.perturb_every}", f"every {self.perturb_every}"))
             if self.batch_norm != default_batch_norm(self.preset, self.plan):
                 parts.append((f"bn-{self.batch_norm}", f"statistics {self.batch_norm}"))
-            if self.lagged:
-                parts.append(("lagged", "lagged"))
         if self.loss != "ce":
             parts.append((self.loss, LOSSES[self.loss]))
             if self.tau != 1:
@@ -297,11 +300,10 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_sampled(config: RunConfig) -> None:
-    if config.plan != "sampled":
-        return
-    for name, expected in (("batch_norm", "once"), ("lagged", False)):
-        if (value := getattr(config, name)) != expected:
-            raise ValueError(f"{name} is {value!r}, expected {expected!r} with plan 'sampled'")
+    if config.plan == "sampled" and config.batch_norm != "once":
+        raise ValueError(
+            f"batch_norm is {config.batch_norm!r}, expected 'once' with plan 'sampled'"
+        )
 
 
 def _check_loss(config: RunConfig) -> None:

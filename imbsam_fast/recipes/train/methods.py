@@ -91,7 +91,6 @@ def make_trainer(
         config.batch_norm,
         autocast=options.autocast,
         grad_scaler=options.grad_scaler,
-        lagged=config.lagged,
         sample=config.sample,
         sample_seed=config.seed,
         perturb_every=config.perturb_every,

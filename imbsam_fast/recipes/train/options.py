@@ -194,8 +194,6 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of a batch in the sample of --plan sampled")  # fmt: skip
     add("--perturb-every", type=_count, metavar="K",
         help="perturb in every K-th step with tail rows alone")  # fmt: skip
-    add("--lagged", action=argparse.BooleanOptionalAction,
-        help="experimental: perturb along the previous step's tail gradient")  # fmt: skip
 
 
 def _add_stage_arguments(parser: argparse.ArgumentParser) -> None:
