@@ -1,12 +1,14 @@
 """The optimizer phases and the loss on an NVIDIA GPU, beside their peers and the copy bandwidth.
 
 python -m benchmarks.bench_gpu --json FILE [--rounds N]
-python -m benchmarks.bench_gpu --dry-run
+python -m benchmarks.bench_gpu --json FILE --dry-run
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -98,8 +100,10 @@ def on_backend(call: Call, backend: str) -> Call:
     return run
 
 
-def captured(call: Call) -> Call:
-    """`call` as one CUDA graph."""
+def captured(call: Call, device: str) -> Call:
+    """`call` as one CUDA graph; on the CPU, which has none, as it is."""
+    if device == "cpu":
+        return call
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -112,37 +116,38 @@ def captured(call: Call) -> Call:
     return graph.replay
 
 
-def compiled(call: Call, static: list[Tensor]) -> Call:
-    """`call` by Inductor, in a CUDA graph of its own making."""
+def compiled(call: Call, static: list[Tensor], device: str) -> Call:
+    """`call` by Inductor, in a CUDA graph of its own making; on the CPU it is traced alone."""
     for tensor in static:
         torch._dynamo.mark_static_address(tensor)
+    if device == "cpu":
+        return torch.compile(call, backend="aot_eager")
     return torch.compile(call, mode="reduce-overhead")
 
 
-def optimizer_contest(shapes: list[tuple[int, ...]], device: str, graphs: bool = True) -> Contest:
-    """`graphs`: with the contestants that only a GPU can run."""
+def optimizer_contest(shapes: list[tuple[int, ...]], device: str) -> Contest:
     x = Optimizer(shapes, device)
-    contestants = {
-        "imbsam-fast": [Phase(x.fused_kernels)],
-        "authors' sequence": x.authors(fused=False),
-        "authors' sequence, fused SGD": x.authors(fused=True),
-        "foreach and fused SGD": [Phase(x.foreach)],
+    contestants: dict[str, Callable[[], list[Phase]]] = {
+        "imbsam-fast": lambda: [Phase(x.fused_kernels)],
+        "authors' sequence": lambda: x.authors(fused=False),
+        "authors' sequence, fused SGD": lambda: x.authors(fused=True),
+        "foreach and fused SGD": lambda: [Phase(x.foreach)],
+        "imbsam-fast, captured": lambda: [Phase(captured(x.fused_kernels, device))],
+        "foreach and fused SGD, captured": lambda: [Phase(captured(x.foreach, device))],
+        "compiled, reduce-overhead": lambda: compiled_phases(Optimizer(shapes, device), device),
     }
     if dispatch.available(device)["triton"] is None:
-        contestants[TRITON] = [Phase(on_backend(x.fused_kernels, "triton"))]
-    if graphs:
-        contestants["imbsam-fast, captured"] = [Phase(captured(x.fused_kernels))]
-        contestants["foreach and fused SGD, captured"] = [Phase(captured(x.foreach))]
-        y = Optimizer(shapes, device)
-        lists = [*y.theta, *y.g_h, *y.g_t, *y.g_p, *y.m]
-        # Two calls: a forward pass needs the perturbed weights that lie between them.
-        contestants["compiled, reduce-overhead"] = [
-            Phase(compiled(call, lists)) for call in (y.perturb_for_compile, y.update_for_compile)
-        ]
-        if find_spec("amp_C") is not None:
-            contestants["apex"] = [Phase(apex_step(Optimizer(shapes, device)))]
-    name = f"optimizer, {describe(shapes)}"
-    return Contest(name, contestants, bytes=11 * x.bytes)
+        contestants[TRITON] = lambda: [Phase(on_backend(x.fused_kernels, "triton"))]
+    if device == "cuda" and find_spec("amp_C") is not None:
+        contestants["apex"] = lambda: [Phase(apex_step(Optimizer(shapes, device)))]
+    return Contest(contestants, bytes=11 * x.bytes)
+
+
+def compiled_phases(x: Optimizer, device: str) -> list[Phase]:
+    """Two calls: a forward pass needs the perturbed weights that lie between them."""
+    lists = [*x.theta, *x.g_h, *x.g_t, *x.g_p, *x.m]
+    calls = (x.perturb_for_compile, x.update_for_compile)
+    return [Phase(compiled(call, lists, device)) for call in calls]
 
 
 def apex_step(x: Optimizer) -> Call:
@@ -169,9 +174,7 @@ def apex_step(x: Optimizer) -> Call:
 # ---------------------------------------------------------------- the loss
 
 
-def loss_contest(
-    rows: int, classes: int, dtype: torch.dtype, device: str, graphs: bool = True
-) -> Contest:
+def loss_contest(rows: int, classes: int, dtype: torch.dtype, device: str) -> Contest:
     """bytes: one forward and the backwards of both parts, each row having weight in one of them:
     2 reads of the logits for the forward and the gradients, 2 writes.
     """
@@ -195,20 +198,25 @@ def loss_contest(
     def one(criterion: Callable) -> list[Phase]:
         return [Phase(lambda: torch.autograd.grad(criterion(logits, targets), logits))]
 
-    contestants = {
-        "imbsam-fast": both(ours),
-        "authors' boolean masks": both(masks),
-        "cross_entropy, row weights": both(weights),
-        "F.cross_entropy, one backward": one(F.cross_entropy),
-    }
-    if dispatch.available(device)["triton"] is None:
-        contestants[TRITON] = [Phase(on_backend(phase.call, "triton")) for phase in both(ours)]
-    if graphs and find_spec("liger_kernel") is not None:
+    def liger() -> list[Phase]:
         from liger_kernel.transformers import LigerCrossEntropyLoss
 
-        contestants["Liger, one backward"] = one(LigerCrossEntropyLoss())
-    bytes_ = 4 * logits.numel() * logits.element_size()
-    return Contest(f"loss, {rows} x {classes}, {dtype}", contestants, bytes=bytes_)
+        return one(LigerCrossEntropyLoss())
+
+    def ours_in_triton() -> list[Phase]:
+        return [Phase(on_backend(phase.call, "triton")) for phase in both(ours)]
+
+    contestants: dict[str, Callable[[], list[Phase]]] = {
+        "imbsam-fast": lambda: both(ours),
+        "authors' boolean masks": lambda: both(masks),
+        "cross_entropy, row weights": lambda: both(weights),
+        "F.cross_entropy, one backward": lambda: one(F.cross_entropy),
+    }
+    if dispatch.available(device)["triton"] is None:
+        contestants[TRITON] = ours_in_triton
+    if device == "cuda" and find_spec("liger_kernel") is not None:
+        contestants["Liger, one backward"] = liger
+    return Contest(contestants, bytes=4 * logits.numel() * logits.element_size())
 
 
 def soft_loss_contest(rows: int, classes: int, dtype: torch.dtype, device: str) -> Contest:
@@ -231,34 +239,34 @@ def soft_loss_contest(rows: int, classes: int, dtype: torch.dtype, device: str) 
     def one_backward() -> None:
         torch.autograd.grad(F.cross_entropy(logits, labels), logits)
 
-    contestants = {
-        "imbsam-fast": [Phase(both)],
-        "its definition in torch": [Phase(on_backend(both, "reference"))],
-        "F.cross_entropy, one backward": [Phase(one_backward)],
+    contestants: dict[str, Callable[[], list[Phase]]] = {
+        "imbsam-fast": lambda: [Phase(both)],
+        "its definition in torch": lambda: [Phase(on_backend(both, "reference"))],
+        "F.cross_entropy, one backward": lambda: [Phase(one_backward)],
     }
     if dispatch.available(device)["triton"] is None:
-        contestants[TRITON] = [Phase(on_backend(both, "triton"))]
+        contestants[TRITON] = lambda: [Phase(on_backend(both, "triton"))]
     per_element = 5 * logits.element_size() + 3 * q.element_size()
-    name = f"loss of distributions, {rows} x {classes}, {dtype}"
-    return Contest(name, contestants, bytes=per_element * logits.numel())
+    return Contest(contestants, bytes=per_element * logits.numel())
 
 
 # ---------------------------------------------------------------- what runs
 
 
-def contests(device: str) -> Iterator[Contest]:
+def contests(device: str) -> Iterator[tuple[str, Callable[[], Contest]]]:
     """On the CPU small ones: `bench_gpu --dry-run`."""
     on_gpu = device == "cuda"
     small = [(30, 4), (5,), (2, 3, 3)]
     networks = (resnet32_shapes(), resnet50_shapes())
     for shapes in networks if on_gpu else (small,):
-        yield optimizer_contest(shapes, device, graphs=on_gpu)
-    for rows, classes in ((512, 8142), (4096, 131_072)) if on_gpu else ((8, 32),):
-        for dtype in (torch.float32, torch.bfloat16):
-            yield loss_contest(rows, classes, dtype, device, graphs=on_gpu)
-    for dtype in (torch.float32, torch.bfloat16):
-        yield soft_loss_contest(*((512, 8142) if on_gpu else (8, 32)), dtype, device)
+        yield f"optimizer, {describe(shapes)}", partial(optimizer_contest, shapes, device)
+    sizes = ((512, 8142), (4096, 131_072)) if on_gpu else ((8, 32),)
+    for kind, make in (("loss", loss_contest), ("loss of distributions", soft_loss_contest)):
+        for rows, classes in sizes if make is loss_contest else sizes[:1]:
+            for dtype in (torch.float32, torch.bfloat16):
+                name = f"{kind}, {rows} x {classes}, {dtype}"
+                yield name, partial(make, rows, classes, dtype, device)
 
 
 if __name__ == "__main__":
-    run_script(__doc__.splitlines()[0], contests, rounds=50)
+    sys.exit(run_script(__doc__.splitlines()[0], contests, rounds=50))

@@ -1,7 +1,7 @@
 """Whole training steps of real networks on an NVIDIA GPU: images per second and peak memory.
 
     python -m benchmarks.bench_gpu_steps --json FILE [--rounds N]
-    python -m benchmarks.bench_gpu_steps --dry-run
+    python -m benchmarks.bench_gpu_steps --json FILE --dry-run
 
 Synthetic images, bfloat16 autocast, channels_last, 43 % tail rows as in a batch of iNaturalist
 2018. The split plan takes part where it is exact. What a CUDA graph holds stays allocated, so
@@ -10,15 +10,16 @@ captured steps are a contest of their own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_timing import Contest, Phase, run_script
-from benchmarks.networks import LayerNormViT, batch_norm_resnet
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.bench import peers
 from imbsam_fast.bench.cases import TAIL_FRACTION, long_tail_batch
@@ -41,8 +42,7 @@ class Network(NamedTuple):
 
 def networks(device: str) -> Iterator[Network]:
     if device == "cpu":
-        yield Network("small ResNet", lambda: batch_norm_resnet(10), 32, 10, 8, False)
-        yield Network("small ViT", lambda: LayerNormViT(10), 32, 10, 8, True)
+        yield from small_networks()
         return
     import torchvision
 
@@ -58,18 +58,41 @@ def networks(device: str) -> Iterator[Network]:
     yield Network("ViT-B/16", lambda: imagenet.vit_b_16(num_classes=8142), 224, 8142, rows, True)
 
 
+def small_networks() -> Iterator[Network]:
+    """Of the same families, for a dry run."""
+    from torchvision.models import ConvNeXt, ResNet, VisionTransformer
+    from torchvision.models.convnext import CNBlockConfig
+    from torchvision.models.resnet import Bottleneck
+
+    from imbsam_fast.recipes.models.cifar_resnet import CifarResNet
+
+    blocks = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]
+    small: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+        "ResNet-8": (lambda: CifarResNet(8, 10), False),
+        "small ResNet": (lambda: ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10), False),
+        "small ConvNeXt": (lambda: ConvNeXt(blocks, num_classes=10), True),
+        "small ViT": (lambda: VisionTransformer(32, 16, 1, 2, 32, 64, num_classes=10), True),
+    }
+    for name, (make, split_is_exact) in small.items():
+        yield Network(name, make, 32, 10, 8, split_is_exact)
+
+
 # ---------------------------------------------------------------- the steps
 
 
 class Autocast(nn.Module):
-    """`model` under bfloat16 autocast, for loops that know nothing of it."""
+    """`model` under bfloat16 autocast, for loops that know nothing of it.
 
-    def __init__(self, model: nn.Module, device: str) -> None:
+    torch.compile would take a graph that it made for another contestant, with as many backwards as
+    that one has; `contestant` is read in `forward`, so that each has graphs of its own.
+    """
+
+    def __init__(self, model: nn.Module, device: str, contestant: str) -> None:
         super().__init__()
-        self.model, self.device = model, device
+        self.model, self.device, self.contestant = model, device, contestant
 
     def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.contestant != ""):
             return self.model(images).float()
 
 
@@ -91,9 +114,12 @@ class Steps:
         self.images = images.contiguous(memory_format=torch.channels_last)
         self.original = network.make().to(device, memory_format=torch.channels_last)
 
-    def model(self, compiled: bool = False) -> nn.Module:
-        model = Autocast(deepcopy(self.original), self.device)
-        return torch.compile(model) if compiled else model  # type: ignore[return-value]
+    def model(self, compiled: bool = False, contestant: str = "SGD") -> nn.Module:
+        model = Autocast(deepcopy(self.original), self.device, contestant)
+        if not compiled:
+            return model
+        backend = "inductor" if self.device == "cuda" else "aot_eager"  # a dry run only traces
+        return torch.compile(model, backend=backend)  # type: ignore[return-value]
 
     def phases(self, step: Step) -> list[Phase]:
         return [Phase(lambda: step(self.images, self.targets))]
@@ -116,7 +142,7 @@ class Steps:
     def ours(
         self, plan: str, split: ClassSplit | None = None, compiled: bool = False, **options: object
     ) -> list[Phase]:
-        model = self.model(compiled)
+        model = self.model(compiled, f"{'SAM' if split else 'ImbSAM'} {plan}")
         criterion = SplitCrossEntropy(split or self.split).to(self.device)
         optimizer = ImbSAM(sgd(model, self.device))
         return self.phases(TrainStep(model, criterion, optimizer, plan, **options))  # type: ignore[arg-type]
@@ -160,47 +186,46 @@ def batched_joint_step(model: nn.Module, criterion: nn.Module, optimizer: ImbSAM
 def eager(network: Network, device: str) -> Contest:
     make = Steps(network, device)
     contestants = {
-        "SGD": make.plain(),
-        "SAM, TrainStep joint": make.ours("joint", ClassSplit.all_tail()),
-        "authors' loop": make.authors(),
-        "ImbSAM, TrainStep joint": make.ours("joint"),
-        "ImbSAM joint, one batched backward": make.batched_backward(),
+        "SGD": make.plain,
+        "SAM, TrainStep joint": partial(make.ours, "joint", ClassSplit.all_tail()),
+        "authors' loop": make.authors,
+        "ImbSAM, TrainStep joint": partial(make.ours, "joint"),
+        "ImbSAM joint, one batched backward": make.batched_backward,
     }
     if network.split_is_exact:
-        contestants["ImbSAM, TrainStep split"] = make.ours("split")
-    return _contest(network, "eager", contestants)
+        contestants["ImbSAM, TrainStep split"] = partial(make.ours, "split")
+    return Contest(contestants, images=network.rows)
 
 
 def compiled(network: Network, device: str) -> Contest:
+    torch._dynamo.reset()  # it makes no more than a few graphs of one forward
     make = Steps(network, device)
+    ours = partial(make.ours, compiled=True)
     contestants = {
-        "SGD": make.plain(compiled=True),
-        "SAM, TrainStep joint": make.ours("joint", ClassSplit.all_tail(), compiled=True),
-        "ImbSAM, TrainStep joint": make.ours("joint", compiled=True),
+        "SGD": partial(make.plain, compiled=True),
+        "SAM, TrainStep joint": partial(ours, "joint", ClassSplit.all_tail()),
+        "ImbSAM, TrainStep joint": partial(ours, "joint"),
     }
     if network.split_is_exact:
-        contestants["ImbSAM, TrainStep split"] = make.ours("split", compiled=True)
-    return _contest(network, "torch.compile", contestants)
+        contestants["ImbSAM, TrainStep split"] = partial(ours, "split")
+    return Contest(contestants, images=network.rows)
 
 
 def captured(network: Network, device: str) -> Contest:
-    make = Steps(network, device)
-    return _contest(
-        network, "CUDA graph", {"ImbSAM, TrainStep joint": make.ours("joint", cuda_graph=True)}
-    )
+    """In a dry run the same step without a graph, which the CPU has not."""
+    step = partial(Steps(network, device).ours, "joint", cuda_graph=device == "cuda")
+    return Contest({"ImbSAM, TrainStep joint": step}, images=network.rows)
 
 
-def _contest(network: Network, how: str, contestants: dict[str, list[Phase]]) -> Contest:
-    name = f"{network.name}, {network.rows} x 3 x {network.pixels}², {network.classes} classes"
-    return Contest(f"{name}: {how}", contestants, images=network.rows)
+KINDS = {"eager": eager, "torch.compile": compiled, "CUDA graph": captured}
 
 
-def contests(device: str) -> Iterator[Contest]:
-    kinds = (eager, compiled, captured) if device == "cuda" else (eager,)
+def contests(device: str) -> Iterator[tuple[str, Callable[[], Contest]]]:
     for network in networks(device):
-        for kind in kinds:
-            yield kind(network, device)
+        size = f"{network.rows} x 3 x {network.pixels}², {network.classes} classes"
+        for kind, make in KINDS.items():
+            yield f"{network.name}, {size}: {kind}", partial(make, network, device)
 
 
 if __name__ == "__main__":
-    run_script(__doc__.splitlines()[0], contests, rounds=20)
+    sys.exit(run_script(__doc__.splitlines()[0], contests, rounds=20))

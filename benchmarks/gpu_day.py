@@ -6,7 +6,8 @@ a: build, every operation once, the suite, a file at a time. b: bad addresses an
 compute-sanitizer. c: operations beside their peers. d: whole training steps. e: CIFAR100-LT in
 full, a run at a time, from packed archives in --data. What became of each task is written to
 OUT/gpu_day_PIECE.json as soon as it is known. Exits 0 where all is done, 1 where something failed,
-75 where time was up: the same command goes on. A dry run takes each task small and on the CPU.
+75 where time was up: the same command goes on. A dry run takes each task small and on the CPU, and
+measures nothing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
+DRY_RUN = ROOT / "build" / "gpu_dry_run"
 PYTHON = sys.executable
 WHEELS = ROOT / "build" / "gpu_wheels"  # what `make gpu-wheels` fetched where there is a network
 
@@ -35,6 +37,8 @@ TO_STOP = 20.0  # seconds that a task gets to leave a checkpoint
 UNFINISHED = 75
 TAIL = 4000  # characters of a task's output that are kept
 
+NO_TESTS = 5  # what pytest exits with where it has none to run
+AGREES = "and agrees with the reference"  # the last words of tests/gpu_small_run.py
 TOOLS = ("memcheck", "racecheck")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -50,21 +54,32 @@ RUNS = {
 }
 # 500 images of class 0: the packed training images are long-tailed already.
 CIFAR100_LT = ["cifar100-lt", "--imbalance-factor", "50", "--model", "resnet32"]
+# Of the images that tiny_cifar.py makes: from 4 of the first classes to 1 of the last.
+TINY_IMAGES = "tiny_cifar100"
+TINY = ["--imbalance-factor", "4", "--largest-class", "4", "--eta", "2", "--batch-size", "50"]
 
 
 @dataclass
 class Task:
-    """A command that takes part in a piece; one that goes on where it stopped `resumes`."""
+    """A command that takes part in a piece; one that goes on where it stopped `resumes`.
+
+    It is done where it exits with one of `codes` and `says`, if anything, is in its output: tools
+    that run a program may end well though the program did not.
+    """
 
     name: str
     command: list[str]
     dry: list[str] | None = None  # None: nothing that could run without a GPU
     needs: tuple[str, ...] = ()  # modules and programs
+    on_gpu: tuple[str, ...] = ()  # that a dry run does without
     environment: dict[str, str] = field(default_factory=dict)
     resumes: bool = False
+    says: str = ""
+    codes: tuple[int, ...] = (0,)
 
-    def missing(self) -> list[str]:
-        return [n for n in self.needs if find_spec(n) is None and shutil.which(n) is None]
+    def missing(self, dry: bool) -> list[str]:
+        needs = self.needs if dry else (*self.needs, *self.on_gpu)
+        return [n for n in needs if find_spec(n) is None and shutil.which(n) is None]
 
 
 @dataclass
@@ -93,14 +108,16 @@ def build_and_test() -> list[Task]:
         names = sorted(str(path) for path in WHEELS.glob("*.whl"))
         tasks.append(Task("wheels", [*install, "--no-index", *names]))
     build = [*install, "--no-build-isolation", "--editable", "."]
-    tasks.append(Task("build", build, needs=("nvcc", "cmake"), environment={"IMBSAM_CUDA": "ON"}))
+    needs = ("nvcc", "cmake", "ninja", "pybind11", "setuptools")
+    tasks.append(Task("build", build, build, needs, environment={"IMBSAM_CUDA": "ON"}))
     small = [PYTHON, "-m", "tests.gpu_small_run"]
-    tasks.append(Task("every operation", small, [*small, "--dry-run"]))
+    tasks.append(Task("every operation", small, [*small, "--dry-run"], says=AGREES))
     pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider"]
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name = str(path.relative_to(ROOT))
-        dry = [*pytest, "--collect-only", name]
-        tasks.append(Task(name, [*pytest, name], dry, ("pytest", *_imports(path))))
+        needs = ("pytest", *_imports(path))
+        quick = [*pytest, "-m", "quick", name]  # of some files nothing is
+        tasks.append(Task(name, [*pytest, name], quick, needs, codes=(0, NO_TESTS)))
     return tasks
 
 
@@ -121,15 +138,18 @@ def sanitize() -> list[Task]:
             name = f"{tool}, {dtype}"
             # So that memcheck sees where each tensor ends.
             alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            dry = [*small, "--dry-run"]
             needs = ("compute-sanitizer",)
-            tasks.append(Task(name, sanitizer + small, [*small, "--dry-run"], needs, alone))
+            tasks.append(
+                Task(name, sanitizer + small, dry, (), needs, environment=alone, says=AGREES)
+            )
     return tasks
 
 
 def _script(name: str, out: Path) -> Task:
-    command = [PYTHON, "-m", f"benchmarks.{name}"]
-    measured = [*command, "--resume", "--json", str(out / f"{name}.json")]
-    return Task(name, measured, [*command, "--dry-run"], ("rich",), resumes=True)
+    command = [PYTHON, "-m", f"benchmarks.{name}", "--resume", "--json", str(out / f"{name}.json")]
+    needs = ("rich", "torchvision") if name == "bench_gpu_steps" else ("rich",)
+    return Task(name, command, [*command, "--dry-run"], needs, resumes=True)
 
 
 def train(data: Path, out: Path, seeds: int = 3) -> list[Task]:
@@ -137,13 +157,22 @@ def train(data: Path, out: Path, seeds: int = 3) -> list[Task]:
     for seed in range(seeds):
         for name, options in RUNS.items():
             command = [PYTHON, "-m", "imbsam_fast", "train", *CIFAR100_LT, *options]
-            command += ["--data-dir", str(data), "--seed", str(seed)]
-            runs = ["--epochs", "200", "--device", "cuda", "--resume"]
-            runs += ["--save", str(out / "cifar100_lt" / name.replace(",", "").replace(" ", "_"))]
-            dry = [*command, "--epochs", "1", "--dry-run"] if seed == 0 else None
+            command += ["--seed", str(seed), "--resume"]
+            folder = name.replace(",", "").replace(" ", "_")
+            command += ["--save", str(out / "cifar100_lt" / folder)]
+            whole = ["--data-dir", str(data), "--epochs", "200", "--device", "cuda"]
+            tiny = str(out / TINY_IMAGES)
+            small = ["--data-dir", tiny, *TINY, "--epochs", "2", "--device", "cpu"]
+            dry = command + small if seed == 0 else None
             needs = ("rich", "numpy")
-            tasks.append(Task(f"{name}, seed {seed}", command + runs, dry, needs, resumes=True))
+            tasks.append(Task(f"{name}, seed {seed}", command + whole, dry, needs, resumes=True))
     return tasks
+
+
+def tiny_images(out: Path) -> Task:
+    """What the dry run of `train` needs."""
+    command = [PYTHON, "-m", "benchmarks.tiny_cifar", str(out / TINY_IMAGES)]
+    return Task("tiny images", command, command, ("numpy", "PIL"))
 
 
 # ---------------------------------------------------------------- running them
@@ -180,7 +209,7 @@ def run(tasks: Sequence[Task], record: Record, seconds: float, dry: bool, again:
         if not record.is_open(task.name, again):
             continue
         command = task.dry if dry else task.command
-        missing = [] if dry else task.missing()
+        missing = task.missing(dry)
         if command is None or missing:
             why = f"not there: {', '.join(missing)}" if missing else "nothing to run without a GPU"
             record.note(task.name, Outcome("left out", output=why))
@@ -210,10 +239,11 @@ def _outcome(task: Task, command: list[str], end: float) -> Outcome:
     except BaseException:
         _stop(process)
         raise
-    if process.returncode == 0 and not stopped:
-        status = "done"
+    if stopped:
+        status = "unfinished"
     else:
-        status = "unfinished" if stopped else "failed"
+        done = process.returncode in task.codes and task.says in output
+        status = "done" if done else "failed"
     return Outcome(status, time.monotonic() - start, output[-TAIL:])
 
 
@@ -237,15 +267,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="small, on the CPU")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("data"), help="packed CIFAR-100")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written")
+    parser.add_argument("--out", type=Path, help="where results are written")
     parser.add_argument("--again", action="store_true", help="also what has failed")
     args: Any = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes is {args.minutes}, expected more than 0")
-    tasks = pieces(args.data.resolve(), args.out.resolve())[args.piece]()
+    out: Path = (args.out or (DRY_RUN if args.dry_run else RESULTS)).resolve()
+    tasks = pieces(args.data.resolve(), out)[args.piece]()
+    if args.dry_run and args.piece == "e":
+        tasks.insert(0, tiny_images(out))
     kind = "dry_run_" if args.dry_run else ""
-    record = Record(args.out / f"gpu_day_{kind}{args.piece}.json")
-    return run(tasks, record, 60 * args.minutes, args.dry_run, args.again)
+    record = Record(out / f"gpu_day_{kind}{args.piece}.json")
+    code = run(tasks, record, 60 * args.minutes, args.dry_run, args.again)
+    if args.dry_run:
+        print(f"dry run of piece {args.piece}: without a GPU, and nothing was measured")
+    return code
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 Times are of the device, between CUDA events, so that waiting for the host counts where a
 contestant is launched slower than it runs. In every round each contestant runs once, in a new
-order; medians are compared. A dry run, for machines without a GPU, runs every contestant that
-the CPU can run once, at a small size, and measures nothing.
+order; medians are compared. A contestant that fails is noted and left out. A dry run, for machines
+without a GPU, goes the same way with small contests on the CPU, and measures nothing: every figure
+that it writes is not a number.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,10 +39,9 @@ class Phase:
 
 @dataclass
 class Contest:
-    """Contestants that do the same, each in one or more phases."""
+    """Contestants that do the same, each in one or more phases; made when it is their turn."""
 
-    name: str
-    contestants: dict[str, list[Phase]]
+    contestants: dict[str, Callable[[], list[Phase]]]
     bytes: int | None = None  # that cannot be avoided
     images: int | None = None  # in one batch
 
@@ -58,13 +60,25 @@ class Result:
 
 
 @dataclass
+class Failure:
+    contest: str
+    contestant: str  # empty: the contest could not be made
+    error: str
+
+
+@dataclass
 class GpuReport:
-    """What one run measured."""
+    """What one run measured; a dry run, nothing."""
 
     environment: dict[str, Any]
     rounds: int
     copy_gb_per_s: float
     results: list[Result]
+    failures: list[Failure] = field(default_factory=list)
+    dry_run: bool = False
+
+
+Contests = Callable[[str], Iterator[tuple[str, Callable[[], Contest]]]]  # device -> by name
 
 
 def save(report: GpuReport, path: Path) -> None:
@@ -77,21 +91,9 @@ def save(report: GpuReport, path: Path) -> None:
 def load(path: Path) -> GpuReport:
     """What `save` wrote."""
     found = json.loads(path.read_text())
-    return GpuReport(**{**found, "results": [Result(**result) for result in found["results"]]})
-
-
-def device_ms(phases: list[Phase]) -> float:
-    total = 0.0
-    for phase in phases:
-        phase.prepare()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        phase.call()
-        end.record()
-        torch.cuda.synchronize()
-        total += start.elapsed_time(end)
-    return total
+    found["results"] = [Result(**result) for result in found["results"]]
+    found["failures"] = [Failure(**failure) for failure in found["failures"]]
+    return GpuReport(**found)
 
 
 def once(phases: list[Phase]) -> None:
@@ -100,52 +102,120 @@ def once(phases: list[Phase]) -> None:
         phase.call()
 
 
-def launches(phases: list[Phase]) -> int:
-    """What the profiler sees on the device."""
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+class Gpu:
+    """What is measured on."""
+
+    name = "cuda"
+    warm_up = WARM_UP
+
+    def ms(self, phases: list[Phase]) -> float:
+        total = 0.0
+        for phase in phases:
+            phase.prepare()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            start.record()
+            phase.call()
+            end.record()
+            torch.cuda.synchronize()
+            total += start.elapsed_time(end)
+        return total
+
+    def launches(self, phases: list[Phase]) -> int:
+        """What the profiler sees on the device."""
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            once(phases)
+            torch.cuda.synchronize()
+        return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+    def peak_bytes(self, phases: list[Phase]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         once(phases)
         torch.cuda.synchronize()
-    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+        return torch.cuda.max_memory_allocated() - before
+
+    def copy_gb_per_s(self, rounds: int, size: int = 2**29) -> float:
+        """bytes: size read, size written"""
+        source, destination = (torch.ones(size // 4, device=self.name) for _ in range(2))
+        copy = [Phase(lambda: destination.copy_(source))]
+        samples = [self.ms(copy) for _ in range(self.warm_up + rounds)]
+        return 2 * size / statistics.median(samples[self.warm_up :]) / 1e6
+
+    def free_memory(self) -> None:
+        torch.cuda.empty_cache()
 
 
-def peak_bytes(phases: list[Phase]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    once(phases)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+class NoGpu(Gpu):
+    """Runs on the CPU what would be measured, and tells no figure."""
+
+    name = "cpu"
+    warm_up = 0
+
+    def ms(self, phases: list[Phase]) -> float:
+        once(phases)
+        return math.nan
+
+    def launches(self, phases: list[Phase]) -> int:
+        once(phases)
+        return 0
+
+    def peak_bytes(self, phases: list[Phase]) -> int:
+        return self.launches(phases)
+
+    def copy_gb_per_s(self, rounds: int, size: int = 2**10) -> float:
+        return super().copy_gb_per_s(rounds, size)
+
+    def free_memory(self) -> None:
+        pass
 
 
-def copy_gb_per_s(rounds: int, size: int = 2**29) -> float:
-    """bytes: size read, size written"""
-    source, destination = (torch.ones(size // 4, device="cuda") for _ in range(2))
-    copy = [Phase(lambda: destination.copy_(source))]
-    samples = [device_ms(copy) for _ in range(WARM_UP + rounds)]
-    return 2 * size / statistics.median(samples[WARM_UP:]) / 1e6
+def ready(name: str, contest: Contest) -> tuple[dict[str, list[Phase]], list[Failure]]:
+    """The contestants that could be made and ran once, and why the others did not."""
+    made, failures = {}, []
+    for contestant, make in contest.contestants.items():
+        try:
+            phases = make()
+            once(phases)
+        except Exception as error:
+            failures.append(_failure(name, contestant, error))
+        else:
+            made[contestant] = phases
+    return made, failures
 
 
-def measure(contest: Contest, rounds: int, limit: float) -> Iterator[Result]:
-    samples: dict[str, list[float]] = {name: [] for name in contest.contestants}
+def _failure(contest: str, contestant: str, error: Exception) -> Failure:
+    traceback.print_exception(error)
+    return Failure(contest, contestant, f"{type(error).__name__}: {error}")
+
+
+def measure(
+    name: str, contest: Contest, made: dict[str, list[Phase]], on: Gpu, rounds: int, limit: float
+) -> Iterator[Result]:
+    samples: dict[str, list[float]] = {contestant: [] for contestant in made}
     order = random.Random(0)
-    for number in range(-WARM_UP, rounds):
-        for name in order.sample(list(samples), len(samples)):
-            ms = device_ms(contest.contestants[name])
+    for number in range(-on.warm_up, rounds):
+        for contestant in order.sample(list(samples), len(samples)):
+            ms = on.ms(made[contestant])
             if number >= 0:
-                samples[name].append(ms)
-    for name, phases in contest.contestants.items():
-        ms = statistics.median(samples[name])
+                samples[contestant].append(ms)
+    for contestant, phases in made.items():
+        ms = statistics.median(samples[contestant])
         rate = None if contest.bytes is None else contest.bytes / ms / 1e6
         yield Result(
-            contest.name, name, ms, launches(phases), peak_bytes(phases), rate,
+            name, contestant, ms, on.launches(phases), on.peak_bytes(phases), rate,
             None if rate is None else 100 * rate / limit,
             None if contest.images is None else 1e3 * contest.images / ms,
-            samples[name],
+            samples[contestant],
         )  # fmt: skip
 
 
 def show(result: Result) -> None:
+    if math.isnan(result.ms):
+        print(f"  {result.contestant:36} ran")
+        return
     columns = [f"{result.ms:9.3f} ms {result.launches:5} launches"]
     if result.gb_per_s is not None:
         columns.append(f"{result.gb_per_s:7.0f} GB/s {result.percent_of_copy:5.1f} % of the copy")
@@ -155,12 +225,12 @@ def show(result: Result) -> None:
 
 
 def run_script(
-    description: str,
-    contests: Callable[[str], Iterator[Contest]],
-    rounds: int,
-    argv: Sequence[str] | None = None,
-) -> None:
-    """The command line of a GPU benchmark; `contests` is called with the device."""
+    description: str, contests: Contests, rounds: int, argv: Sequence[str] | None = None
+) -> int:
+    """The command line of a GPU benchmark; `contests` is called with the device.
+
+    Returns 1 where a contestant failed, else 0.
+    """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
@@ -168,51 +238,57 @@ def run_script(
         "--resume", action="store_true", help="keep the contests that --json has, and go on"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="once, small, on the CPU: to see that it runs"
+        "--dry-run", action="store_true", help="small, on the CPU, one round: to see that it runs"
     )
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise SystemExit(f"--rounds is {args.rounds}, expected at least 1")
-    if args.dry_run:
-        _dry_run(contests)
-        return
     if args.json is None:
         raise SystemExit("--json is missing, expected a file for the results")
-    reason = dispatch.available("cuda")["native"]
+    reason = None if args.dry_run else dispatch.available("cuda")["native"]
     if reason is not None:
         raise SystemExit(f"no GPU to measure on: {reason}")
-    report = _begun(args.json, args.rounds) if args.resume else None
+    on, rounds = (NoGpu(), 1) if args.dry_run else (Gpu(), args.rounds)
+    report = _begun(args.json, rounds, args.dry_run) if args.resume else None
     if report is None:
-        report = GpuReport(environment(), args.rounds, copy_gb_per_s(args.rounds), [])
-    print(f"device copy: {report.copy_gb_per_s:.0f} GB/s")
-    measured = {result.contest for result in report.results}
-    for contest in contests("cuda"):
-        if contest.name not in measured:
-            print(contest.name)
-            results = [*measure(contest, args.rounds, report.copy_gb_per_s)]
-            for result in results:
-                show(result)
-            report.results += results
-            save(report, args.json)  # whatever comes next, this is measured
-        del contest
-        torch.cuda.empty_cache()
+        copy = on.copy_gb_per_s(rounds)
+        report = GpuReport(environment(), rounds, copy, [], dry_run=args.dry_run)
+    if not args.dry_run:
+        print(f"device copy: {report.copy_gb_per_s:.0f} GB/s")
+    known = {entry.contest for entry in (*report.results, *report.failures)}
+    for name, make in contests(on.name):
+        if name not in known:
+            print(name, flush=True)
+            _hold(name, make, on, report)
+            save(report, args.json)  # whatever comes next, this is known
+            on.free_memory()
+    for failure in report.failures:
+        print(f"failed: {failure.contest}: {failure.contestant}: {failure.error}")
+    if args.dry_run:
+        print("dry run: nothing was measured")
+    return int(bool(report.failures))
 
 
-def _begun(path: Path, rounds: int) -> GpuReport | None:
+def _hold(name: str, make: Callable[[], Contest], on: Gpu, report: GpuReport) -> None:
+    """Hold a contest, and add what it shows to the report."""
+    try:
+        contest = make()
+        made, failures = ready(name, contest)
+        results = [*measure(name, contest, made, on, report.rounds, report.copy_gb_per_s)]
+    except Exception as error:
+        results, failures = [], [_failure(name, "", error)]
+    for result in results:
+        show(result)
+    report.results += results
+    report.failures += failures
+
+
+def _begun(path: Path, rounds: int, dry_run: bool) -> GpuReport | None:
     """What an earlier run on this device and from this commit has measured."""
     if not path.exists():
         return None
     report, now = load(path), environment()
     same = all(report.environment[key] == now[key] for key in ("devices", "versions", "git_commit"))
-    if not same or report.rounds != rounds:
+    if not same or report.rounds != rounds or report.dry_run != dry_run:
         raise SystemExit(f"{path} is of another machine, version or number of rounds: move it away")
     return report
-
-
-def _dry_run(contests: Callable[[str], Iterator[Contest]]) -> None:
-    for contest in contests("cpu"):
-        print(contest.name)
-        for name, phases in contest.contestants.items():
-            once(phases)
-            print(f"  {name:36} ran")
-    print("dry run: nothing was measured")

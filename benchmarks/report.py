@@ -93,7 +93,10 @@ def documents_of(root: Path) -> list[Path]:
 def load_results(directory: Path) -> Results:
     found: Results = {path.stem: load(path) for path in sorted(directory.glob("*.json"))}
     for path in sorted(directory.glob("gpu/bench_gpu*.json")):
-        found[f"gpu/{path.stem}"] = gpu_timing.load(path)
+        measured = gpu_timing.load(path)
+        if measured.dry_run:
+            raise SystemExit(f"{path} is of a dry run, which measured nothing: move it away")
+        found[f"gpu/{path.stem}"] = measured
     for path in sorted(directory.glob("recipes/*.json")):
         found[f"recipes/{path.stem}"] = recipe_tables.load(path)
     return found

@@ -83,6 +83,37 @@ def test_a_dry_run_takes_the_dry_command(tmp_path: Path) -> None:
     assert statuses(record) == {"both": "done", "one": "left out"}
 
 
+def test_what_ends_well_without_its_last_words_has_failed(tmp_path: Path) -> None:
+    tasks = [
+        Task("silent", python(""), says="agrees"),
+        Task("says it", python("print('all agrees')"), says="agrees"),
+        Task("without tests", python("raise SystemExit(5)"), codes=(0, 5)),
+    ]
+    record = Record(tmp_path / "record.json")
+    assert run(tasks, record, 60, dry=False, again=False) == 1
+    assert statuses(record) == {"silent": "failed", "says it": "done", "without tests": "done"}
+
+
+def test_a_dry_run_does_without_what_only_a_gpu_needs(tmp_path: Path) -> None:
+    tasks = [Task("a", python(""), python(""), on_gpu=("no_such_sanitizer",))]
+    for dry, status in ((True, "done"), (False, "left out")):
+        record = Record(tmp_path / f"{dry}.json")
+        run(tasks, record, 60, dry=dry, again=False)
+        assert statuses(record) == {"a": status}
+
+
+@pytest.mark.slow  # trains
+def test_the_dry_run_of_a_training_leaves_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    task = gpu_day.train(tmp_path / "no data", tmp_path)[0]
+    assert task.dry is not None
+    task.dry += ["--model", "resnet8", "--epochs", "1"]
+    record = Record(tmp_path / "record.json")
+    assert run([gpu_day.tiny_images(tmp_path), task], record, 100, dry=True, again=False) == 0
+    (directory,) = (tmp_path / "cifar100_lt" / "SGD").iterdir()
+    assert (directory / "result.json").exists()
+
+
 def test_the_pieces(tmp_path: Path) -> None:
     pieces = {name: make() for name, make in gpu_day.pieces(tmp_path, tmp_path).items()}
     assert list(pieces) == ["a", "b", "c", "d", "e"]
@@ -102,12 +133,13 @@ def test_results_of_another_machine_are_not_added_to(tmp_path: Path) -> None:
     from benchmarks import gpu_timing
 
     path = tmp_path / "bench_gpu.json"
-    assert gpu_timing._begun(path, 5) is None
+    assert gpu_timing._begun(path, 5, False) is None
     now = gpu_timing.environment()
     report = gpu_timing.GpuReport(now, 5, 100.0, [])
     gpu_timing.save(report, path)
-    assert gpu_timing._begun(path, 5) == gpu_timing.load(path)
-    for changed, rounds in ((now, 6), ({**now, "git_commit": "another"}, 5)):
+    assert gpu_timing._begun(path, 5, False) == gpu_timing.load(path)
+    another = {**now, "git_commit": "another"}
+    for changed, rounds, dry in ((now, 6, False), (another, 5, False), (now, 5, True)):
         gpu_timing.save(gpu_timing.GpuReport(changed, 5, 100.0, []), path)
         with pytest.raises(SystemExit, match="is of another machine, version or number of rounds"):
-            gpu_timing._begun(path, rounds)
+            gpu_timing._begun(path, rounds, dry)
