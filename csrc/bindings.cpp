@@ -295,27 +295,47 @@ void define_cuda(py::module_& module) {
 
 // threads: 0 for CUDA. rho and adaptive are those of each group.
 bool perturb_all(const std::vector<size_t>& groups, const py::list& params, const py::list& g_t,
+                 const py::dict& state, const std::optional<py::dict>& versions,
                  const std::vector<double>& rho, const std::vector<bool>& adaptive,
                  const py::object& empty, const py::object& pending, int threads, int device,
                  uintptr_t stream) {
-  const auto phase = Phase::read(groups, params, {g_t}, true, {});
+  const auto phase = Phase::read(groups, params, {g_t}, true, {state, {}, {}, false, versions});
   if (phase) phase->perturb(rho, adaptive, empty, pending, {threads, {device, pointer(stream)}});
   return phase != nullptr;
 }
 
 // names: what the base keeps of a parameter, and whether each group wants it; step: also a count.
-bool update_all(const std::string& op, const std::vector<size_t>& groups, const py::list& params,
-                const std::vector<py::list>& lists, const py::dict& state,
-                const std::vector<py::str>& names, const std::vector<std::vector<bool>>& wanted,
-                bool step, const std::vector<double>& lr,
-                const std::vector<std::vector<double>>& settings,
-                const std::vector<bool>& maximize, const py::object& pending, int threads,
-                int device, uintptr_t stream) {
-  const auto phase =
-      Phase::read(groups, params, lists, false, {state.ptr(), names, wanted, step});
-  if (phase)
-    phase->update(op, lr, settings, maximize, pending, {threads, {device, pointer(stream)}});
-  return phase != nullptr;
+// is_scaled: one that scalars on a device and grad_check serve.
+std::unique_ptr<Phase> read_update(const std::vector<size_t>& groups, const py::list& params,
+                                   const std::vector<py::list>& lists, const py::dict& state,
+                                   const std::vector<py::str>& names,
+                                   const std::vector<std::vector<bool>>& wanted, bool step,
+                                   const std::optional<py::dict>& versions, bool is_scaled) {
+  auto phase = Phase::read(groups, params, lists, false, {state, names, wanted, step, versions});
+  const bool serves = phase && (!is_scaled || (phase->is_sorted_by_gradients() &&
+                                               phase->is_of_one_arithmetic()));
+  return serves ? std::move(phase) : nullptr;
+}
+
+void define_phases(py::module_& module) {
+  module.def("perturb_all", &perturb_all);
+  module.def("read_update", &read_update);
+  py::class_<Phase>(module, "Phase", py::module_local())
+      .def_property_readonly("is_double", &Phase::is_double)
+      .def("grad_check",
+           [](Phase& phase, const py::object& empty, const py::object& found_inf, int threads,
+              int device, uintptr_t stream) {
+             return phase.grad_check(empty, found_inf, {threads, {device, pointer(stream)}});
+           })
+      .def("update",
+           [](Phase& phase, const std::string& op, const std::vector<double>& lr,
+              const std::vector<std::vector<double>>& settings, const std::vector<bool>& maximize,
+              double grad_scale, bool skip, uintptr_t grad_scale_at, uintptr_t found_inf_at,
+              const py::object& pending, int threads, int device, uintptr_t stream) {
+             phase.update(op, lr, settings, maximize, grad_scale, skip,
+                          {nullptr, pointer(grad_scale_at), pointer(found_inf_at)}, pending,
+                          {threads, {device, pointer(stream)}});
+           });
 }
 
 void define_slots(py::module_& module) {
@@ -332,8 +352,6 @@ void define_slots(py::module_& module) {
   module.def("read_lists", &read_lists);
   module.def("take_gradients", &take_gradients);
   module.def("all_alone", &all_alone);
-  module.def("perturb_all", &perturb_all);
-  module.def("update_all", &update_all);
   module.def("state_of", &state_of);
   module.def("partition", &partition);
   module.def("occupancy", &occupancy);
@@ -365,6 +383,7 @@ PYBIND11_MODULE(_C, module) {
   });
   module.def("pairs_match", &pairs_match);
   define_slots(module);
+  define_phases(module);
   module.def("cuda_tiles", &cuda_tiles);
 #if defined(IMBSAM_CUDA)
   define_cuda(module);

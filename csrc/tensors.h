@@ -30,6 +30,8 @@ class TensorReader {
     parameter_type_ = parameter_type;
     grad_ = PyObject_GetAttrString(tensor_type, "grad");  // the property, kept for ever
     if (!grad_ || !Py_TYPE(grad_)->tp_descr_get || !Py_TYPE(grad_)->tp_descr_set) api_ = nullptr;
+    version_ = PyObject_GetAttrString(tensor_type, "_version");  // likewise
+    if (!version_ || !Py_TYPE(version_)->tp_descr_get) api_ = nullptr;
     PyErr_Clear();
     PyObject* const torch_c = PyImport_ImportModule("torch._C");
     PyObject* const storage_type = torch_c ? PyObject_GetAttrString(torch_c, "StorageBase") : nullptr;
@@ -76,6 +78,28 @@ class TensorReader {
     return none != nullptr;
   }
 
+  // Whether `note` is [version, version] of a tensor that could be read, and making it so; no Python
+  // error stays set.
+  bool has_version(PyObject* tensor, PyObject* note) const {
+    if (!PyList_Check(note) || PyList_GET_SIZE(note) != 2) return false;
+    PyObject* const version = version_of(tensor);
+    bool same = version != nullptr;
+    for (Py_ssize_t i = 0; i < 2; ++i)
+      same = same && PyObject_RichCompareBool(PyList_GET_ITEM(note, i), version, Py_EQ) == 1;
+    Py_XDECREF(version);
+    PyErr_Clear();
+    return same;
+  }
+  void note_version(PyObject* tensor, PyObject* note) const {
+    PyObject* const version = version_of(tensor);
+    for (Py_ssize_t i = 0; version && i < PyList_GET_SIZE(note); ++i) {
+      Py_INCREF(version);
+      PyList_SetItem(note, i, version);
+    }
+    Py_XDECREF(version);
+    PyErr_Clear();
+  }
+
   // Whether this is the only tensor on its memory, which torch's allocator gave it, and nobody
   // refers to it but the caller, once. False where that cannot be told.
   bool is_alone(PyObject* tensor) const {
@@ -94,8 +118,12 @@ class TensorReader {
   }
 
  private:
+  PyObject* version_of(PyObject* tensor) const {
+    return Py_TYPE(version_)->tp_descr_get(version_, tensor, (PyObject*)Py_TYPE(tensor));
+  }
+
   const dlpack::ExchangeApi* api_ = nullptr;
-  PyObject* grad_ = nullptr;
+  PyObject *grad_ = nullptr, *version_ = nullptr;
   PyObject *storage_ = nullptr, *uses_ = nullptr, *address_ = nullptr, *resizable_ = nullptr;
   PyObject* increment_version_ = nullptr;
   const PyObject *tensor_type_ = nullptr, *parameter_type_ = nullptr;
@@ -106,6 +134,13 @@ inline bool is_supported(const dlpack::Tensor& t) {
   const bool float_ = t.dtype_code == kFloat &&
                       (t.dtype_bits == 16 || t.dtype_bits == 32 || t.dtype_bits == 64);
   return t.dtype_lanes == 1 && (float_ || (t.dtype_code == kBFloat && t.dtype_bits == 16));
+}
+
+// How a tensor is laid out in float32 beside one of another dtype.
+inline dlpack::Tensor in_float32(dlpack::Tensor t) {
+  t.dtype_code = 2;  // a float
+  t.dtype_bits = 32;
+  return t;
 }
 
 inline bool same_kind(const dlpack::Tensor& a, const dlpack::Tensor& b) {

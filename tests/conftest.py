@@ -197,10 +197,29 @@ def one_thread() -> None:
 @pytest.fixture
 def by_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phases through the operators, a launch at a time, as of tensors that are not plain."""
-    from imbsam_fast.optim import one_call  # later than use_the_interpreter: it imports triton
+    from two_groups import launch_by_launch  # later than use_the_interpreter: it imports triton
+
+    launch_by_launch(monkeypatch)
+
+
+@pytest.fixture
+def single_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each phase so far was a single call of the compiled module."""
+    from imbsam_fast.optim import one_call
+
+    answers: list[bool] = []
+
+    def noted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def on_call(*arguments: Any) -> Any:
+            answer = call(*arguments)
+            answers.append(bool(answer))
+            return answer
+
+        return on_call
 
     for name in ("perturb", "update"):
-        monkeypatch.setattr(one_call, name, lambda *arguments: False)
+        monkeypatch.setattr(one_call, name, noted(getattr(one_call, name)))
+    return answers
 
 
 @pytest.fixture

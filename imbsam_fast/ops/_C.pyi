@@ -27,11 +27,14 @@ def take_gradients(params: list[Tensor]) -> list[Tensor | None] | None: ...
 def all_alone(tensors: Sequence[Tensor | None]) -> bool: ...
 
 # A phase in one call, False where Python has to look; pending is imbsam_fast.optim's, which notes
-# what was written. groups: how many parameters each has; threads: 0 for CUDA.
+# what was written. groups: how many parameters each has; versions: those of MasterWeights, None
+# without; threads: 0 for CUDA.
 def perturb_all(
     groups: list[int],
     params: list[Tensor],
     g_t: list[Tensor | None],
+    state: Any,
+    versions: dict[Tensor, list[int]] | None,
     rho: list[float],
     adaptive: list[bool],
     empty: Callable[[int], Tensor],
@@ -41,10 +44,10 @@ def perturb_all(
     stream: int,
 ) -> bool: ...
 
-# lists: saved, g_h, g_p; names: those in state[p], which of them each group wants, and whether
-# "step" is there too; settings: those of update_.
-def update_all(
-    op: str,
+# The tensors of an update, read and checked: None where Python has to look. lists: saved, g_h, g_p;
+# names: those in state[p], which of them each group wants, and whether "step" is there too;
+# is_scaled: grad_check is wanted, or scalars on a device.
+def read_update(
     groups: list[int],
     params: list[Tensor],
     lists: Sequence[list[Tensor | None]],
@@ -52,14 +55,38 @@ def update_all(
     names: Sequence[str],
     wanted: list[list[bool]],
     step: bool,
-    lr: list[float],
-    settings: Sequence[Sequence[float]],
-    maximize: list[bool],
-    pending: Any,
-    threads: int,
-    device: int,
-    stream: int,
-) -> bool: ...
+    versions: dict[Tensor, list[int]] | None,
+    is_scaled: bool,
+) -> Phase | None: ...
+
+class Phase:
+    @property
+    def is_double(self) -> bool: ...
+    def grad_check(
+        self,
+        empty: Callable[[int], Tensor],
+        found_inf: Tensor | None,
+        threads: int,
+        device: int,
+        stream: int,
+    ) -> tuple[Tensor, bool]: ...
+    # settings: those of update_ for each group; the last two numbers are addresses on a device.
+    def update(
+        self,
+        op: str,
+        lr: list[float],
+        settings: Sequence[Sequence[float]],
+        maximize: list[bool],
+        grad_scale: float,
+        skip: bool,
+        grad_scale_at: int,
+        found_inf_at: int,
+        pending: Any,
+        threads: int,
+        device: int,
+        stream: int,
+    ) -> None: ...
+
 def state_of(
     state: dict[Tensor, Any], params: list[Tensor], name: str, needed: Sequence[Tensor | None]
 ) -> list[Tensor | None] | None: ...

@@ -6,7 +6,7 @@ Here for tensors on the CPU, and what native_cuda.py shares.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -181,18 +181,40 @@ def update_(
     )  # fmt: skip
 
 
+def _on_cpu() -> tuple[int, int, int]:
+    """Threads, and no device and stream."""
+    return torch.get_num_threads(), 0, 0
+
+
+def _sums_on(device: torch.device) -> Callable[[int], Tensor]:
+    """What makes partial sums."""
+    return partial(torch.empty, dtype=torch.float64, device=device)
+
+
 def perturb_all(device: torch.device, *arguments: Any) -> bool:
     """See optim.one_call.perturb."""
     *lists, pending = arguments
-    empty = partial(torch.empty, dtype=torch.float64, device=device)
-    on_cpu = torch.get_num_threads(), 0, 0
-    return _C.perturb_all(*lists, empty, pending, *on_cpu)  # type: ignore[call-arg]
+    return _C.perturb_all(*lists, _sums_on(device), pending, *_on_cpu())  # type: ignore[call-arg]
 
 
-def update_all(device: torch.device, *arguments: Any) -> bool:
-    """See optim.one_call.update."""
-    on_cpu = torch.get_num_threads(), 0, 0
-    return _C.update_all(*arguments, *on_cpu)  # type: ignore[call-arg]
+def read_update(*arguments: Any) -> Any:
+    """See optim.one_call.update; None where Python has to look."""
+    return _C.read_update(*arguments)
+
+
+def grad_check_all(device: torch.device, phase: Any) -> tuple[Tensor, Tensor]:
+    """`grad_check` of what a phase has read."""
+    partials, finite = phase.grad_check(_sums_on(device), None, *_on_cpu())
+    return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
+
+
+def update_all(
+    device: torch.device, phase: Any, op: str, lr: Any, settings: Any, maximize: Any,
+    grad_scale: Tensor | None, found_inf: Tensor | None, pending: Any,
+) -> None:  # fmt: skip
+    """The update of what a phase has read."""
+    numbers = _value(grad_scale, default=1.0), _value(found_inf) != 0
+    phase.update(op, lr, settings, maximize, *numbers, 0, 0, pending, *_on_cpu())
 
 
 def merge_(

@@ -10,14 +10,13 @@ constant of a captured graph; one on the device is read when the kernel runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels.arithmetic import advance_, arithmetic_dtype, check_not_captured, steps_on
-from .native import _C, _chunks, _contiguous, _pointer, _rows, _table, _value
+from .native import _C, _chunks, _contiguous, _pointer, _rows, _sums_on, _table, _value
 
 
 def _on(device: torch.device) -> tuple[int, int]:
@@ -52,12 +51,12 @@ def perturb_(
 
 
 def _scalar(
-    scalar: Tensor | None, like: Tensor, default: float = 0.0
+    scalar: Tensor | None, device: torch.device, dtype: torch.dtype, default: float = 0.0
 ) -> tuple[float, Tensor | None]:
     """The value of a scalar on the CPU, or the scalar in the arithmetic dtype on the device."""
     if scalar is None or scalar.device.type == "cpu":
         return _value(scalar, default), None
-    return default, scalar.to(like.device, arithmetic_dtype(like.dtype))
+    return default, scalar.to(device, dtype)
 
 
 def update_(
@@ -77,9 +76,10 @@ def update_(
 ) -> None:
     """See reference.update_."""
     device = theta[0].device
-    lr_value, lr_there = _scalar(lr, theta[0])
-    scale_value, scale_there = _scalar(grad_scale, theta[0], default=1.0)
-    inf_value, inf_there = _scalar(found_inf, theta[0])
+    dtype = arithmetic_dtype(theta[0].dtype)
+    lr_value, lr_there = _scalar(lr, device, dtype)
+    scale_value, scale_there = _scalar(grad_scale, device, dtype, default=1.0)
+    inf_value, inf_there = _scalar(found_inf, device, dtype)
     check_not_captured(op, device, step)
     counts = _counts(step, device) if _C.needs_counts(op) else []
     _C.cuda_update_(
@@ -93,18 +93,39 @@ def update_(
 def perturb_all(device: torch.device, *arguments: Any) -> bool:
     """See optim.one_call.perturb."""
     *lists, pending = arguments
-    empty = partial(torch.empty, dtype=torch.float64, device=device)
     on_cuda = 0, *_on(device)
-    return _C.perturb_all(*lists, empty, pending, *on_cuda)  # type: ignore[call-arg]
+    return _C.perturb_all(*lists, _sums_on(device), pending, *on_cuda)  # type: ignore[call-arg]
+
+
+def read_update(
+    groups: Any, params: Any, lists: Any, state: Any, names: Any, wanted: Any, step: bool,
+    *rest: Any,
+) -> Any:  # fmt: skip
+    """See optim.one_call.update; with counts of steps, which are to be on the device, not."""
+    return (
+        None if step else _C.read_update(groups, params, lists, state, names, wanted, step, *rest)
+    )
+
+
+def grad_check_all(device: torch.device, phase: Any) -> tuple[Tensor, Tensor]:
+    """`grad_check` of what a phase has read."""
+    found_inf = torch.zeros(1, device=device)
+    partials, _ = phase.grad_check(_sums_on(device), found_inf, 0, *_on(device))
+    return partials, found_inf
 
 
 def update_all(
-    device: torch.device, op: str, groups: Any, params: Any, lists: Any, state: Any, names: Any,
-    wanted: Any, step: bool, *rest: Any,
-) -> bool:  # fmt: skip
-    """See optim.one_call.update; with counts of steps, which are to be on the device, not."""
-    lists_of = groups, params, lists, state, names, wanted, step
-    return not step and _C.update_all(op, *lists_of, *rest, 0, *_on(device))  # type: ignore[call-arg]
+    device: torch.device, phase: Any, op: str, lr: Any, settings: Any, maximize: Any,
+    grad_scale: Tensor | None, found_inf: Tensor | None, pending: Any,
+) -> None:  # fmt: skip
+    """The update of what a phase has read."""
+    dtype = torch.float64 if phase.is_double else torch.float32
+    scale_value, scale_there = _scalar(grad_scale, device, dtype, default=1.0)
+    inf_value, inf_there = _scalar(found_inf, device, dtype)
+    phase.update(
+        op, lr, settings, maximize, scale_value, inf_value != 0,
+        _pointer(scale_there), _pointer(inf_there), pending, 0, *_on(device),
+    )  # fmt: skip
 
 
 def _counts(step: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:

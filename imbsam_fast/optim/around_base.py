@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..ops.arguments import DTYPES, check_dense
 from . import shards
-from .buckets import Slots, local_params_of, params_of
+from .buckets import local_params_of, params_of
 from .groups import OWN_SETTINGS, check_group, check_memory, check_state_dict
 from .loading import Loading, has_own_checkpoints, remove
 from .master_weights import MasterWeights
+from .pending import Pending
 
 _TO_SAVE = "; what can be saved now is unperturbed_state_dict() and unperturbed_weights(model)"
 
@@ -222,24 +223,6 @@ class AroundBase(torch.optim.Optimizer):
                 "torch.autocast",
                 stacklevel=3,
             )
-
-
-class Pending:
-    """State between the calls of one step; it is never part of a checkpoint.
-
-    An object of its own because torch.compile does not see assignments to an optimizer's
-    attributes.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Between steps: nothing is held."""
-        self.held: Slots | None = None  # g_h
-        self.saved: Slots | None = None  # the unperturbed weights, while theta is perturbed
-        self.partials: list[Tensor] = []  # the squared norm of g_t,
-        self.is_adaptive = False  # or of theta g_t
 
 
 def wraps_imbsam(optimizer: object) -> bool:

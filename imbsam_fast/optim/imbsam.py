@@ -22,15 +22,11 @@ from .around_base import AroundBase, check_base
 from .bases import check_fused, reason_not_fused
 from .buckets import Bucket, Slots, all_present, buckets
 from .elsewhere import check_no_zero_grad, own_signature
-from .groups import (
-    check_group,
-    check_own_settings,
-    check_rho,
-)
+from .groups import check_group, check_own_settings, check_rho
 from .interrupts import uninterrupted
 from .ownership import owned
 from .replicas import Replicas, average_, group_of, no_sync
-from .scaling import Norms, in_use, joined, scaling
+from .scaling import GradCheck, Norms, Scaling, grad_checks, in_use, joined, scaling
 from .two_backwards import backward, compiled_for_two_backwards
 
 
@@ -141,8 +137,8 @@ class ImbSAM(AroundBase):
             if all(g is None for g in g_t):
                 raise RuntimeError("second_step found no gradient; the tail's backward comes first")
             perturbing = self._of_perturbed_groups(g_t)
-            is_plain = not subtract and not self.master_weights
-            if not (is_plain and one_call.perturb(self.param_groups, perturbing, self._pending)):
+            arguments = self.base, perturbing, self._masters, self._pending
+            if subtract or not one_call.perturb(*arguments):
                 self._perturb_in_launches(g_t, perturbing, subtract)
 
     @torch.no_grad()
@@ -231,13 +227,32 @@ class ImbSAM(AroundBase):
         g_p = self._take_gradients()
         g_h = self._pending.held or [None] * len(g_p)
         saved = self._pending.saved or [None] * len(g_p)
-        is_plain = not self.master_weights and max_norm is None and in_use(grad_scaler) is None
-        if is_plain and unobserved() and reason_not_fused(self.base) is None:
-            norms = scaling(self, g_h, g_p, None, None).norms
-            if one_call.update(self.base, saved, g_h, g_p, self._pending):
+        if unobserved() and reason_not_fused(self.base) is None:
+            norms = self._update_in_one_call(saved, g_h, g_p, grad_scaler, max_norm)
+            if norms is not None:
                 self._done()
                 return norms
         return self._update_in_launches(saved, g_h, g_p, grad_scaler, max_norm)
+
+    def _update_in_one_call(
+        self,
+        saved: Slots,
+        g_h: Slots,
+        g_p: Slots,
+        grad_scaler: torch.amp.GradScaler | None,
+        max_norm: float | None,
+    ) -> Norms | None:
+        """Restore and update where one call does it; None, with nothing done, where none does."""
+
+        def scaled(check: GradCheck) -> Scaling:
+            return scaling(self, check, grad_scaler, max_norm)
+
+        is_scaled = max_norm is not None or in_use(grad_scaler) is not None
+        arguments = self.base, (saved, g_h, g_p), self._masters, self._pending, is_scaled, scaled
+        if not is_scaled:
+            return one_call.update(*arguments)
+        with torch.no_grad(), uninterrupted():  # what is left in the scaler belongs to the update
+            return one_call.update(*arguments)
 
     @torch.no_grad()
     def _update_in_launches(
@@ -251,8 +266,9 @@ class ImbSAM(AroundBase):
         """Restore and update, launch by launch or by the base's own step."""
         with uninterrupted():
             if not all_present(g_p):
-                g_h, g_p = self._complete(saved, g_h, g_p)
-            *scale_and_flag, norms = scaling(self, g_h, g_p, grad_scaler, max_norm)
+                g_h, g_p = updates.complete(self.base, saved, g_h, g_p, self.is_perturbed)
+            check = grad_checks(self.param_groups, g_h, g_p)
+            *scale_and_flag, norms = scaling(self, check, grad_scaler, max_norm)
             reason = reason_not_fused(self.base)
             if reason is None:
                 masters = self._masters.of(g_p, saved)
@@ -324,24 +340,18 @@ class ImbSAM(AroundBase):
 
     step.hooked = True  # type: ignore[attr-defined]  # torch's hooks run around _end_step instead
 
-    @torch.no_grad()
     def perturbation_is_finite(self) -> Tensor:
         """Whether g_t was, bool () on the device of the first parameter; while perturbed."""
-        device = self._params()[0].device
-        if not self._pending.partials:  # no group is perturbed
-            return torch.ones((), dtype=torch.bool, device=device)
-        return joined(self._pending.partials, device).isfinite().all()
+        return self._pending.perturbation_is_finite(self._params()[0].device)
 
-    def tail_gradient_norm(self) -> Tensor | None:
+    def tail_gradient_norm(self, at_once: bool = False) -> Tensor | Callable[[], Tensor] | None:
         """||g_t|| over the perturbed groups, float64 (), times a gradient scaler's scale.
 
-        None where the weights are not perturbed, and with `adaptive`, which has another norm.
+        Or what computes it, where that may wait until somebody reads it and it is not asked for
+        `at_once`. None where the weights are not perturbed, and with `adaptive`, which has another
+        norm.
         """
-        partials = self._pending.partials
-        if not partials or self._pending.is_adaptive:
-            return None
-        sums = partials[0] if len(partials) == 1 else joined(partials, self._params()[0].device)
-        return sums.sum().sqrt()
+        return self._pending.tail_gradient_norm(self._params()[0].device, at_once)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -401,21 +411,6 @@ class ImbSAM(AroundBase):
             for p in params:
                 p.grad = None
         return gradients
-
-    def _complete(self, saved: Slots, g_h: Slots, g_p: Slots) -> tuple[Slots, Slots]:
-        """g_h and g_p where some are missing: zero in one pass, in both passes nothing happens."""
-        if self.is_perturbed and all(g is None for g in (*g_h, *g_p)):
-            raise RuntimeError("third_step found no gradient; a backward comes first")
-        g_h, g_p = (
-            [h if g is not None else None for h, g in zip(g_h, g_p)],
-            [g if g is not None else h for h, g in zip(g_h, g_p)],
-        )
-        for p, start, g in zip(self._params(), saved, g_p):
-            if start is not None and g is None:  # perturbed, and then without any gradient
-                shards.local(p).copy_(start)
-                if not torch.compiler.is_compiling():
-                    torch.clear_autocast_cache()
-        return g_h, g_p
 
     def _buckets(self, *lists: Slots) -> list[Bucket]:
         return buckets(self.param_groups, *lists)

@@ -30,8 +30,9 @@ class MasterWeights:
 
     def __init__(self, base: Optimizer, enabled: bool) -> None:
         self.base, self.enabled = base, enabled
-        # The version of each parameter after our last write: others may write too.
-        self.versions: dict[Tensor, tuple[int, int]] = {}
+        # The versions of each parameter after our last write: others may write too. Lists, since
+        # csrc/phases.h writes into them.
+        self.versions: dict[Tensor, list[int]] = {}
         self.new: list[Tensor] = []  # parameters whose first step has not ended
 
     def of(self, needed: Slots, saved: Slots | None = None) -> Slots:
@@ -95,6 +96,6 @@ class MasterWeights:
                     self.base.state[p][name] = loaded
 
 
-def _version(p: Tensor) -> tuple[int, int]:
+def _version(p: Tensor) -> list[int]:
     """Version counters of `p` and of its local part, which torch counts apart."""
-    return p._version, local(p)._version
+    return [p._version, local(p)._version]

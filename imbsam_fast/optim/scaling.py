@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isinf
 from typing import Any, NamedTuple, Protocol
 
@@ -26,19 +26,53 @@ class Perturbing(Protocol):
 
     def perturbation_is_finite(self) -> Tensor: ...
 
-    def tail_gradient_norm(self) -> Tensor | None: ...
+    def tail_gradient_norm(self) -> Tensor | Callable[[], Tensor] | None: ...
 
 
-class Norms(NamedTuple):
+class Norms(Sequence):
     """The norms that a step measured: float64 () on the device, not waited for; None: not measured.
 
     Over all parameters and ranks, and without the scale of a gradient scaler.
+
+    Args:
+        grad_norm: of g_h + g_p, before clipping.
+        tail_grad_norm: of g_t, over the perturbed groups; or what computes it when it is read.
+        clip_factor: what g_h + g_p was multiplied with, at most 1.
+        perturbed: whether the weights were.
     """
 
-    grad_norm: Tensor | None = None  # of g_h + g_p, before clipping
-    tail_grad_norm: Tensor | None = None  # of g_t, over the perturbed groups
-    clip_factor: Tensor | None = None  # what g_h + g_p was multiplied with, at most 1
-    perturbed: bool = False
+    def __init__(
+        self,
+        grad_norm: Tensor | None = None,
+        tail_grad_norm: Tensor | Callable[[], Tensor] | None = None,
+        clip_factor: Tensor | None = None,
+        perturbed: bool = False,
+    ) -> None:
+        self.grad_norm, self._tail, self.clip_factor = grad_norm, tail_grad_norm, clip_factor
+        self.perturbed = perturbed
+
+    @property
+    def tail_grad_norm(self) -> Tensor | None:
+        """The norm of g_t."""
+        if self._tail is not None and not isinstance(self._tail, Tensor):
+            self._tail = self._tail()
+        return self._tail
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of them, computed, by their names."""
+        return {name: getattr(self, name) for name in _NORMS}
+
+    def __len__(self) -> int:
+        return len(_NORMS)
+
+    def __getitem__(self, i: Any) -> Any:
+        return tuple(self.as_dict().values())[i]
+
+    def __repr__(self) -> str:
+        return f"Norms({', '.join(f'{name}={x!r}' for name, x in self.as_dict().items())})"
+
+
+_NORMS = ("grad_norm", "tail_grad_norm", "clip_factor", "perturbed")
 
 
 class Scaling(NamedTuple):
@@ -49,31 +83,35 @@ class Scaling(NamedTuple):
     norms: Norms
 
 
+# The partial sums of |g_h + g_p|^2 and, not 0 where that is not finite, a flag of each launch.
+GradCheck = Callable[[], list[tuple[Tensor, Tensor]]]
+
+
 def scaling(
     optimizer: Perturbing,
-    g_h: Slots,
-    g_p: Slots,
+    check: GradCheck,
     grad_scaler: GradScaler | None,
     max_norm: float | None,
 ) -> Scaling:
     """The factors of one update; the same on all ranks that hold shards of the gradients.
 
-    bytes: 2n read, none without a scaler and max_norm; the norm of g_t is known from before.
+    bytes: those of `check`, none without a scaler and max_norm; the norm of g_t is known from
+    before.
     """
     grad_scaler = in_use(grad_scaler)
-    loss_scale = None if grad_scaler is None else scale_of(grad_scaler, optimizer)
+    perturbed = optimizer.is_perturbed
     tail_norm = optimizer.tail_gradient_norm()
-    if tail_norm is not None and loss_scale is not None:
-        tail_norm = tail_norm / loss_scale.to(tail_norm.device)
-    norms = Norms(tail_grad_norm=tail_norm, perturbed=optimizer.is_perturbed)
     if grad_scaler is None and max_norm is None:
-        return Scaling(None, None, norms)
-    found = buckets(optimizer.param_groups, g_h, g_p)
-    if not found:
-        return Scaling(None, None, norms)
+        return Scaling(None, None, Norms(None, tail_norm, None, perturbed))
+    loss_scale = None if grad_scaler is None else scale_of(grad_scaler, optimizer)
+    known = tail_norm() if callable(tail_norm) else tail_norm
+    if known is not None and loss_scale is not None:  # which changes in place, by and by
+        known = known / loss_scale.to(known.device)
+    checks = check()
+    if not checks:
+        return Scaling(None, None, Norms(None, known, None, perturbed))
     params = params_of(optimizer.param_groups)
-    checks = [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in found]
-    device = found[0].params[0].device
+    device = checks[0][0].device
     squares = joined([partials for partials, _ in checks], device).sum()
     if shards.is_sharded(params):
         squares = shards.summed(squares, params)
@@ -84,18 +122,28 @@ def scaling(
         found_inf = joined([flag for _, flag in checks], device).amax()
         if shards.is_sharded(params):
             found_inf = shards.largest(found_inf, params)
-        if optimizer.is_perturbed:
+        if perturbed:
             overflowed = ~optimizer.perturbation_is_finite()
             found_inf = torch.maximum(found_inf, overflowed.float().to(device))
         leave_found_inf(grad_scaler, optimizer, found_inf)
-    norms = norms._replace(grad_norm=norm)
+    clip_factor = None
     if max_norm is not None:
         excess = torch.ones_like(norm)
         if not isinf(max_norm):  # which leaves the bits of the step alone
             excess = ((norm + 1e-6) / max_norm).clamp(min=1)
             scale = excess if scale is None else scale * excess
-        norms = norms._replace(clip_factor=1 / excess)
+        clip_factor = 1 / excess
+    norms = Norms(norm, known, clip_factor, perturbed)
     return Scaling(None if scale is None else scale.float(), found_inf, norms)
+
+
+def grad_checks(groups: Sequence[dict[str, Any]], g_h: Slots, g_p: Slots) -> GradCheck:
+    """`ops.grad_check` launch by launch, once it is asked for. bytes: 2n read"""
+
+    def check() -> list[tuple[Tensor, Tensor]]:
+        return [ops.grad_check(b.pick(g_h), b.pick(g_p)) for b in buckets(groups, g_h, g_p)]
+
+    return check
 
 
 def joined(partials: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -23,7 +23,7 @@ from ..ops import native
 from ..ops.arguments import in_layout_of, unobserved
 from .bases import FUSED
 from .buckets import Slots, all_present, buckets, local_params_of, params_of
-from .shards import as_part_of, locals_of
+from .shards import as_part_of, local, locals_of
 
 # Where register_optimizer_step_pre_hook and its like of torch keep hooks, which has no public name.
 _GLOBAL_HOOKS: tuple[dict, ...] = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
@@ -62,6 +62,24 @@ def fused_update(
         for launch in launches:
             launch.operator(*launch.arguments)
     store()
+
+
+def complete(
+    base: Optimizer, saved: Slots, g_h: Slots, g_p: Slots, is_perturbed: bool
+) -> tuple[Slots, Slots]:
+    """g_h and g_p where some are missing: zero in one pass, in both passes nothing happens."""
+    if is_perturbed and all(g is None for g in (*g_h, *g_p)):
+        raise RuntimeError("third_step found no gradient; a backward comes first")
+    g_h, g_p = (
+        [h if g is not None else None for h, g in zip(g_h, g_p)],
+        [g if g is not None else h for h, g in zip(g_h, g_p)],
+    )
+    for p, start, g in zip(params_of(base.param_groups), saved, g_p):
+        if start is not None and g is None:  # perturbed, and then without any gradient
+            local(p).copy_(start)
+            if not torch.compiler.is_compiling():
+                torch.clear_autocast_cache()
+    return g_h, g_p
 
 
 def merge(base: Optimizer, saved: Slots, g_h: Slots, g_p: Slots) -> None:

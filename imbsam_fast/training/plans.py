@@ -212,4 +212,4 @@ def step_result(rows: Rows, head: Tensor | None, tail: Tensor | None, outputs: A
 
 def updated(step: Passes, result: StepResult) -> StepResult:
     """The optimizer's update, whose norms are added to what the step returns."""
-    return result._replace(**step.update()._asdict())
+    return result._replace(**step.update().as_dict())

@@ -402,6 +402,7 @@ class TrainStep:
         if self.group is not None:
             self.optimizer.merge_held()
             average_(self.optimizer.gradients(), self.group)
+        self.optimizer.tail_gradient_norm(at_once=True)  # for the result: nothing may fail later
         with uninterrupted():  # an updated weight and what the next step needs belong together
             norms = self.optimizer.third_step(self.grad_scaler, self.max_norm)
             found_inf = found_inf_of(self.grad_scaler, self.optimizer)

@@ -13,84 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from phases import equal, gradients, parameters, snapshot
+from phases import equal, gradients
 from torch import Tensor, nn
+from two_groups import (
+    BASES,
+    everything,
+    launch_by_launch,
+    needs_single_calls,
+    new,
+    params_of,
+    phase,
+    steps,
+)
 
 from imbsam_fast import ImbSAM
-from imbsam_fast.ops import dispatch, native
+from imbsam_fast.ops import native
 from imbsam_fast.optim import one_call
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.skipif(
-        dispatch.available()["native"] is not None
-        or not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
-        reason="needs the compiled module and a torch whose tensors it can read, 2.10 or newer",
-    ),
-]
-
-BASES: dict[str, Callable[[list], torch.optim.Optimizer]] = {
-    "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
-    "plain SGD": lambda params: torch.optim.SGD(params, lr=0.1),
-    "AdamW": lambda params: torch.optim.AdamW(params, lr=0.01, amsgrad=True),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.9, centered=True),
-}
-
-
-def new(base: str = "SGD", dtype: torch.dtype = torch.float32) -> ImbSAM:
-    """Around two groups, of three parameters and of two."""
-    params = parameters(dtype)
-    return ImbSAM(BASES[base]([{"params": params[:3]}, {"params": params[3:]}]), rho=0.1)
-
-
-def params_of(optimizer: ImbSAM) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def everything(optimizer: ImbSAM) -> list[Tensor]:
-    """The weights and the state, copied."""
-    params = params_of(optimizer)
-    states = [optimizer.state.get(p, {}) for p in params]
-    return snapshot(
-        [*params, *(s[name] for s in states for name in sorted(s) if s[name] is not None)]
-    )
-
-
-def phase(optimizer: ImbSAM, number: int, step: int, without: int | None = None) -> None:
-    """One call with new gradients, none for parameter `without`."""
-    for i, p in enumerate(params_of(optimizer)):
-        g = gradients(7 * step + number, p.dtype)[i % 5]
-        p.grad = None if i == without or not p.requires_grad else g.clone().reshape(p.shape)
-    (optimizer.first_step, optimizer.second_step, optimizer.third_step)[number]()
-
-
-def steps(optimizer: ImbSAM, first: int, count: int = 2) -> None:
-    for step in range(first, first + count):
-        for number in range(3):
-            phase(optimizer, number, step)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What the single calls answered."""
-    answers: list[bool] = []
-
-    def noted(call: Callable[..., bool]) -> Callable[..., bool]:
-        def on_call(*arguments: Any) -> bool:
-            answers.append(call(*arguments))
-            return answers[-1]
-
-        return on_call
-
-    for name in ("perturb", "update"):
-        monkeypatch.setattr(one_call, name, noted(getattr(one_call, name)))
-    return answers
-
-
-def launch_by_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("perturb", "update"):
-        monkeypatch.setattr(one_call, name, lambda *arguments: False)
-
+pytestmark = [pytest.mark.usefixtures("one_thread"), needs_single_calls]
 
 # ---------------------------------------------------------------- what may change between steps
 
@@ -203,13 +143,13 @@ def test_a_change_between_steps_counts_at_once(base, change, monkeypatch):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_phases_are_single_calls_once_there_is_state(base, calls):
+def test_phases_are_single_calls_once_there_is_state(base, single_calls):
     optimizer = new(base)
     steps(optimizer, 0, 1)
-    assert calls == [True, base == "plain SGD"]  # without momentum there is no state
-    calls.clear()
+    assert single_calls == [True, base == "plain SGD"]  # without momentum there is no state
+    single_calls.clear()
     steps(optimizer, 1)
-    assert calls == [True] * 4
+    assert single_calls == [True] * 4
 
 
 def test_the_settings_of_sgd_momentum(monkeypatch):
@@ -352,7 +292,7 @@ def test_ctrl_c_right_after_a_call(name, monkeypatch):
     steps(whole, 10, 1)
     call = getattr(one_call, name)
 
-    def interrupted(*arguments: Any) -> bool:
+    def interrupted(*arguments: Any) -> Any:
         done = call(*arguments)
         assert done
         signal.raise_signal(signal.SIGINT)
