@@ -160,10 +160,12 @@ class Phase {
     double* next = (double*)address_of(sums, "grad_check");
     float* const flag = found_inf.is_none() ? nullptr : (float*)address_of(found_inf, "grad_check");
     bool finite = true;
-    py::gil_scoped_release release;
-    for (const Launch& x : launches_) {
-      finite = grad_check(x, next, flag, where) && finite;
-      next += x.chunks();
+    {
+      py::gil_scoped_release release;
+      for (const Launch& x : launches_) {
+        finite = grad_check(x, next, flag, where) && finite;
+        next += x.chunks();
+      }
     }
     return {sums, finite};
   }

@@ -191,6 +191,11 @@ def _sums_on(device: torch.device) -> Callable[[int], Tensor]:
     return partial(torch.empty, dtype=torch.float64, device=device)
 
 
+def _flag(finite: bool) -> Tensor:
+    """What grad_check finds."""
+    return torch.tensor([0.0 if finite else 1.0], dtype=torch.float32, device="cpu")
+
+
 def perturb_all(device: torch.device, *arguments: Any) -> bool:
     """See optim.one_call.perturb."""
     *lists, pending = arguments
@@ -205,7 +210,7 @@ def read_update(*arguments: Any) -> Any:
 def grad_check_all(device: torch.device, phase: Any) -> tuple[Tensor, Tensor]:
     """`grad_check` of what a phase has read."""
     partials, finite = phase.grad_check(_sums_on(device), None, *_on_cpu())
-    return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
+    return partials, _flag(finite)
 
 
 def update_all(
@@ -234,7 +239,7 @@ def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Te
     """See reference.grad_check."""
     partials = torch.empty(_chunks(g_p), dtype=torch.float64, device="cpu")
     finite = _C.grad_check(*_table(g_p), g_h, g_p, partials.data_ptr(), torch.get_num_threads())
-    return partials, torch.tensor([0.0 if finite else 1.0], device="cpu")
+    return partials, _flag(finite)
 
 
 def _rows(logits: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:

@@ -109,7 +109,7 @@ def read_update(
 
 def grad_check_all(device: torch.device, phase: Any) -> tuple[Tensor, Tensor]:
     """`grad_check` of what a phase has read."""
-    found_inf = torch.zeros(1, device=device)
+    found_inf = torch.zeros(1, dtype=torch.float32, device=device)
     partials, _ = phase.grad_check(_sums_on(device), found_inf, 0, *_on(device))
     return partials, found_inf
 
@@ -149,7 +149,7 @@ def grad_check(g_h: Sequence[Tensor], g_p: Sequence[Tensor]) -> tuple[Tensor, Te
     """See reference.grad_check."""
     device = g_p[0].device
     partials = torch.empty(_chunks(g_p), dtype=torch.float64, device=device)
-    found_inf = torch.zeros(1, device=device)
+    found_inf = torch.zeros(1, dtype=torch.float32, device=device)
     _C.cuda_grad_check(
         *_table(g_p), g_h, g_p, _pointer(partials), _pointer(found_inf), *_on(device)
     )

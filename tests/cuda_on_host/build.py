@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from cuda_on_host import ptx
 
 HERE = Path(__file__).parent
@@ -171,6 +172,7 @@ class Host:
         assert spec is not None
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         loader.exec_module(self.module)
+        self.module.connect(torch.Tensor, torch.nn.Parameter)
         self.path, self.library = path, ctypes.CDLL(str(path))
         self.kernels: dict[str, int] = {}  # key -> address
         self.is_source = True  # what runs

@@ -34,10 +34,10 @@ from samples import (
     with_master,
 )
 from torch import Tensor
+from two_groups import OPTIONS, launch_by_launch, needs_single_calls, optioned, same_bits
 
 from imbsam_fast import ops
 from imbsam_fast.ops import dispatch, native, native_cuda, reference
-from imbsam_fast.ops.reference import arithmetic_dtype
 
 pytestmark = pytest.mark.slow  # compiles the CUDA sources
 
@@ -237,9 +237,9 @@ def scalars_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes lr, grad_scale and found_inf what the kernel reads, as on a GPU."""
 
     def scalar_on_device(
-        scalar: Tensor | None, like: Tensor, default: float = 0.0
+        scalar: Tensor | None, device: torch.device, dtype: torch.dtype, default: float = 0.0
     ) -> tuple[float, Tensor | None]:
-        return default, None if scalar is None else scalar.to(arithmetic_dtype(like.dtype))
+        return default, None if scalar is None else scalar.to(dtype)
 
     monkeypatch.setattr(native_cuda, "_scalar", scalar_on_device)
 
@@ -266,6 +266,34 @@ def test_scalars_on_the_device(
     if kept == "master" and dtype not in (torch.bfloat16, torch.float16):
         pytest.skip("master weights are for half dtypes")
     assert_same_bits(run(make()), on_cpu_kernels(run, make()))
+
+
+@needs_single_calls
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_single_calls_equal_launch_by_launch(
+    scalars_on_device: None,
+    single_calls: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+) -> None:
+    _, found = optioned("SGD", dtype, options)
+    assert single_calls[2:] == [True] * 10
+    launch_by_launch(monkeypatch)
+    assert same_bits(found, optioned("SGD", dtype, options)[1])
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_flag_of_grad_check_is_float32(default: torch.dtype) -> None:
+    """Whatever dtype new tensors have: the kernel writes four bytes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        flag = ops.grad_check([], [torch.tensor([torch.inf], dtype=torch.float32)])[1]
+    finally:
+        torch.set_default_dtype(before)
+    assert (flag.dtype, flag.tolist()) == (torch.float32, [1.0])
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

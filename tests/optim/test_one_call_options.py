@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from phases import equal, gradients
-from torch import Tensor
 from two_groups import (
     BASES,
+    MASTERED,
+    OPTIONS,
     everything,
     launch_by_launch,
     needs_single_calls,
     new,
+    optioned,
     params_of,
     phase,
+    same_bits,
     steps,
 )
 
@@ -27,50 +28,6 @@ from imbsam_fast.optim import pending
 from imbsam_fast.optim.pending import norm_of
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_single_calls]
-
-SCALE = 8.0
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "scaler": {"scale": SCALE},
-    "clipped": {"max_norm": 0.5},
-    "measured": {"max_norm": float("inf")},
-    "scaler, clipped": {"scale": SCALE, "max_norm": 0.5},
-}
-MASTERED = [torch.bfloat16, torch.float16]
-
-
-def optioned(
-    base: str, dtype: torch.dtype, options: dict[str, Any], between: Callable = lambda o, step: None
-) -> tuple[ImbSAM, list[Tensor]]:
-    """Six steps, the fourth with what is not finite: the optimizer, and all that came out.
-
-    Half-precision parameters have master weights, beside one in float32.
-    """
-    optimizer = new(base, dtype, master_weights=dtype in MASTERED)
-    scale, max_norm = options.get("scale"), options.get("max_norm")
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    scaler.scale(torch.zeros(()))
-    out: list[Tensor] = []
-    for step in range(6):
-        between(optimizer, step)
-        for number in range(3):
-            for p, g in zip(params_of(optimizer), gradients(7 * step + number, torch.float32)):
-                p.grad = (g * (scale or 1.0)).to(p.dtype)
-            if (scale, step, number) == (SCALE, 3, 2):
-                params_of(optimizer)[1].grad[0] = torch.inf
-            if number < 2:
-                (optimizer.first_step, optimizer.second_step)[number]()
-        norms = optimizer.third_step(scaler, max_norm)
-        scaler.update()
-        out += [x.clone() for x in norms if isinstance(x, Tensor)]
-        out += [torch.tensor([scaler.get_scale(), norms.perturbed]), *everything(optimizer)]
-    return optimizer, out
-
-
-def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x.nan_to_num(12345.0), y.nan_to_num(12345.0)) for x, y in zip(a, b)
-    )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
