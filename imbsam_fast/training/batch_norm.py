@@ -14,12 +14,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 def has_batch_statistics(model: nn.Module) -> bool:
     """Whether a layer of `model` uses batch statistics in its present mode.
 
-    That is a BatchNorm that normalises by them, or an InstanceNorm that tracks running ones.
+    That is a BatchNorm that normalises by them, or a layer that updates running ones.
     """
     return any(
         (isinstance(m, _BatchNorm) and (m.training or m.running_mean is None))
-        or (isinstance(m, _InstanceNorm) and _updates_statistics(m))
+        or _updates_statistics(m)
         for m in model.modules()
+        if isinstance(m, _NormBase)
     )
 
 

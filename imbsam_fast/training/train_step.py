@@ -187,6 +187,7 @@ class TrainStep:
             self.cheaper.sampled = self._sampled(sample, sample_seed)
         self.same_dropout = same_dropout
         self.draws = Draws(Generators(model), same_dropout)
+        self.mixes_rows = has_batch_statistics(model)  # in the mode of the present step
         self.own_writes = OwnWrites(
             model, criterion, self.draws.generators, same_everywhere=self.ranks.sharded
         )
@@ -199,6 +200,7 @@ class TrainStep:
         check_batch(inputs, targets, self.criterion)
         self.optimizer.require_idle("a training step")
         check_no_gradient("a training step", params_of(self.optimizer.param_groups))
+        self.mixes_rows = has_batch_statistics(self.model)
         with self.wrapper.one_step():
             if self.graphs is not None:
                 with self.cheaper.one_step(counts=True) as perturbs:
@@ -240,9 +242,8 @@ class TrainStep:
 
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
-        mixes = has_batch_statistics(self.model)
         needs = {
-            "plan": self.plan == "joint" or self.plan == ("auto" if mixes else "split"),
+            "plan": self.plan == "joint" or self.plan == ("auto" if self.mixes_rows else "split"),
             "micro_batch_size": self.micro_batch_size is None,
             "model": self.group is None,
             "same_dropout": not self.same_dropout,
@@ -319,7 +320,7 @@ class TrainStep:
 
     def sees_all_rows_at_once(self) -> bool:
         """Whether the model gathers something over the rows of a batch, so that parts differ."""
-        return bool(self.own_writes.changing) or has_batch_statistics(self.model)
+        return self.mixes_rows or bool(self.own_writes.changing)
 
     def tail_rows_suffice(self) -> bool:
         """Whether the joint plan's perturbed pass runs the tail rows alone.
@@ -372,6 +373,9 @@ class TrainStep:
 
     @contextmanager
     def _later_statistics(self, frozen: bool) -> Iterator[None]:
+        if not self.sees_all_rows_at_once():  # no layer that has any
+            yield
+            return
         if frozen:
             with frozen_batch_norm_statistics(self.model), self.own_writes.kept_out():
                 yield
