@@ -48,10 +48,11 @@ wheel: $(VENV)/.installed
 		rm $$wheel; $(BIN)/auditwheel show dist/*.whl; done
 	ls -l dist
 
-# nvcc's PTX of three architectures run on the CPU, and all mutants of it (minutes); `make test` runs
-# that of one, and some mutants. Needs nvcc.
+# nvcc's PTX of three architectures and Triton's of one run on the CPU, and all mutants of nvcc's
+# (minutes); `make test` runs that of one, and some mutants. Needs nvcc.
 ptx: $(VENV)/.installed
-	IMBSAM_PTX=all $(BIN)/python $(PYTEST) tests/ops/test_cuda_on_host.py tests/ops/test_cuda_losses_on_host.py
+	IMBSAM_PTX=all $(BIN)/python $(PYTEST) tests/ops/test_cuda_on_host.py \
+		tests/ops/test_cuda_losses_on_host.py tests/ops/test_triton_ptx.py
 	cd tests && $(CURDIR)/$(BIN)/python -m cuda_on_host.mutants
 
 # The wheel with CUDA kernels, in an image with CUDA 12.8: a module built with 12.x runs under every
@@ -75,7 +76,7 @@ WHEEL_RECIPES := jinja2 matplotlib numpy pyyaml scikit-learn
 # What is tested there is the checkout: benchmarks/, documents, imports, csrc/.
 NOT_IN_WHEEL := bench/test_bench_anomaly.py bench/test_bench_report.py bench/test_gpu_day.py \
 	ops/test_cuda_mutants.py ops/test_cuda_on_host.py ops/test_cuda_losses_on_host.py \
-	ops/test_cuda_drivers.py test_documents.py test_imports.py
+	ops/test_triton_ptx.py ops/test_cuda_drivers.py test_documents.py test_imports.py
 WHEEL_VENV  ?= .venv-wheel
 WHEEL_TORCH ?= 2.13.0
 wheel-test: wheel

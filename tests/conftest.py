@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,11 @@ from imbsam_fast.ops import dispatch, native
 # For benchmarks/, which is not installed; last, so that the installed imbsam_fast is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 INTERPRETER_ERROR = None
-if not torch.cuda.is_available():
+if os.environ.get("IMBSAM_TRITON") == "ptx":  # set by test_triton_ptx.py
+    from cuda_on_host import triton_driver
+
+    triton_driver.use()
+elif not torch.cuda.is_available():
     use_the_interpreter()
     if dispatch.available("cpu")["triton"] is None:
         INTERPRETER_ERROR = interpreter_error()

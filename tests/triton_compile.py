@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from cuda_on_host import translate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -175,6 +176,15 @@ def compiled(kernel: Any, arguments: Arguments, threads: int, target: GPUTarget)
     return triton.compile(source, target=target, options=options)
 
 
+def not_translated(ptx: str) -> str | None:
+    """The instruction for which tests/cuda_on_host/ cannot run a kernel."""
+    try:
+        translate.kernels(ptx)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
 def ptx_facts(binary: Any) -> dict[str, Any]:
     ptx = binary.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -192,6 +202,7 @@ def ptx_facts(binary: Any) -> dict[str, Any]:
         "fused": len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx)),
         "registers": used["REG"],
         "spilled": used["STACK"] + used["LOCAL"],
+        "not_translated": not_translated(ptx),
     }
 
 

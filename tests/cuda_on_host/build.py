@@ -21,11 +21,15 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from cuda_on_host import ptx
+from cuda_on_host import ptx, translate
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build/cuda_on_host"
+UNDEFINED = [
+    "-fsanitize=alignment,bounds,integer-divide-by-zero,shift,signed-integer-overflow",
+    "-fsanitize-undefined-trap-on-error",
+]
 # Compiled without fused multiply-add: as cmake/cuda.cmake says.
 BIT_EXACT = re.search(
     r"set\(bit_exact ([^)]*)\)", (HERE.parents[1] / "cmake/cuda.cmake").read_text()
@@ -54,19 +58,23 @@ def includes() -> list[Path]:
     return [HERE, Path(top.strip()) / "include", python, Path(pybind11.get_include())]
 
 
-@functools.cache
-def architectures() -> list[str]:
-    """The PTX that is tested: that of a release, of the oldest GPUs.
+# `make ptx`: everything that can run here is tested, which takes minutes.
+IS_WHOLE = os.environ.get("IMBSAM_PTX") == "all"
 
-    With IMBSAM_PTX=all also of sm_90 and of the newest that nvcc knows.
+
+@functools.cache
+def code() -> list[str]:
+    """What is tested: the PTX of a release, which is that of the oldest GPUs.
+
+    In a whole test also the sources, and the PTX of sm_90 and of the newest that nvcc knows.
     """
-    if os.environ.get("IMBSAM_PTX") != "all":
+    if not IS_WHOLE:
         return ["compute_75"]
     known = subprocess.run(
         ["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True
     ).stdout.split()
     newest = max(known, key=lambda name: int(name.partition("_")[2]))
-    return list(dict.fromkeys(["compute_75", "compute_90", newest]))
+    return list(dict.fromkeys(["sources", "compute_75", "compute_90", newest]))
 
 
 def run(*command: str | Path) -> str:
@@ -100,11 +108,11 @@ def headers() -> list[Path]:
 def build_sources() -> Path:
     """The module _C with the CUDA kernels, and the CPU kernels for the baseline alone."""
     flags = ["-std=c++17", "-fPIC", "-ffp-contract=off", "-w"]
-    # A misaligned access or an overflow stops the process.
-    undefined = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
     flags += ["-DIMBSAM_CUDA", '-DIMBSAM_CUDA_ARCHITECTURES=""', "-DIMBSAM_ISA=baseline"]
     flags += [*(f"-I{path}" for path in includes())]
-    sources = {path: ["-O1", *undefined] for path in sorted((CSRC / "cuda").glob("*.cu"))}
+    # Where the sources are run, a misaligned access or an overflow stops the process.
+    checked = ["-O1", *(UNDEFINED if IS_WHOLE else [])]
+    sources = dict.fromkeys(sorted((CSRC / "cuda").glob("*.cu")), checked)
     sources |= {HERE / "fibers.cpp": ["-O1"], CSRC / "bindings.cpp": ["-O0"]}
     intrinsics = ["-include", "immintrin.h"] if platform.machine() == "x86_64" else []
     for name in ("drivers", "losses", "kernels"):
@@ -127,7 +135,7 @@ class PtxLibrary:
     """The kernels of one .cu file, from its PTX."""
 
     path: Path
-    kernels: list[ptx.Kernel]
+    kernels: list[translate.Kernel]
 
 
 def cuda_sources() -> list[Path]:
@@ -145,8 +153,8 @@ def ptx_of(source: Path, architecture: str) -> Path:
 
 def build_ptx(host: Path, text: Path, wanted: str = "", mutable: bool = False) -> PtxLibrary:
     """The kernels of a PTX file that match `wanted`, for the module `host`."""
-    kernels = ptx.kernels(text.read_text(), wanted, mutable)
-    written = ptx.translated(kernels)
+    kernels = translate.kernels(text.read_text(), wanted, mutable)
+    written = translate.translated(kernels)
     code = BUILD / f"{hashlib.sha256(written.encode()).hexdigest()[:16]}-{text.stem[17:]}.cpp"
     code.write_text(written)
     flags = ["-std=c++17", "-fPIC", "-shared", "-O0", "-ffp-contract=off", "-w"]

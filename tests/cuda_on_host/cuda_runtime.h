@@ -1,6 +1,6 @@
 // Stands in for CUDA's runtime, so that csrc/cuda/ compiles for the CPU as it is. Blocks run one
 // after the other, the threads of a block as fibers that take turns at barriers. What runs is the
-// kernel's source, or what nvcc made of it where its PTX was loaded (ptx.py).
+// kernel's source, or what nvcc made of it where its PTX was loaded (translate.py).
 #pragma once
 
 #include <driver_types.h>
@@ -38,7 +38,7 @@ extern unsigned turns[1024];
 extern int any;
 extern bool noting;
 
-// One kernel of a library that ptx.py wrote.
+// One kernel of a library that translate.py wrote.
 struct PtxKernel {
   const char* key;
   void (*run)(char* parameters);

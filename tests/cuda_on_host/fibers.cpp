@@ -199,6 +199,16 @@ void on_host_replace(const void* kernel, const on_host::PtxKernel* by) {
     on_host::stands_for.erase(kernel);
 }
 
+// A launch of what runs in place of no kernel of this library.
+void on_host_launch(const on_host::PtxKernel* kernel, unsigned x, unsigned y, unsigned threads,
+                    char* parameters) {
+  on_host::grid_size.x = x;
+  for (on_host::block.y = 0; on_host::block.y < y; ++on_host::block.y)
+    for (on_host::block.x = 0; on_host::block.x < x; ++on_host::block.x)
+      on_host::run_block(threads, [&] { kernel->run(parameters); });
+  on_host::block.y = 0;
+}
+
 void on_host_shares(char* begin, size_t size) { on_host::shared_memory.push_back({begin, size}); }
 
 void on_host_seed(uint32_t seed) { on_host::random_state = seed ? seed : 1; }

@@ -1,10 +1,10 @@
 """Whether the checks here would see a wrong kernel: `python -m cuda_on_host.mutants [kernel ...]`,
 from tests/.
 
-Changes nvcc's PTX of the float32 kernels one instruction at a time (ptx.Mutation): every barrier is
-removed, operators become others, addresses in shared memory, shuffles and special registers move.
-A mutant that runs to its end with the bits of the unchanged kernel, under several orders of warps,
-survives; what is known to change nothing is named in HARMLESS. Prints the others, and fails on one.
+Changes nvcc's PTX of the float32 kernels one instruction at a time: every barrier is removed,
+operators become others, addresses in shared memory, shuffles and special registers move. A mutant
+that runs to its end with the bits of the unchanged kernel, under several orders of warps, survives;
+what is known to change nothing is named in HARMLESS. Prints the others, and fails on one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from cuda_on_host import build, ptx
+from cuda_on_host import build
+from cuda_on_host.translate import Mutation
 from torch import Tensor
 
 from imbsam_fast.ops import native_cuda
@@ -38,6 +39,7 @@ HARMLESS: dict[tuple[str, str], str] = {
     ("row_losses_kernel", "const bool has_single"): _LOADED,
     ("row_losses_kernel", "singles = classes - packs * lanes"): _LOADED,
     ("row_losses_kernel", "const int whole = (classes - before) / lanes"): "of numbers above 0",
+    ("sum_", "of_warp may be written again"): "of thread 0 alone, whose sum one warp writes",
     ("sum_soft_losses_kernel", "i < end; i += kRowThreads"): "of a count of which 2 bits are used",
 }
 
@@ -82,11 +84,20 @@ ROWS = ((5, 1003, 0.0), (5, 1003, 0.1), (1, 20_000, 0.0), (1, 20_000, 0.1), (9, 
 MANY_ROWS = ((9300, 2, 0.0),)  # of which the last of two blocks has an odd share
 
 
+def rows_of_logits(rows: int, classes: int) -> Tensor:
+    """Whose running maximum rises all along a row, never after its begin, or is met at its end."""
+    logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
+    slope = torch.linspace(0, 6, classes)
+    logits[1 % rows :: 3] += slope
+    logits[2::3] -= slope
+    logits[0::3, -2:] += 9  # a maximum that no pack has
+    return logits
+
+
 def losses(kernel: str) -> list[Tensor]:
     found = []
     for rows, classes, smoothing in MANY_ROWS if kernel.startswith("sum_") else ROWS:
-        logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
-        logits[:, -2:] += 9  # a maximum that no pack has
+        logits = rows_of_logits(rows, classes)
         targets = torch.arange(rows) % classes
         targets[1:2] = -100
         plain, sharp, weight = (w.abs() for w in numbers(classes, classes, classes, seed=3))
@@ -111,8 +122,7 @@ def soft_losses(kernel: str) -> list[Tensor]:
     # Rows that end at each of the elements that a thread takes at once.
     ends = tuple((3, 32 * u + 5, s) for u in range(8) for s in (0.0, 0.1))
     for rows, classes, smoothing in MANY_ROWS if kernel.startswith("sum_") else ROWS + ends:
-        logits = numbers(rows * classes, seed=classes, shift=1)[0].reshape(rows, classes)
-        logits[:, -2:] += 9  # a maximum that no pack has
+        logits = rows_of_logits(rows, classes)
         q = numbers(rows * classes, seed=classes + 1)[0].reshape(rows, classes).abs()
         q[1:2] = q[:, 3::4] = q[2:3, :-1] = 0  # row 2: its last class alone
         plain, sharp, weight = (w.abs() for w in numbers(classes, classes, classes, seed=3))
@@ -163,12 +173,12 @@ def survives(
     return os.waitpid(child, 0)[1] == 0
 
 
-def source_line(mutation: ptx.Mutation) -> str:
+def source_line(mutation: Mutation) -> str:
     found = [p for p in build.CSRC.rglob(mutation.file) if mutation.file]
     return found[0].read_text().splitlines()[mutation.line - 1].strip() if found else ""
 
 
-def reason_harmless(mutation: ptx.Mutation) -> str | None:
+def reason_harmless(mutation: Mutation) -> str | None:
     line = source_line(mutation)
     for (kernel, part), why in HARMLESS.items():
         if kernel in mutation.kernel and part in line:
@@ -177,8 +187,8 @@ def reason_harmless(mutation: ptx.Mutation) -> str | None:
 
 
 def survivors(
-    host: build.Host, name: str, wanted: Callable[[ptx.Mutation], bool] = lambda mutation: True
-) -> Iterator[tuple[ptx.Mutation, bool]]:
+    host: build.Host, name: str, wanted: Callable[[Mutation], bool] = lambda mutation: True
+) -> Iterator[tuple[Mutation, bool]]:
     """Each mutation of the float32 kernels of a source that is wanted, and whether it survives."""
     text = build.ptx_of(build.CSRC / f"cuda/{name}.cu", ARCHITECTURE)
     library = build.build_ptx(host.path, text, r"_kernelf", mutable=True)

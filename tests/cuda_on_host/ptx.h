@@ -1,4 +1,4 @@
-// What the C++ that ptx.py writes is made of.
+// What the C++ that translate.py writes is made of.
 #pragma once
 
 #include <math.h>
@@ -103,10 +103,51 @@ inline uint16_t to_f16(float x) {  // to nearest even, as nearbyint rounds
   return sign | (uint16_t)(places + (exponent + 14) * 1024);  // a carry raises the exponent
 }
 
+// a + sign b of the halves of two words: a float is long enough to be rounded once more.
+template <float from(uint16_t), uint16_t to(float)>
+inline uint32_t packed_add(uint32_t a, uint32_t b, float sign) {
+  const uint16_t low = to(from((uint16_t)a) + sign * from((uint16_t)b));
+  const uint16_t high = to(from(a >> 16) + sign * from(b >> 16));
+  return (uint32_t)high << 16 | low;
+}
+
 // The `count` low bits of x, at bit `at` of y.
 inline uint32_t bits_inserted(uint32_t x, uint32_t y, uint32_t at, uint32_t count) {
   const uint32_t mask = (uint32_t)(((uint64_t)1 << count) - 1) << at;
   return (x << at & mask) | (y & ~mask);
+}
+
+// The `count` bits of x from bit `at` on, extended by their sign if x has one.
+template <class X>
+inline X bits_extracted(X x, uint32_t at, uint32_t count) {
+  if (!count || at + count > 32) die("bits outside of a register");
+  return (X)((uint32_t)x << (32 - at - count)) >> (32 - count);
+}
+
+inline int32_t warp_maximum(int32_t mine, uint32_t mask) {
+  for (uint32_t lanes = 16; lanes > 0; lanes /= 2) {
+    const int32_t other = shuffle_across(mine, lanes, 31, mask);
+    mine = other > mine ? other : mine;
+  }
+  return mine;
+}
+
+// Row r of matrix i begins where thread 8 i + r of the warp says. Each thread's words are, in
+// matrix i, two neighbours of row lane / 4, or of a column where it is transposed.
+template <bool loads, bool transposed>
+inline void move_matrices(char* mine, uint32_t (&word)[4]) {
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x - lane;
+  for (unsigned i = 0; i < 4; ++i)
+    for (unsigned half = 0; half < 2; ++half) {
+      const unsigned row = transposed ? 2 * (lane % 4) + half : lane / 4;
+      const unsigned column = transposed ? lane / 4 : 2 * (lane % 4) + half;
+      char* at = exchange(mine, warp + 8 * i + row);
+      check_shared(at, 16);
+      uint16_t* element = (uint16_t*)at + column;
+      uint16_t* own = (uint16_t*)&word[i] + half;
+      *(loads ? own : element) = *(loads ? element : own);
+    }
+  on_host::warp_barrier();  // nobody goes on before all have their elements
 }
 
 inline float saturated(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }

@@ -9,7 +9,8 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
-from cuda_on_host import build, ptx
+from cuda_on_host import build
+from cuda_on_host.translate import Mutation
 
 if (missing := build.reason_unavailable()) is not None:
     pytest.skip(missing, allow_module_level=True)
@@ -30,7 +31,7 @@ def host() -> Iterator[build.Host]:
     native_cuda._C, native_cuda._on = before
 
 
-def is_drawn(mutation: ptx.Mutation) -> bool:
+def is_drawn(mutation: Mutation) -> bool:
     text = f"{mutation.kernel} {mutation.instruction} {mutation.line}"
     return mutation.kind == "barrier" or zlib.crc32(text.encode()) % SHARE == 0
 

@@ -1,7 +1,7 @@
-"""What the CUDA kernels compute, without a GPU: their sources, and the PTX that nvcc makes of them.
+"""What the CUDA kernels compute, without a GPU: the PTX that nvcc makes of them, and their sources.
 
-tests/cuda_on_host/ compiles the sources for the CPU as they are, and translates the PTX of the
-oldest GPUs; with IMBSAM_PTX=all also of sm_90 and of the newest that nvcc knows. The same tests run
+tests/cuda_on_host/ translates the PTX of the oldest GPUs; with IMBSAM_PTX=all also of sm_90 and of
+the newest that nvcc knows, and compiles the sources for the CPU as they are. The same tests run
 over all of it. They show wrong arithmetic, indices, tiles and barriers, and misaligned access; they
 cannot show what only a GPU has: ptxas, the order of memory accesses, the very rounding of exp2,
 time.
@@ -44,8 +44,6 @@ pytestmark = pytest.mark.slow  # compiles the CUDA sources
 if (reason := build.reason_unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-CODE = ["sources", *build.architectures()]
-
 SUM_OF_FLOATS_TOLERANCE = 2**-41  # as csrc/cuda/squared_norm.cu proves
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -58,7 +56,7 @@ def host() -> build.Host:
     return build.Host(build.build_sources())
 
 
-@pytest.fixture(scope="module", params=CODE)
+@pytest.fixture(scope="module", params=build.code())
 def kernels(request: pytest.FixtureRequest, host: build.Host) -> Iterator[build.Host]:
     """The kernels as their sources say, or as the PTX of one architecture does."""
     if request.param != "sources":

@@ -70,6 +70,25 @@ def test_every_kernel(kernels: list[dict[str, Any]]) -> None:
     assert {k["dtype"] for k in kernels} >= {"fp32", "bf16"}
 
 
+# tests/cuda_on_host/ runs the PTX of all kernels on the CPU (test_triton_ptx.py), but for these.
+NOT_TRANSLATED = {
+    "sm_80": {
+        ("merge_", "bf16"): "merge_kernel: fma.rn.bf16x2",
+        ("perturb_ held", "bf16"): "perturb_kernel: fma.rn.bf16",
+    },
+    "sm_90": {},
+}
+
+
+@pytest.mark.parametrize("target", NOT_TRANSLATED)
+def test_all_that_can_run_without_a_gpu(
+    target: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kernels = compiled(target, tmp_path_factory.getbasetemp() / "triton")
+    unknown = {(k["op"], k["dtype"]): k["not_translated"] for k in kernels if k["not_translated"]}
+    assert unknown == NOT_TRANSLATED[target]
+
+
 def test_no_spills(kernels: list[dict[str, Any]]) -> None:
     assert named([k for k in kernels if k["spilled"]]) == []
 
