@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from networks import network
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+# torch 2.6's own FSDP2 needs a device with streams (docs/support.md).
+needs_fsdp = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="FSDP2 of torch 2.6 does not run on a CPU"
+)
 
 
 class Scaled(nn.Module):

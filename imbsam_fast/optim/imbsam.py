@@ -405,8 +405,10 @@ class ImbSAM(AroundBase):
         if unobserved() and (taken := native.take_gradients(params)) is not None:
             return taken
         with torch.no_grad():
-            parts = shards.locals_of(params)
-            found = [p.grad for p in params] if parts is params else shards.local_gradients(params)
+            if shards.is_sharded(params):
+                parts, found = shards.locals_of(params), shards.local_gradients(params)
+            else:
+                parts, found = params, [p.grad for p in params]
             gradients = in_layout_of(parts, found, "the gradient")
             for p in params:
                 p.grad = None

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
-_PLAIN = frozenset((Tensor, nn.Parameter, type(None)))
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_PLAIN_SET = frozenset(_PLAIN)
 _DTENSORS = "torch.distributed.tensor"  # importing it takes a second; before that there are none
 
 
@@ -26,9 +27,9 @@ _DTENSORS = "torch.distributed.tensor"  # importing it takes a second; before th
 
 
 def _all_plain(tensors: Sequence[Tensor | None]) -> bool:
-    if torch.compiler.is_compiling():  # before torch 2.8 a map is not understood there
+    if torch.compiler.is_compiling():  # torch 2.6 understands no map there, and no frozenset
         return all(type(t) in _PLAIN for t in tensors)
-    return _PLAIN.issuperset(map(type, tensors))
+    return _PLAIN_SET.issuperset(map(type, tensors))
 
 
 def is_sharded(tensors: Sequence[Tensor | None]) -> bool:

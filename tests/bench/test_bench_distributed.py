@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sharded import needs_fsdp
 
 from benchmarks import bench_distributed, distributed_tables
 from benchmarks.bench_distributed import (
@@ -22,7 +23,7 @@ from benchmarks.bench_distributed import (
 from imbsam_fast.bench.measure import Timing
 from imbsam_fast.bench.report import Report, load
 
-pytestmark = pytest.mark.slow  # starts ranks and measures
+pytestmark = [pytest.mark.slow, needs_fsdp]  # starts ranks and measures
 
 NETWORK = next(iter(bench_distributed.QUICK_NETWORKS))
 

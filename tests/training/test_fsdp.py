@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from networks import COUNTS, LR, MOMENTUM, RHO, WEIGHT_DECAY, imbsam, network
 from ranks import SPLIT, STEPS, data, own
-from sharded import Scaled, assert_same, parts, sharded, whole
+from sharded import Scaled, assert_same, needs_fsdp, parts, sharded, whole
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,10 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from imbsam_fast import ClassSplit, ImbSAM, LeanImbSAM, SplitCrossEntropy, TrainStep
 
-# torch 2.6's own FSDP2 needs a device with streams (docs/support.md).
-pytestmark = pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="FSDP2 of torch 2.6 does not run on a CPU"
-)
+pytestmark = needs_fsdp
 
 # ---------------------------------------------------------------- as one process
 

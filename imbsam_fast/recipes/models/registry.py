@@ -33,6 +33,8 @@ def check_image_size(name: str, norm: str, num_classes: int, size: tuple[int, in
     with torch.device("meta"):
         model = make_model(name, num_classes, norm, seed=0)
         images = torch.empty(2, 3, *size)
+    for layer in model.modules():
+        layer.register_forward_hook(_check_not_empty)
     try:
         model(images)
     except (RuntimeError, AssertionError, ValueError) as error:
@@ -41,6 +43,12 @@ def check_image_size(name: str, norm: str, num_classes: int, size: tuple[int, in
             f"model is {name!r}, expected one that takes images of {size[0]}x{size[1]} pixels "
             f"({reason})"
         ) from error
+
+
+def _check_not_empty(layer: nn.Module, inputs: object, outputs: object) -> None:
+    """For kernels larger than an image, which older versions of torch do not refuse on "meta"."""
+    if isinstance(outputs, torch.Tensor) and outputs.numel() == 0:
+        raise ValueError(f"the output of {type(layer).__name__} is empty")
 
 
 def classifier(model: nn.Module) -> nn.Linear:
