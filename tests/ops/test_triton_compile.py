@@ -76,7 +76,10 @@ NOT_TRANSLATED = {
         ("merge_", "bf16"): "merge_kernel: fma.rn.bf16x2",
         ("perturb_ held", "bf16"): "perturb_kernel: fma.rn.bf16",
     },
-    "sm_90": {},
+    "sm_90": {
+        ("backward", "fp64"): "backward_kernel: shfl.sync.idx.b32",
+        ("soft_backward", "fp64"): "soft_backward_kernel: shfl.sync.idx.b32",
+    },
 }
 
 
