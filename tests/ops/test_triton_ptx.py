@@ -67,4 +67,6 @@ def test_one_of_each_kernel() -> None:
 @pytest.mark.skipif(os.environ.get("IMBSAM_PTX") != "all", reason="minutes: make ptx")
 @pytest.mark.parametrize("of", WHOLE)
 def test_every_one(of: str) -> None:
-    assert run(f"test_{of}.py", "-k", "triton and cpu") > 20
+    # test_triton_compile.py names what the losses' gradients in float64 need.
+    wanted = "triton and cpu" + (" and not float64" if of in WHOLE[2:] else "")
+    assert run(f"test_{of}.py", "-k", wanted) > 20
