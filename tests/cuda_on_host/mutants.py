@@ -10,6 +10,7 @@ what is known to change nothing is named in HARMLESS. Prints the others, and fai
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import functools
 import os
 import signal
@@ -163,6 +164,7 @@ def survives(
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        faulthandler.disable()  # pytest's tells of a mutant's crash at length
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
         mutant.value = number
         for seed in SEEDS:
