@@ -105,13 +105,13 @@ def load(path: Path) -> RecipeReport:
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     """With the settings that were added since the run was recorded, and those removed since."""
-    known = _known({**dict.fromkeys(NOT_RECORDED, 0), **config}).to_dict()
+    known = _known(config).to_dict()
     return {k: v for k, v in {**known, **config}.items() if k not in NOT_RECORDED}
 
 
 def _known(config: Mapping[str, Any]) -> RunConfig:
-    """What this version knows of a configuration."""
-    return RunConfig.from_dict({**config, **REMOVED})
+    """What this version knows of a configuration, wherever it was run."""
+    return RunConfig.from_dict({**dict.fromkeys(NOT_RECORDED, 0), **config, **REMOVED})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -239,7 +239,7 @@ def _is_papers(group: Group) -> bool:
 
 def _class_weights(group: Group, section: Section) -> torch.Tensor:
     """(K,), plain plus sharp: the weights of the loss without any perturbation."""
-    config = _known({**group.config, **dict.fromkeys(NOT_RECORDED, 0), "seed": 0})
+    config = _known({**group.config, "seed": 0})
     split = sharpness_split(config, section.counts or [])
     return (split.plain + split.sharp).float()
 

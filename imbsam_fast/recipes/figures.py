@@ -21,10 +21,7 @@ INK = "#1b1f23"  # of axes and their text
 
 # A method has the same colour in every report, whatever it is compared with.
 COLOURS = dict(
-    zip(
-        ("sgd", "sgd-weighted", "sam", "imbsam", "sampled", "focal-sam", "every"),
-        PALETTE,
-    )
+    zip(("sgd", "sgd-weighted", "sam", "imbsam", "sampled", "focal-sam", "every"), PALETTE)
 )
 
 
