@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ CIFAR_STATISTICS: dict[int, Statistics] = {  # by the number of classes
 
 WHOLE = slice(None)
 CPU = torch.device("cpu")
+GPU_SHARE = 1 / 8  # of a GPU's memory that images in memory may take
 
 
 class DataError(Exception):
@@ -163,10 +165,10 @@ class MemoryImages(Images):
         self.padding = padding
         self.mirrored = mirrored
         mean, std = (torch.tensor(values) for values in statistics)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
         padded = torch.nn.functional.pad(pixels, (padding,) * 4)
         # Channels last, so that one gather of rows, y and x crops, flips and stays dense.
-        self._padded = padded.permute(0, 2, 3, 1).contiguous()
+        padded = padded.permute(0, 2, 3, 1).contiguous()
+        self._tables = _Tables(padded, 1 / (255 * std), -mean / std)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -188,27 +190,47 @@ class MemoryImages(Images):
         part: slice = WHOLE,
         device: torch.device = CPU,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As Images.batches."""
+        """As Images.batches; on a GPU that has room for them the images stay there."""
+        self._tables = self._tables.near(device)
         for i, rows in enumerate(batches[start:], start):
             random = None if key is None else generator(*key, i)
-            pixels = self._cropped(rows, random, part).to(device)
-            yield self._normalised(pixels), self.targets[rows[part]]
+            pixels = self._tables.pixels(self._crops(rows, random)[:, part], self.size)
+            yield self._tables.normalised(pixels.to(device)), self.targets[rows[part]]
 
-    def _cropped(self, rows: Tensor, random: torch.Generator | None, part: slice) -> Tensor:
-        """uint8 (b, H, W, 3)."""
-        height, width = self.pixels.shape[2:]
-        ys, xs = torch.arange(height), torch.arange(width)
+    def _crops(self, rows: Tensor, random: torch.Generator | None) -> Tensor:
+        """int64 (4, b): the row, the first y and x, whether to flip."""
         if random is None:
-            top = left = torch.full((len(rows), 1), self.padding)
-            xs = xs.expand(len(rows), -1)
-        else:
-            offsets = torch.randint(2 * self.padding + 1, (2, len(rows), 1), generator=random)
-            top, left = offsets
-            flip = torch.randint(2, (len(rows), 1), generator=random).bool()
-            xs = torch.where(flip & self.mirrored, xs.flip(0), xs)
-        rows, ys, xs = rows[part], (top + ys)[part], (left + xs)[part]
-        return self._padded[rows[:, None, None], ys[:, :, None], xs[:, None, :]]
+            start = torch.full_like(rows, self.padding)
+            return torch.stack([rows, start, start, torch.zeros_like(rows)])
+        top, left = torch.randint(2 * self.padding + 1, (2, len(rows), 1), generator=random)
+        flip = torch.randint(2, (len(rows), 1), generator=random) * self.mirrored
+        return torch.cat([rows[:, None], top, left, flip], dim=1).T
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        scale, shift = self._scale.to(pixels.device), self._shift.to(pixels.device)
+
+class _Tables(NamedTuple):
+    """What batches are made of, on one device."""
+
+    padded: Tensor  # uint8 (n, H + 2 padding, W + 2 padding, 3)
+    scale: Tensor  # float32 (3,)
+    shift: Tensor  # float32 (3,)
+
+    def near(self, device: torch.device) -> _Tables:
+        """On `device`, or where they are if they would take much of its memory."""
+        if device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            if self.padded.nbytes > GPU_SHARE * total:
+                return self
+        return _Tables(*(table.to(device) for table in self))
+
+    def pixels(self, crops: Tensor, size: tuple[int, int]) -> Tensor:
+        """uint8 (b, H, W, 3); `crops` as MemoryImages._crops makes them."""
+        # So few bytes that the host need not wait for them.
+        rows, top, left, flip = crops.to(self.padded.device, non_blocking=True).unsqueeze(2)
+        ys, xs = (torch.arange(length, device=rows.device) for length in size)
+        xs = torch.where(flip.bool(), xs.flip(0), xs)
+        return self.padded[rows[:, :, None], (top + ys)[:, :, None], (left + xs)[:, None, :]]
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """float32 (b, 3, H, W), where `pixels` are."""
+        scale, shift = self.scale.to(pixels.device), self.shift.to(pixels.device)
         return (pixels * scale + shift).permute(0, 3, 1, 2)

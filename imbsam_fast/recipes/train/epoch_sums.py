@@ -24,7 +24,7 @@ class EpochSums:
 
     def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """One step: its loss (), logits (b, K) and labels (b,), before the update."""
-        targets = targets.to(logits.device)
+        targets = targets.to(logits.device, non_blocking=True)
         losses = F.cross_entropy(logits.float(), targets, reduction="none").double()
         tail = self.tail[targets].double()
         self.values += torch.stack(

@@ -123,7 +123,7 @@ def _plain_step(
     def step(images: Tensor, targets: Tensor) -> StepResult:
         with autocast:
             logits = model(images)
-            loss = mean_loss(logits, targets.to(images.device))
+            loss = mean_loss(logits, targets.to(images.device, non_blocking=True))
         sgd.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(sgd)
