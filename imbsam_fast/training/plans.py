@@ -34,8 +34,8 @@ class StepResult(NamedTuple):
     - `tail_grad_norm`, which costs nothing, where no tail gradient was taken at these weights: a
       step without tail rows (0 where ranks run its passes all the same) or between those of
       `perturb_every`; and with `adaptive`, where the perturbation has another norm.
-    - `tail_share` and `perturbed` in a CUDA graph, which does not look at the labels; steps between
-      those of `perturb_every` are False there too.
+    - `tail_share` and `perturbed` in a CUDA graph of the joint plan, which does not look at the
+      labels; steps between those of `perturb_every` are False there too.
     """
 
     loss: Tensor  # () head + tail

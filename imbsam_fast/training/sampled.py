@@ -51,22 +51,17 @@ class SampledPlan:
         """The passes of one step; see plans.Plan."""
         if not rows.head_rows and not self.common:  # d is g_p, which joint has in two passes
             return joint_plan(step, inputs, targets, rows)
-        seen = _all_rows(step, inputs, targets, rows)
-        step.optimizer.first_step()
+        part = None
         if rows.tail_rows:
             mixes = step.sees_all_rows_at_once()
-            drawn = self.drawn(rows, is_compiled(step.model)) if mixes else rows.tail
-            sample = take_rows(drawn, inputs, targets)
-            step.sample_backward(*sample, rows.counted)
-        step.perturb(rows.tail_rows > 0, subtract=True)
-        if rows.tail_rows:
-            step.perturbed_backward(*sample, rows.counted)
-        return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
+            part = self.drawn(rows, is_compiled(step.model)) if mixes else rows.tail
+        return sampled_passes(step, inputs, targets, rows, part)
 
     def drawn(self, rows: Rows, few_shapes: bool = False) -> Tensor:
         """The sample for a model that sees all rows at once, bool (N,) on the CPU.
 
-        `few_shapes` fills more tail rows than the share up to a multiple of it.
+        `few_shapes` fills more tail rows than the share up to a multiple of it: models are
+        compiled and steps captured for each size.
         """
         sample = rows.tail.to("cpu", copy=True)
         head = (~sample).nonzero().squeeze(1)
@@ -80,9 +75,24 @@ class SampledPlan:
         size = max(round(self.share * rows), min(LEAST_ROWS, rows))
         if tail_rows <= size:
             return size
-        if few_shapes:  # a compiled model is compiled for each of them
+        if few_shapes:
             return min(-(-tail_rows // size) * size, rows)
         return max(tail_rows, size)
+
+
+def sampled_passes(
+    step: Passes, inputs: Any, targets: Tensor, rows: Rows, part: Tensor | None
+) -> StepResult:
+    """All rows, and twice those of the sample `part`; None where there are no tail rows."""
+    seen = _all_rows(step, inputs, targets, rows)
+    step.optimizer.first_step()
+    if part is not None:
+        sample = take_rows(part, inputs, targets)
+        step.sample_backward(*sample, rows.counted)
+    step.perturb(part is not None, subtract=True)
+    if part is not None:
+        step.perturbed_backward(*sample, rows.counted)
+    return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
 
 
 class CheaperSteps:

@@ -36,14 +36,21 @@ from .batch_norm import (
     has_batch_statistics,
     statistics_where,
 )
-from .cuda_graph import Constants, GraphedSteps, check_capturable, constants_of, grain
+from .cuda_graph import Constants, GraphedSteps, Step, check_capturable, constants_of, grain
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .model_call import ModelCall
 from .own_writes import ChangesItselfError, OwnWrites
 from .plans import Plan, StepResult, joint_plan, split_plan
 from .rows import Rows, filled, pieces, positions, rows_of
-from .sampled import CheaperSteps, SampledPlan, check_sampled, is_compiled, plain_plan
+from .sampled import (
+    CheaperSteps,
+    SampledPlan,
+    check_sampled,
+    is_compiled,
+    plain_plan,
+    sampled_passes,
+)
 from .wrappers import Wrapper
 
 
@@ -98,20 +105,22 @@ class TrainStep:
             split plan, for models without batch statistics, is captured for parts of few sizes:
             each is filled up to a multiple of 8 rows, or of a 32nd of the batch, with rows that
             weigh nothing in it; a batch with ignored rows runs as usual, and labels belong on the
-            CPU. Micro-batches are not captured.
+            CPU. So is the sampled plan: samples beyond `sample` are filled up to whole multiples of
+            it, or of 8 rows where only tail rows count. Micro-batches are not captured.
         same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
             from torch's default generators, of the CPU and of the model's devices: a row has one
             dropout mask a step. The generators go on as if there had been one pass.
         sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
             are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
-            since running statistics see the pass of all rows alone, and cuda_graph.
+            since running statistics see the pass of all rows alone.
         sample_seed: decides the drawing, with the number of the step.
         unpack: give the model the entries of the inputs one by one: `model(**inputs)` for a dict,
             `model(*inputs)` for a tuple.
         logits: which entry of the model's outputs the criterion gets, and StepResult.logits is: a
             name ("logits" of a Hugging Face ModelOutput, a key of a dict) or a place in a tuple.
         perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
-            others are SGD steps on head + tail. Several ranks and cuda_graph count every step.
+            others are SGD steps on head + tail. Several ranks, and cuda_graph under the joint plan,
+            count every step.
 
     Accelerate's and Lightning's optimizers count, profile and run their hooks around a step as
     around one of their own; Lightning's `on_before_optimizer_step` runs when step hooks do
@@ -202,13 +211,15 @@ class TrainStep:
         check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         self.mixes_rows = has_batch_statistics(self.model)
         with self.wrapper.one_step():
-            if self.graphs is not None:
+            if self.graphs is not None and self.plan not in ("split", "sampled"):
                 with self.cheaper.one_step(counts=True) as perturbs:
-                    return self._graphed(perturbs, inputs, targets)
+                    return self.graphs[perturbs](inputs, targets)
             rows = rows_of(self.criterion, targets, self.ranks.same_passes)
             # Ranks have tail rows in different steps, and count alike.
             together = self.group is not None or self.ranks.sharded
             with self.cheaper.one_step(counts=rows.tail_rows > 0 or together) as perturbs:
+                if self.graphs is not None:
+                    return self._graphed(self.graphs, perturbs, inputs, targets, rows)
                 plan = self._planned(inputs, rows) if perturbs else plain_plan
                 return self._run(plan, inputs, targets, rows)
 
@@ -242,8 +253,9 @@ class TrainStep:
 
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
+        plans = {"joint", "sampled", "auto" if self.mixes_rows else "split"}
         needs = {
-            "plan": self.plan == "joint" or self.plan == ("auto" if self.mixes_rows else "split"),
+            "plan": self.plan in plans,
             "micro_batch_size": self.micro_batch_size is None,
             "model": self.group is None,
             "same_dropout": not self.same_dropout,
@@ -252,28 +264,46 @@ class TrainStep:
             if not fits:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
-                    "plan, or the split plan where no BatchNorm layer uses batch statistics, no "
-                    "micro-batches, no DistributedDataParallel, same_dropout=False"
+                    "or the sampled plan, or the split plan where no BatchNorm layer uses batch "
+                    "statistics, no micro-batches, no DistributedDataParallel, same_dropout=False"
                 )
         device = check_capturable(self.optimizer, in_use(self.grad_scaler))
-        perturbed = self.split_parts if self.plan == "split" else self.unconditional
+        perturbed: Step = self.unconditional
+        if self.plan in ("split", "sampled"):
+            perturbed = self.split_parts if self.plan == "split" else self.sampled_part
         plain = partial(self.unconditional, plan=plain_plan)
         return {
             perturbs: GraphedSteps(step, device, self._constants)
             for perturbs, step in ((True, perturbed), (False, plain))
         }
 
-    def _graphed(self, perturbs: bool, inputs: Any, targets: Tensor) -> StepResult:
-        graphs = self.graphs[perturbs]  # type: ignore[index]  # asked by __call__
-        if not perturbs or self.plan != "split":
-            return graphs(inputs, targets)
-        rows = rows_of(self.criterion, targets, same_passes=False)
-        # How many rows count would be a constant of the graph.
-        if rows.counted != len(targets) or self.sees_all_rows_at_once():
-            return self._run(split_plan, inputs, targets, rows)
-        parts = filled(rows, grain(len(targets)))
-        result = graphs(inputs, (targets, positions(parts.head), positions(parts.tail)))
-        return result._replace(tail_share=rows.tail_share, perturbed=rows.tail_rows > 0)
+    def _graphed(
+        self,
+        graphs: dict[bool, GraphedSteps],
+        perturbs: bool,
+        inputs: Any,
+        targets: Tensor,
+        rows: Rows,
+    ) -> StepResult:
+        """A step of the split or the sampled plan, whose parts are inputs of its graph."""
+        split = self.plan == "split"
+        # The sampled plan has other passes for tail rows alone; how many rows count is a constant.
+        fits = not self.sees_all_rows_at_once() if split else rows.head_rows > 0
+        if rows.counted != len(targets) or not fits:
+            plan = self._planned(inputs, rows) if perturbs else plain_plan
+            return self._run(plan, inputs, targets, rows)
+        perturbs = perturbs and (split or rows.tail_rows > 0)
+        labels = (targets, *map(positions, self._parts(rows))) if perturbs else targets
+        result = graphs[perturbs](inputs, labels)
+        perturbed = perturbs and rows.tail_rows > 0
+        return result._replace(tail_share=rows.tail_share, perturbed=perturbed)
+
+    def _parts(self, rows: Rows) -> list[Tensor]:
+        """The split plan's head and tail rows, or the sample, in few sizes: bool (N,) each."""
+        if self.cheaper.sampled is not None and self.sees_all_rows_at_once():
+            return [self.cheaper.sampled.drawn(rows, few_shapes=True)]
+        parts = filled(rows, grain(len(rows.tail)))
+        return [parts.head, parts.tail] if self.plan == "split" else [parts.tail]
 
     def _constants(self) -> Constants:
         return constants_of(
@@ -296,6 +326,12 @@ class TrainStep:
         targets, head, tail = parts
         rows = Rows(head, tail, len(head), len(tail), counted=len(targets))
         return self._run(split_plan, inputs, targets, rows)
+
+    def sampled_part(self, inputs: Any, parts: tuple[Tensor, Tensor]) -> StepResult:
+        """The sampled plan of a batch all of whose rows count: labels, the sample's positions."""
+        targets, part = parts
+        rows = Rows(part, part, len(targets), len(part), counted=len(targets))
+        return self._run(partial(sampled_passes, part=part), inputs, targets, rows)
 
     def _planned(self, inputs: Any, rows: Rows) -> Plan:
         if self.cheaper.sampled is not None:

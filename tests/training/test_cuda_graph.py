@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from graph_stand_in import Runtime, StandIn, captured
 from networks import COUNTS, batches, distance, imbsam, network
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep, split_loss
+from imbsam_fast.training import sampled
 from imbsam_fast.training.cuda_graph import (
     CHANGES,
     WARM_UP_STEPS,
@@ -23,66 +23,11 @@ from imbsam_fast.training.cuda_graph import (
     check_capturable,
     grain,
 )
-from imbsam_fast.training.plans import StepResult
 from imbsam_fast.training.rows import filled, rows_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-
-
-class StandIn:
-    """Captures like a CUDA graph: nothing runs then, and a replay works on the same memory."""
-
-    capturing: StandIn | None = None
-
-    def replay(self) -> None:
-        results = pytree.tree_leaves(self.work())
-        for place, x in zip(pytree.tree_leaves(self.results), results):
-            place.copy_(x)
-
-
-class Stream:
-    def wait_stream(self, other: Stream) -> None:
-        pass
-
-
-class Runtime:
-    """Stands in for torch.cuda, and notes on which streams and from which pools it works."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[tuple[torch.device, Any]] = []  # streams, with their devices
-        self.captures: list[tuple[Any, Any]] = []  # stream and pool of each
-        self.warm_ups: list[Any] = []  # the stream of each
-        self.current = Stream()
-        for name, value in {
-            "CUDAGraph": StandIn,
-            "graph": self.graph,
-            "current_stream": lambda device: self.current,
-            "Stream": self.stream,
-            "stream": self.on_stream,
-            "device": nullcontext,
-            "graph_pool_handle": object,
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, value)
-
-    @contextmanager
-    def graph(
-        self, graph: StandIn, pool: Any, stream: Any, capture_error_mode: str
-    ) -> Iterator[None]:
-        self.captures.append((stream, pool))
-        StandIn.capturing = graph
-        yield
-        StandIn.capturing = None
-
-    def stream(self, device: torch.device) -> Any:
-        made = Stream()
-        self.made.append((device, made))
-        return made
-
-    def on_stream(self, stream: Any) -> AbstractContextManager:
-        self.warm_ups.append(stream)
-        return nullcontext()
 
 
 @pytest.fixture
@@ -115,10 +60,6 @@ def train_step(model: nn.Module) -> TrainStep:
     )
 
 
-def captured(steps: GraphedSteps) -> int:
-    return sum(shape.graph is not None for shape in steps.shapes.values())
-
-
 def test_replays_are_the_steps_of_the_joint_plan(stand_in):
     """On new batches each time, among them some without head or tail rows, or with ignored ones."""
     model, expected = network("batch"), network("batch")
@@ -141,55 +82,6 @@ def test_replays_are_the_steps_of_the_joint_plan(stand_in):
     assert captured(steps) == 1
     for loss, expected_loss in kept:  # a later replay does not write into earlier results
         torch.testing.assert_close(loss, expected_loss)
-
-
-class NoGraph:
-    """A split step as it stands in front of its graphs, with its batches."""
-
-    def __init__(self, train: TrainStep) -> None:
-        self.train, self.sizes = train, []
-
-    def __call__(self, inputs: Any, parts: tuple[Tensor, Tensor, Tensor]) -> Any:
-        self.sizes.append(tuple(map(len, parts)))
-        return self.train.split_parts(inputs, parts)
-
-
-@pytest.mark.parametrize(
-    "split",
-    [ClassSplit.from_counts(COUNTS), ClassSplit.focal(COUNTS, 1.0, 0.8)],
-    ids=["imbsam", "focal"],
-)
-def test_replays_are_the_steps_of_the_split_plan(runtime, monkeypatch, split):
-    """Whose parts have few sizes; batches with ignored rows run as usual."""
-    model, expected = network("group"), network("group")
-    steps = [TrainStep(m, SplitCrossEntropy(split), imbsam(m), "split") for m in (model, expected)]
-    graphed, plain = steps
-    seen = NoGraph(graphed)
-
-    def step(x: Tensor, parts: Any) -> Any:
-        graph = StandIn.capturing
-        if graph is None:
-            return seen(x, parts)
-        graph.work = lambda: seen(x, parts)[:4]
-        graph.results = plain_result(len(x))[:4]
-        return plain_result(len(x))._replace(**dict(zip(StepResult._fields, graph.results)))
-
-    graphed.graphs = {True: GraphedSteps(step, CPU, graphed._constants)}
-    for i, (x, y) in enumerate(batches(40)):
-        if i % 10 == 9:
-            y[:3] = -100
-        result, known = graphed(x, y), plain(x, y)
-        torch.testing.assert_close(result[:4], known[:4])
-        assert (result.tail_share, result.perturbed) == (known.tail_share, known.perturbed)
-        assert distance(model, expected) < 1e-12
-    assert captured(graphed.graphs[True]) >= 1
-    assert all(size in (0, 8, 16) for sizes in seen.sizes for size in sizes)
-
-
-def plain_result(rows: int) -> StepResult:
-    """One that a capture leaves: memory in which nothing was computed."""
-    empty = [torch.full((), torch.nan, dtype=torch.float64) for _ in range(3)]
-    return StepResult(*empty, torch.full((rows, 10), torch.nan, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 64, 1000])
@@ -431,14 +323,18 @@ def test_what_only_the_host_knows_is_not_captured():
 def test_the_split_plan_is_not_captured_as_another_one_under_batch_norm():
     model = network("batch")
     criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
-    message = "plan is 'split', expected with cuda_graph=True: the joint plan, or the split plan w"
+    message = "plan is 'split', expected with cuda_graph=True: the joint or the sampled plan, or"
     with pytest.raises(ValueError, match=message):
         TrainStep(model, criterion, imbsam(model), "split", cuda_graph=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize(("norm", "plan"), [("batch", "joint"), ("group", "split")])
-def test_graphs_on_a_gpu(norm, plan):
+@pytest.mark.parametrize(
+    ("norm", "plan"),
+    [("batch", "joint"), ("group", "split"), ("batch", "sampled"), ("group", "sampled")],
+)
+def test_graphs_on_a_gpu(norm, plan, monkeypatch):
+    monkeypatch.setattr(sampled, "is_compiled", lambda model: True)  # as few sizes without graphs
     ends = []
     for cuda_graph in (True, False):
         model = network(norm, torch.float32).cuda()

@@ -296,7 +296,6 @@ def test_what_is_no_state_is_refused(state):
         ({"sample": True}, "sample is True, expected"),
         ({"sample_seed": -1}, "sample_seed is -1, expected an integer >= 0"),
         ({"batch_norm": "twice"}, "batch_norm is 'twice', expected 'once' with plan='sampled'"),
-        ({"cuda_graph": True}, "plan is 'sampled', expected with cuda_graph=True"),
         ({"perturb_every": 0}, "perturb_every is 0, expected an integer >= 1"),
         ({"perturb_every": 2.0}, "perturb_every is 2.0, expected an integer >= 1"),
     ],
