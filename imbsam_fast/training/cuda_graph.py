@@ -1,8 +1,9 @@
 """Whole training steps as CUDA graphs: one launch instead of thousands.
 
 The joint plan has the same passes for every batch of one shape and waits for nothing, so that
-all of it can be captured, forwards and backwards included. So has the split plan, once its parts
-have few sizes. It pays where launching takes longer than computing: small models, small batches.
+all of it can be captured, forwards and backwards included. So have the split and the sampled plan,
+once their parts have few sizes. It pays where launching takes longer than computing: small models,
+small batches.
 
 What a graph does not read from the device when it runs is a constant of it: settings that are
 numbers, where the weights and the base's state lie, which layers train. A graph whose constants
@@ -202,6 +203,29 @@ def _constant(value: Any) -> Any:
     if isinstance(value, Tensor):
         return ("tensor", value.data_ptr(), value.dtype)
     return tuple(map(_constant, value)) if isinstance(value, (tuple, list)) else value
+
+
+def check_plan(
+    mixes_rows: bool, plan: str, micro_batch_size: int | None, model: Any, same_dropout: bool
+) -> None:
+    """Refuse a step whose passes differ from batch to batch, or that waits for other ranks.
+
+    `mixes_rows`: whether a layer uses batch statistics; `model`: what makes it data parallel.
+    """
+    plans = {"joint", "sampled", "auto" if mixes_rows else "split"}
+    needs = {
+        "plan": (plan, plan in plans),
+        "micro_batch_size": (micro_batch_size, micro_batch_size is None),
+        "model": (model, model is None),
+        "same_dropout": (same_dropout, not same_dropout),
+    }
+    for name, (value, fits) in needs.items():
+        if not fits:
+            raise ValueError(
+                f"{name} is {value!r}, expected with cuda_graph=True: the joint or the sampled "
+                "plan, or the split plan where no BatchNorm layer uses batch statistics, no "
+                "micro-batches, no DistributedDataParallel, same_dropout=False"
+            )
 
 
 def check_capturable(optimizer: ImbSAM, grad_scaler: GradScaler | None) -> torch.device:

@@ -36,7 +36,15 @@ from .batch_norm import (
     has_batch_statistics,
     statistics_where,
 )
-from .cuda_graph import Constants, GraphedSteps, Step, check_capturable, constants_of, grain
+from .cuda_graph import (
+    Constants,
+    GraphedSteps,
+    Step,
+    check_capturable,
+    check_plan,
+    constants_of,
+    grain,
+)
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .model_call import ModelCall
@@ -253,20 +261,10 @@ class TrainStep:
 
     def _graphs(self) -> dict[bool, GraphedSteps]:
         """By whether the step perturbs."""
-        plans = {"joint", "sampled", "auto" if self.mixes_rows else "split"}
-        needs = {
-            "plan": self.plan in plans,
-            "micro_batch_size": self.micro_batch_size is None,
-            "model": self.group is None,
-            "same_dropout": not self.same_dropout,
-        }
-        for name, fits in needs.items():
-            if not fits:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, expected with cuda_graph=True: the joint "
-                    "or the sampled plan, or the split plan where no BatchNorm layer uses batch "
-                    "statistics, no micro-batches, no DistributedDataParallel, same_dropout=False"
-                )
+        check_plan(
+            self.mixes_rows, plan=self.plan, micro_batch_size=self.micro_batch_size,
+            model=self.group, same_dropout=self.same_dropout,
+        )  # fmt: skip
         device = check_capturable(self.optimizer, in_use(self.grad_scaler))
         perturbed: Step = self.unconditional
         if self.plan in ("split", "sampled"):
