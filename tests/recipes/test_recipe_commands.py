@@ -280,6 +280,12 @@ def test_a_runs_own_configuration_is_not_that_of_another_kind(argv, tmp_path, ca
         (["--data-dir", ".", "--save", "runs", "--model", "vit_b_16", "--norm", "group"],
          "vit_b_16 has no BatchNorm"),
         (["--data-dir", "{data}", "--save", "runs", "--device", "cuda"], "no CUDA device"),
+        (["--data-dir", ".", "--save", "runs", "--cuda-graph"],
+         "device is 'cpu', expected 'cuda' with cuda_graph"),
+        (["--data-dir", ".", "--save", "runs", "--device", "cuda", "--cuda-graph",
+          "--distributed", "ddp"], "distributed is 'ddp', expected 'off' with cuda_graph"),
+        (["--data-dir", ".", "--save", "runs", "--device", "cuda", "--cuda-graph", "--compile"],
+         "compile is True, expected False with cuda_graph"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_refused(argv, message, data_dir, capsys, monkeypatch, tmp_path):

@@ -233,6 +233,7 @@ CASES = [
      "gamma": 2.0},
     {"dataset": "imagenet-lt", "optimizer": "sgd-weighted", "data_dir": "x", "eta": 50.0,
      "train_list": "a b.txt", "skip_corrupt": True},
+    {"optimizer": "sam", "device": "cuda", "cuda_graph": True},
 ]  # fmt: skip
 
 
@@ -249,6 +250,13 @@ def test_the_command_repeats_the_runs(given, tmp_path):
     assert words[0] == "imbsam-fast"
     found = configurations(_with_file(parser.parse_args(words[1:])))
     assert found == [config, replace(config, seed=config.seed + 1)]
+
+
+def test_captured_seeds_are_of_one_configuration_with_others(tmp_path):
+    for seed, settings in enumerate(({}, {"cuda_graph": False}, {"cuda_graph": True})):
+        write_run(tmp_path / str(seed), [1, 2, 3], seed=seed, **settings)
+    (group,) = one_section(tmp_path).groups
+    assert len(group.runs) == 3
 
 
 def test_settings_that_are_not_known_have_no_command(tmp_path):

@@ -18,8 +18,9 @@ from ..settings.datasets import DATASETS
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
 # how it is shown, not what is computed.
 PLACE_KEYS = frozenset(
-    {"format", "seed", "data_dir", "image_root", "device", "workers", "threads", "tensorboard"}
-)
+    ("format", "seed", "data_dir", "image_root", "device", "workers", "threads", "tensorboard",
+     "cuda_graph")
+)  # fmt: skip
 # What makes a data set: runs that differ in one of these are not compared.
 DATA_KEYS = (
     *("dataset", "images", "largest_class", "imbalance_factor", "train_list", "group_borders"),

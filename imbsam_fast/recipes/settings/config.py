@@ -69,6 +69,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "amp": "off",
     "channels_last": True,
     "compile": False,
+    "cuda_graph": False,
     "distributed": "off",
     "tensorboard": False,
     "threads": 1,
@@ -171,6 +172,7 @@ class RunConfig:
     amp: str
     channels_last: bool
     compile: bool
+    cuda_graph: bool  # of SAM, ImbSAM and Focal-SAM
     distributed: str
     tensorboard: bool
     threads: int
@@ -288,6 +290,7 @@ def _check(config: RunConfig) -> None:
         )
     _check_sampled(config)
     _check_loss(config)
+    _check_cuda_graph(config)
     if config.method == "ce":
         if config.stage1:
             raise ValueError(f"stage1 is '{config.stage1}', expected none: ce has no second stage")
@@ -304,6 +307,15 @@ def _check_sampled(config: RunConfig) -> None:
         raise ValueError(
             f"batch_norm is {config.batch_norm!r}, expected 'once' with plan 'sampled'"
         )
+
+
+def _check_cuda_graph(config: RunConfig) -> None:
+    if not config.cuda_graph:
+        return
+    for name, expected in (("device", "cuda"), ("distributed", "off"), ("compile", False)):
+        value = getattr(config, name)
+        if value != expected:
+            raise ValueError(f"{name} is {value!r}, expected {expected!r} with cuda_graph")
 
 
 def _check_loss(config: RunConfig) -> None:

@@ -15,7 +15,7 @@ from ..data.images import DataError, LongTailImages
 from ..models.registry import check_image_size
 from ..run_directory import RunDirectory, RunDirectoryError
 from ..settings.arguments import UsageError
-from ..settings.config import RunConfig
+from ..settings.config import PERTURBING, RunConfig
 from ..settings.datasets import DATASETS
 from .dry_run import dry_run
 from .progress import RunProgress
@@ -35,6 +35,7 @@ _MACHINE = (
     "device",
     "tensorboard",
     "compile",
+    "cuda_graph",
 )
 
 
@@ -50,6 +51,7 @@ def run_command(configs: Sequence[RunConfig], save: Path | None, resume: bool) -
                 with _threads(configs[0].threads):
                     data = load(configs[0])
                     check_network(configs[0], data)
+                    check_capture(configs, data, ranks)
                     dry_run(configs, data, console, ranks)
             else:
                 train_all(configs, save, resume, console, ranks)
@@ -75,6 +77,8 @@ def train_all(
     """
     data = load(configs[0])
     check_network(configs[0], data)
+    with _threads(configs[0].threads):
+        check_capture(configs, data, ranks)
     directories = [_directory(config, save, resume, ranks) for config in configs]
     console.print(plan_table(configs, data), highlight=False)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -96,6 +100,18 @@ def check_network(config: RunConfig, data: LongTailImages) -> None:
     """Raise UsageError where the network cannot take images of their size."""
     try:
         check_image_size(config.model, config.norm, len(data.counts), data.train.size)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_capture(configs: Sequence[RunConfig], data: LongTailImages, ranks: Ranks) -> None:
+    """Raise UsageError where TrainStep cannot capture these runs, alike but for the method."""
+    captured = (c for c in configs if c.cuda_graph and c.optimizer in PERTURBING)
+    config = next(captured, None)
+    if config is None:
+        return
+    try:
+        ImageTraining(config, data, ranks)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ...training.cuda_graph import WARM_UP_STEPS
 from ..data.files import FileImages
 from ..data.images import LongTailImages
 from ..data.workers import slot_bytes
@@ -25,7 +26,7 @@ from .ranks import ALONE, Ranks
 from .tables import plan_table
 from .training import ImageTraining
 
-STEPS = 2  # the first is not timed: it allocates, and compiles
+STEPS = 2  # the first is not timed: it allocates, compiles, and captures after its warm-up
 
 
 class Measured(NamedTuple):
@@ -75,7 +76,8 @@ def _measured(config: RunConfig, data: LongTailImages, ranks: Ranks) -> Measured
     training = ImageTraining(config, data, ranks)
     first_batch, batch = _timed(ranks.device, lambda: _first(training))
     images, targets = batch
-    times = [_timed(ranks.device, lambda: training.step(images, targets))[0] for _ in range(STEPS)]
+    steps = range(_steps(config))
+    times = [_timed(ranks.device, lambda: training.step(images, targets))[0] for _ in steps]
     tested = _timed(ranks.device, lambda: _forward(training, images))[0]
     rows = len(targets)
     return Measured(
@@ -89,6 +91,10 @@ def _measured(config: RunConfig, data: LongTailImages, ranks: Ranks) -> Measured
         epochs=training.epochs,
         memory=_memory(training, rows),
     )
+
+
+def _steps(config: RunConfig) -> int:
+    return STEPS + WARM_UP_STEPS * config.cuda_graph
 
 
 def _first(training: ImageTraining) -> tuple[Tensor, Tensor]:
@@ -210,7 +216,8 @@ def _checkpoint_bytes(training: ImageTraining) -> int:
 
 
 def _table(measured: Sequence[Measured], validated: bool, seeds: int) -> Table:
-    table = Table(title=f"Expected, from {STEPS} steps of each", show_edge=False)
+    steps = _steps(measured[0].config)
+    table = Table(title=f"Expected, from {steps} steps of each", show_edge=False)
     table.add_column("")
     for title in ("step", "reading a batch", "epoch", "test", "run"):
         table.add_column(title, justify="right")

@@ -17,6 +17,7 @@ from ...training.plans import StepResult
 from ...training.train_step import TrainStep
 from ..settings.config import PERTURBING, RunConfig
 from .losses import row_losses
+from .schedule import place_lr
 
 
 class StepOptions(NamedTuple):
@@ -79,21 +80,27 @@ def make_trainer(
         weight = None if (weights == 1).all() else weights.float().to(config.device)
         loss = _mean_loss(config, counts, weight)
         return Trainer(sgd, _plain_step(model, sgd, loss, options))
-    criterion: nn.Module = SplitCrossEntropy(split, class_weight)
+    # On the device: a graph cannot copy its class weights there.
+    criterion: nn.Module = SplitCrossEntropy(split, class_weight).to(config.device)
     if config.loss != "ce":
         criterion = split_loss(row_losses(config, counts), split)
+    plan = config.plan
+    if config.cuda_graph:
+        place_lr(sgd, torch.device(config.device))
+        plan = "joint" if plan == "auto" else plan  # which chooses by the batch, as no graph can
     optimizer = ImbSAM(sgd, config.rho)
     step = TrainStep(
         model,
         criterion,
         optimizer,
-        config.plan,
+        plan,
         config.batch_norm,
         autocast=options.autocast,
         grad_scaler=options.grad_scaler,
         sample=config.sample,
         sample_seed=config.seed,
         perturb_every=config.perturb_every,
+        cuda_graph=config.cuda_graph,
     )
     return Trainer(optimizer, step)
 

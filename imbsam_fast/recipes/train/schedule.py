@@ -7,6 +7,14 @@ import math
 import torch
 
 
+def place_lr(optimizer: torch.optim.Optimizer, device: torch.device | None) -> None:
+    """Learning rates as tensors on `device`, where a CUDA graph reads them; None: as numbers."""
+    for group in optimizer.param_groups:
+        lr = float(group["lr"])
+        group["lr"] = lr if device is None else torch.tensor(lr, device=device)
+        group.setdefault("initial_lr", lr)  # a scheduler's: it computes on the host
+
+
 def cosine_with_warmup(
     optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:

@@ -23,7 +23,7 @@ from ..settings.config import RunConfig
 from .epoch_sums import EpochSums
 from .methods import StepOptions, make_trainer
 from .ranks import ALONE, Ranks, load_state, state_of
-from .schedule import cosine_with_warmup
+from .schedule import cosine_with_warmup, place_lr
 from .stages import Stage, norm_cap, project_norms, stages_of
 
 # What the random numbers of a run are for, part of the key of each generator.
@@ -185,7 +185,7 @@ class ImageTraining:
             "epoch": self.epoch,
             "stage": self.stage.name,
             "seconds": self.sums.seconds,
-            "lr": self.scheduler.get_last_lr()[0],
+            "lr": float(self.scheduler.get_last_lr()[0]),
             **means,
             "images_per_second": float(self.sums.values[0]) / self.sums.seconds,
         }
@@ -228,6 +228,8 @@ class ImageTraining:
             self._start_stage(index)
         optimizer = self.trainer.optimizer
         load_state(self.ranks.kind, self.model, optimizer, state["model"], state["optimizer"])
+        captures = self.config.cuda_graph and isinstance(self.trainer.step, TrainStep)
+        place_lr(optimizer, self.ranks.device if captures else None)
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         if self.grad_scaler is not None:
