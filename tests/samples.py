@@ -204,10 +204,12 @@ def class_weights(
     return plain.to(**to), sharp.to(**to), class_weight.to(**to)
 
 
-def cross_entropy_outputs(rows: int, classes: int, dtype: torch.dtype) -> list[Tensor]:
+def cross_entropy_outputs(
+    rows: int, classes: int, dtype: torch.dtype, device: str = "cpu"
+) -> list[Tensor]:
     """Everything that one forward and backward of the operators return, with all options."""
-    logits, targets = logits_and_targets(rows, classes, dtype)
-    weights = class_weights(classes, dtype)
+    logits, targets = logits_and_targets(rows, classes, dtype, device)
+    weights = class_weights(classes, dtype, device)
     targets[::5] = -100
     operators = torch.ops.imbsam_fast
     head, tail, b, lse = operators.split_cross_entropy(logits, targets, *weights, 0.1, -100, None)

@@ -55,6 +55,17 @@ def valid(op: str) -> Arguments:
     return arguments
 
 
+def on(device: str, arguments: Arguments) -> Arguments:
+    """The same arguments on another device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(x) for x in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in arguments.items()}
+
+
 def assert_refused(
     op: str, arguments: Arguments, error: type[Exception] | tuple[type[Exception], ...], match: str
 ) -> None:
@@ -72,7 +83,7 @@ def assert_refused(
 
 def test_the_arguments_are_valid_to_begin_with(backend_once: Backend) -> None:
     for op in LISTS:
-        getattr(ops, op)(**valid(op))
+        getattr(ops, op)(**on(backend_once.device, valid(op)))
 
 
 # ---------------------------------------------------------------- lists
@@ -252,9 +263,9 @@ MASTER_CHANGES: dict[str, tuple[Callable[[Arguments], Arguments], str]] = {
 @pytest.mark.parametrize("op", ["perturb_", *BASES])
 def test_master_weights(backend_once: Backend, op: str, change: str) -> None:
     changed, message = MASTER_CHANGES[change]
-    arguments = half(op)
+    arguments = on(backend_once.device, half(op))
     assert_refused(op, {**arguments, **changed(arguments)}, (ValueError, TypeError), message)
-    getattr(ops, op)(**half(op))
+    getattr(ops, op)(**arguments)
 
 
 @pytest.mark.parametrize("op", [*BASES])
@@ -301,7 +312,7 @@ def test_tensors_that_share_one_element(op: str, dtype: torch.dtype) -> None:
 
 
 def test_reading_the_same_gradient_twice_is_no_harm(backend_once: Backend) -> None:
-    arguments = valid("grad_check")
+    arguments = on(backend_once.device, valid("grad_check"))
     partials, _ = ops.grad_check(arguments["g_p"], arguments["g_p"])
     expected = sum(4 * t.double().square().sum() for t in arguments["g_p"])
     torch.testing.assert_close(partials.sum(), expected)
