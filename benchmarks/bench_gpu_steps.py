@@ -11,7 +11,7 @@ captured steps are a contest of their own.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
@@ -147,38 +147,6 @@ class Steps:
         optimizer = ImbSAM(sgd(model, self.device))
         return self.phases(TrainStep(model, criterion, optimizer, plan, **options))  # type: ignore[arg-type]
 
-    def batched_backward(self) -> list[Phase]:
-        """The joint plan with both gradients from one backward, which reads activations once."""
-        model = self.model()
-        optimizer = ImbSAM(sgd(model, self.device))
-        criterion = peers.RowWeights(self.split)
-        criterion.plain, criterion.sharp = (
-            weight.to(self.device) for weight in (criterion.plain, criterion.sharp)
-        )
-        targets = self.targets.to(self.device)
-        step = batched_joint_step(model, criterion, optimizer)
-        return [Phase(lambda: step(self.images, targets))]
-
-
-def batched_joint_step(model: nn.Module, criterion: nn.Module, optimizer: ImbSAM) -> Step:
-    params = list(model.parameters())
-
-    def give(gradients: Sequence[Tensor]) -> None:
-        for p, g in zip(params, gradients):
-            p.grad = g
-
-    def step(images: Tensor, targets: Tensor) -> None:
-        loss = torch.stack(list(criterion(model(images), targets)))
-        both = torch.autograd.grad(loss, params, torch.eye(2).to(loss), is_grads_batched=True)
-        give([g[0] for g in both])
-        optimizer.first_step()
-        give([g[1] for g in both])
-        optimizer.second_step()
-        criterion(model(images), targets).tail.backward()
-        optimizer.third_step()
-
-    return step
-
 
 # ---------------------------------------------------------------- contests
 
@@ -190,7 +158,7 @@ def eager(network: Network, device: str) -> Contest:
         "SAM, TrainStep joint": partial(make.ours, "joint", ClassSplit.all_tail()),
         "authors' loop": make.authors,
         "ImbSAM, TrainStep joint": partial(make.ours, "joint"),
-        "ImbSAM joint, one batched backward": make.batched_backward,
+        "ImbSAM, TrainStep sampled 0.25": partial(make.ours, "sampled"),
     }
     if network.split_is_exact:
         contestants["ImbSAM, TrainStep split"] = partial(make.ours, "split")
@@ -213,8 +181,12 @@ def compiled(network: Network, device: str) -> Contest:
 
 def captured(network: Network, device: str) -> Contest:
     """In a dry run the same step without a graph, which the CPU has not."""
-    step = partial(Steps(network, device).ours, "joint", cuda_graph=device == "cuda")
-    return Contest({"ImbSAM, TrainStep joint": step}, images=network.rows)
+    ours = partial(Steps(network, device).ours, cuda_graph=device == "cuda")
+    contestants = {
+        "ImbSAM, TrainStep joint": partial(ours, "joint"),
+        "ImbSAM, TrainStep sampled 0.25": partial(ours, "sampled"),
+    }
+    return Contest(contestants, images=network.rows)
 
 
 KINDS = {"eager": eager, "CUDA graph": captured, "torch.compile": compiled}
