@@ -19,7 +19,7 @@ def operations(report: GpuReport) -> Lines:
         ratio = f"{r.ms / ours[r.contest]:.2f}"
         return milliseconds(r.ms), ratio, str(r.launches), rate, percent(r.percent_of_copy)
 
-    header = ("", "ms", "time over ours", "launches", "GB/s", "of the copy")
+    header = ("", "ms", "time over ours", "kernels and copies", "GB/s", "of the copy")
     return _by_contest(header, report, cells)
 
 
@@ -36,7 +36,7 @@ def steps(report: GpuReport) -> Lines:
         peak = NO_VALUE if r.contest.endswith("CUDA graph") else f"{r.peak_bytes / 1e9:.2f}"
         return milliseconds(r.ms), in_sgd, images, peak, str(r.launches)
 
-    header = ("", "ms", "SGD steps", "images/s", "peak GB", "launches")
+    header = ("", "ms", "SGD steps", "images/s", "peak GB", "kernels and copies")
     return _by_contest(header, report, cells)
 
 
@@ -70,7 +70,7 @@ def summary(operations: GpuReport, steps: GpuReport) -> Lines:
         row("ViT-B/16", "ImbSAM, TrainStep split", loop, ""),
     ]
     header = (
-        "GPU", "ours, share of the copy", "authors' time over ours", "with SGD(fused=True)",
+        "GPU", "ours, share of the copy bandwidth", "authors' time over ours", "with SGD(fused=True)",
         "plain torch's time over ours",
     )  # fmt: skip
     return markdown(header, filter(None, wanted))
@@ -92,6 +92,7 @@ def provenance(report: GpuReport) -> str:
     e = report.environment
     gpus = [device["name"] for device in e["devices"] if device["type"] == "cuda"]
     versions = e["versions"]
+    script = "bench_gpu_steps" if report.results[0].images_per_s is not None else "bench_gpu"
     facts = (
         ", ".join(gpus),
         f"copy {report.copy_gb_per_s:.0f} GB/s",
@@ -100,7 +101,8 @@ def provenance(report: GpuReport) -> str:
         f"{commit(e)}, {e['date'][:10]}",
         f"{report.rounds} rounds",
     )
-    return f"Measured: {'; '.join(facts)}."
+    note = f" {report.note}." if report.note else ""
+    return f"Measured ({script}): {'; '.join(facts)}.{note}"
 
 
 TABLES = {

@@ -76,6 +76,7 @@ class GpuReport:
     results: list[Result]
     failures: list[Failure] = field(default_factory=list)
     dry_run: bool = False
+    note: str = ""  # what a reader has to know besides
 
 
 Contests = Callable[[str], Iterator[tuple[str, Callable[[], Contest]]]]  # device -> by name

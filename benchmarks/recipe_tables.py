@@ -96,11 +96,19 @@ def load(path: Path) -> RecipeReport:
     for run in content["runs"]:
         config = _with_defaults({**content["settings"], **run["config"]})
         environment = {**content["environments"][run["environment"]], "date": run["date"]}
+        environment["gpu"] = _gpu(run["result"], environment)
         result = {**run["result"], "environment": environment}
         runs.append(ComparedRun(path, config, run["log"], result, run["analyses"]))
         environments.append(environment)
     (section,) = sections(runs, [])
     return RecipeReport(section, environments)
+
+
+def _gpu(result: Mapping[str, Any], environment: Mapping[str, Any]) -> str | None:
+    """On which one a run was made, or ended; None for the CPU."""
+    if result.get("peak_bytes") is None:
+        return None
+    return next((d["name"] for d in environment["devices"] if d["type"] == "cuda"), None)
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
@@ -258,9 +266,8 @@ def provenance(report: RecipeReport) -> str:
     """One sentence for each environment."""
     found: dict[tuple[str, ...], list[str]] = {}
     for e in report.environments:
-        machine = e["machine"]
         key = (
-            f"{machine['cpu']}, {machine['torch_threads']} thread",
+            e["gpu"] or f"{e['machine']['cpu']}, {e['machine']['torch_threads']} thread",
             software(e),
             commit(e),
         )
@@ -276,6 +283,9 @@ CHEAPER = ("recipes/digits_cheaper",)
 LOSSES = ("recipes/digits_losses",)
 SMALL = ("recipes/cifar10_lt_small",)
 SHORT = ("recipes/cifar10_lt_small_60_epochs",)
+H100 = ("recipes/cifar10_lt_small_h100",)
+GROUP_NORM = ("recipes/cifar10_lt_small_group_norm",)
+CIFAR100 = ("recipes/cifar100_lt",)
 TABLES = {
     "digits": Table(DIGITS, accuracy),
     "digits-paired": Table(DIGITS, paired),
@@ -287,6 +297,13 @@ TABLES = {
     "cifar10-lt-small-paired": Table(SMALL, paired),
     "cifar10-lt-small-sharpness": Table(SMALL, sharpness),
     "cifar10-lt-small-60-epochs": Table(SHORT, paired),
+    "cifar10-lt-small-h100": Table(H100, accuracy),
+    "cifar10-lt-small-h100-paired": Table(H100, paired),
+    "cifar10-lt-small-h100-sharpness": Table(H100, sharpness),
+    "cifar10-lt-small-group-norm": Table(GROUP_NORM, accuracy),
+    "cifar10-lt-small-group-norm-paired": Table(GROUP_NORM, paired),
+    "cifar100-lt": Table(CIFAR100, accuracy),
+    "cifar100-lt-paired": Table(CIFAR100, paired),
 }
 
 if __name__ == "__main__":

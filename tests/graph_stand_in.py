@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from imbsam_fast.training.cuda_graph import GraphedSteps
+from imbsam_fast.training.plans import StepResult
 
 
 class StandIn:
@@ -69,3 +70,28 @@ class Runtime:
 
 def captured(steps: GraphedSteps) -> int:
     return sum(shape.graph is not None for shape in steps.shapes.values())
+
+
+def capturable(
+    step: Callable, classes: int, dtype: torch.dtype, sizes: list[tuple[int, ...]] | None = None
+) -> Callable:
+    """`step` of a TrainStep, whose graphs are the stand-in's.
+
+    `sizes` gets how many labels, and rows of each part, there are at every call.
+    """
+
+    def run(inputs: Any, labels: Any) -> StepResult:
+        if sizes is not None and isinstance(labels, tuple):
+            sizes.append(tuple(map(len, labels)))
+        return step(inputs, labels)
+
+    def captured_or_run(inputs: Any, labels: Any) -> StepResult:
+        graph = StandIn.capturing
+        if graph is None:
+            return run(inputs, labels)
+        graph.work = lambda: run(inputs, labels)[:4]
+        shapes = [(), (), (), (len(inputs), classes)]  # what a capture leaves: nothing computed
+        graph.results = [torch.full(shape, torch.nan, dtype=dtype) for shape in shapes]
+        return StepResult(*graph.results)
+
+    return captured_or_run

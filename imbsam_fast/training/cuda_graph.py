@@ -206,11 +206,16 @@ def _constant(value: Any) -> Any:
 
 
 def check_plan(
-    mixes_rows: bool, plan: str, micro_batch_size: int | None, model: Any, same_dropout: bool
+    mixes_rows: bool,
+    plan: str,
+    micro_batch_size: int | None,
+    model: str | None,
+    same_dropout: bool,
 ) -> None:
     """Refuse a step whose passes differ from batch to batch, or that waits for other ranks.
 
-    `mixes_rows`: whether a layer uses batch statistics; `model`: what makes it data parallel.
+    `mixes_rows`: whether a layer uses batch statistics; `model`: the class of one that is data
+    parallel, None for others.
     """
     plans = {"joint", "sampled", "auto" if mixes_rows else "split"}
     needs = {

@@ -35,7 +35,7 @@ class StepResult(NamedTuple):
       step without tail rows (0 where ranks run its passes all the same) or between those of
       `perturb_every`; and with `adaptive`, where the perturbation has another norm.
     - `tail_share` and `perturbed` in a CUDA graph of the joint plan, which does not look at the
-      labels; steps between those of `perturb_every` are False there too.
+      labels but for `perturb_every`.
     """
 
     loss: Tensor  # () head + tail

@@ -11,7 +11,7 @@ Without batch statistics head rows would change nothing: S is the tail rows, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from zlib import crc32
@@ -51,10 +51,12 @@ class SampledPlan:
         """The passes of one step; see plans.Plan."""
         if not rows.head_rows and not self.common:  # d is g_p, which joint has in two passes
             return joint_plan(step, inputs, targets, rows)
-        part = None
-        if rows.tail_rows:
-            mixes = step.sees_all_rows_at_once()
-            part = self.drawn(rows, is_compiled(step.model)) if mixes else rows.tail
+
+        def part() -> Tensor:
+            if step.sees_all_rows_at_once():  # known for good once a pass was seen
+                return self.drawn(rows, is_compiled(step.model))
+            return rows.tail
+
         return sampled_passes(step, inputs, targets, rows, part)
 
     def drawn(self, rows: Rows, few_shapes: bool = False) -> Tensor:
@@ -81,16 +83,16 @@ class SampledPlan:
 
 
 def sampled_passes(
-    step: Passes, inputs: Any, targets: Tensor, rows: Rows, part: Tensor | None
+    step: Passes, inputs: Any, targets: Tensor, rows: Rows, part: Callable[[], Tensor]
 ) -> StepResult:
-    """All rows, and twice those of the sample `part`; None where there are no tail rows."""
+    """All rows, and twice those of the sample, which `part` tells after the first pass."""
     seen = _all_rows(step, inputs, targets, rows)
     step.optimizer.first_step()
-    if part is not None:
-        sample = take_rows(part, inputs, targets)
+    if rows.tail_rows:
+        sample = take_rows(part(), inputs, targets)
         step.sample_backward(*sample, rows.counted)
-    step.perturb(part is not None, subtract=True)
-    if part is not None:
+    step.perturb(rows.tail_rows > 0, subtract=True)
+    if rows.tail_rows:
         step.perturbed_backward(*sample, rows.counted)
     return updated(step, step_result(rows, seen.head, seen.tail, seen.outputs()))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..optim.buckets import params_of
 from ..optim.interrupts import uninterrupted
 from ..optim.lean import LeanImbSAM
 from ..optim.replicas import average_
-from ..optim.scaling import Norms, found_inf_of, in_use
+from ..optim.scaling import Norms, found_inf_of
 from ..optim.two_backwards import backward
 from ..validation import check_grad_scaler, check_max_norm, check_no_gradient
 from .arguments import (
@@ -37,28 +36,22 @@ from .batch_norm import (
     statistics_where,
 )
 from .cuda_graph import (
-    Constants,
-    GraphedSteps,
-    Step,
-    check_capturable,
     check_plan,
-    constants_of,
-    grain,
 )
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .model_call import ModelCall
 from .own_writes import ChangesItselfError, OwnWrites
 from .plans import Plan, StepResult, joint_plan, split_plan
-from .rows import Rows, filled, pieces, positions, rows_of
+from .rows import Rows, pieces, rows_of
 from .sampled import (
     CheaperSteps,
     SampledPlan,
     check_sampled,
     is_compiled,
     plain_plan,
-    sampled_passes,
 )
+from .step_graphs import StepGraphs
 from .wrappers import Wrapper
 
 
@@ -113,8 +106,9 @@ class TrainStep:
             split plan, for models without batch statistics, is captured for parts of few sizes:
             each is filled up to a multiple of 8 rows, or of a 32nd of the batch, with rows that
             weigh nothing in it; a batch with ignored rows runs as usual, and labels belong on the
-            CPU. So is the sampled plan: samples beyond `sample` are filled up to whole multiples of
-            it, or of 8 rows where only tail rows count. Micro-batches are not captured.
+            CPU. So is the sampled plan: where tail rows are more than the share `sample`, head rows
+            fill the sample up to a whole multiple of that; without batch statistics tail rows are
+            filled up as in the split plan. Micro-batches are not captured.
         same_dropout: draw in the perturbed pass what the unperturbed pass of the same rows drew
             from torch's default generators, of the CPU and of the model's devices: a row has one
             dropout mask a step. The generators go on as if there had been one pass.
@@ -127,8 +121,8 @@ class TrainStep:
         logits: which entry of the model's outputs the criterion gets, and StepResult.logits is: a
             name ("logits" of a Hugging Face ModelOutput, a key of a dict) or a place in a tuple.
         perturb_every: NOT THE PAPER beyond 1. Perturb in every so many steps with tail rows; the
-            others are SGD steps on head + tail. Several ranks, and cuda_graph under the joint plan,
-            count every step.
+            others are SGD steps on head + tail. Several ranks count every step, and so does
+            cuda_graph under the joint plan where labels are on the GPU.
 
     Accelerate's and Lightning's optimizers count, profile and run their hooks around a step as
     around one of their own; Lightning's `on_before_optimizer_step` runs when step hooks do
@@ -210,7 +204,11 @@ class TrainStep:
         )
         if isinstance(optimizer, LeanImbSAM):
             check_lean(self.grad_scaler, max_norm, self.group, cuda_graph=cuda_graph)
-        self.graphs = self._graphs() if cuda_graph else None
+        self.graphs = None
+        if cuda_graph:
+            parallel = None if self.group is None else type(model).__name__
+            check_plan(self.mixes_rows, plan, micro_batch_size, parallel, same_dropout)
+            self.graphs = StepGraphs(self)
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         """One step on a batch: inputs and targets with N rows each."""
@@ -219,17 +217,19 @@ class TrainStep:
         check_no_gradient("a training step", params_of(self.optimizer.param_groups))
         self.mixes_rows = has_batch_statistics(self.model)
         with self.wrapper.one_step():
-            if self.graphs is not None and self.plan not in ("split", "sampled"):
+            if self.graphs is not None and self.graphs.is_blind(targets):
                 with self.cheaper.one_step(counts=True) as perturbs:
-                    return self.graphs[perturbs](inputs, targets)
+                    return self.graphs.blind(perturbs, inputs, targets)
             rows = rows_of(self.criterion, targets, self.ranks.same_passes)
             # Ranks have tail rows in different steps, and count alike.
             together = self.group is not None or self.ranks.sharded
             with self.cheaper.one_step(counts=rows.tail_rows > 0 or together) as perturbs:
                 if self.graphs is not None:
-                    return self._graphed(self.graphs, perturbs, inputs, targets, rows)
+                    result = self.graphs(perturbs, inputs, targets, rows)
+                    if result is not None:
+                        return result
                 plan = self._planned(inputs, rows) if perturbs else plain_plan
-                return self._run(plan, inputs, targets, rows)
+                return self.run(plan, inputs, targets, rows)
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps taken: what `sample` and `perturb_every` go by."""
@@ -239,7 +239,8 @@ class TrainStep:
         """Go on where `state_dict` was taken."""
         self.cheaper.load_state_dict(state_dict)
 
-    def _run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+    def run(self, plan: Plan, inputs: Any, targets: Tensor, rows: Rows) -> StepResult:
+        """The passes of one step; after a failure the weights are what they were."""
         may_restart = self.plan == "auto" and plan is split_plan
         self.own_writes.begin_step(may_restart, reads_again=rows.tail_rows > 0)
         self.draws.begin_step()
@@ -258,78 +259,6 @@ class TrainStep:
         check_sampled(self.batch_norm)
         common = self.group is not None and self.perturbation == "global"
         return SampledPlan(share, seed, common)
-
-    def _graphs(self) -> dict[bool, GraphedSteps]:
-        """By whether the step perturbs."""
-        check_plan(
-            self.mixes_rows, plan=self.plan, micro_batch_size=self.micro_batch_size,
-            model=self.group, same_dropout=self.same_dropout,
-        )  # fmt: skip
-        device = check_capturable(self.optimizer, in_use(self.grad_scaler))
-        perturbed: Step = self.unconditional
-        if self.plan in ("split", "sampled"):
-            perturbed = self.split_parts if self.plan == "split" else self.sampled_part
-        plain = partial(self.unconditional, plan=plain_plan)
-        return {
-            perturbs: GraphedSteps(step, device, self._constants)
-            for perturbs, step in ((True, perturbed), (False, plain))
-        }
-
-    def _graphed(
-        self,
-        graphs: dict[bool, GraphedSteps],
-        perturbs: bool,
-        inputs: Any,
-        targets: Tensor,
-        rows: Rows,
-    ) -> StepResult:
-        """A step of the split or the sampled plan, whose parts are inputs of its graph."""
-        split = self.plan == "split"
-        # The sampled plan has other passes for tail rows alone; how many rows count is a constant.
-        fits = not self.sees_all_rows_at_once() if split else rows.head_rows > 0
-        if rows.counted != len(targets) or not fits:
-            plan = self._planned(inputs, rows) if perturbs else plain_plan
-            return self._run(plan, inputs, targets, rows)
-        perturbs = perturbs and (split or rows.tail_rows > 0)
-        labels = (targets, *map(positions, self._parts(rows))) if perturbs else targets
-        result = graphs[perturbs](inputs, labels)
-        perturbed = perturbs and rows.tail_rows > 0
-        return result._replace(tail_share=rows.tail_share, perturbed=perturbed)
-
-    def _parts(self, rows: Rows) -> list[Tensor]:
-        """The split plan's head and tail rows, or the sample, in few sizes: bool (N,) each."""
-        if self.cheaper.sampled is not None and self.sees_all_rows_at_once():
-            return [self.cheaper.sampled.drawn(rows, few_shapes=True)]
-        parts = filled(rows, grain(len(rows.tail)))
-        return [parts.head, parts.tail] if self.plan == "split" else [parts.tail]
-
-    def _constants(self) -> Constants:
-        return constants_of(
-            self.model, self.optimizer, in_use(self.grad_scaler),
-            batch_norm=self.batch_norm, max_norm=self.max_norm,
-        )  # fmt: skip
-
-    def unconditional(self, inputs: Any, targets: Tensor, plan: Plan = joint_plan) -> StepResult:
-        """A plan with all its passes, whatever the labels say: they are not looked at.
-
-        Without tail rows the tail's gradient is zero, and so is the perturbation.
-        """
-        all_rows = torch.ones(len(targets), dtype=torch.bool, device="cpu")
-        rows = Rows(all_rows, all_rows, len(targets), len(targets), counted=None)
-        result = self._run(plan, inputs, targets, rows)
-        return result._replace(perturbed=None) if plan is joint_plan else result
-
-    def split_parts(self, inputs: Any, parts: tuple[Tensor, Tensor, Tensor]) -> StepResult:
-        """The split plan of a batch all of whose rows count: labels, and each part's positions."""
-        targets, head, tail = parts
-        rows = Rows(head, tail, len(head), len(tail), counted=len(targets))
-        return self._run(split_plan, inputs, targets, rows)
-
-    def sampled_part(self, inputs: Any, parts: tuple[Tensor, Tensor]) -> StepResult:
-        """The sampled plan of a batch all of whose rows count: labels, the sample's positions."""
-        targets, part = parts
-        rows = Rows(part, part, len(targets), len(part), counted=len(targets))
-        return self._run(partial(sampled_passes, part=part), inputs, targets, rows)
 
     def _planned(self, inputs: Any, rows: Rows) -> Plan:
         if self.cheaper.sampled is not None:

@@ -203,7 +203,7 @@ def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
     for name in ("bench_gpu", "bench_gpu_steps"):
         gpu_timing.save(report(), tmp_path / "gpu" / f"{name}.json")
     text = "".join(
-        f"<!-- results: {name} -->\n<!-- end -->\n" for name in ("gpu-operations", "gpu-steps")
+        f"<!-- results: {name} -->\n<!-- end -->\n" for name in ("gpu-operations", "gpu-steps", "gpu-summary")
     )
     filled, complaints = documents.filled(text, documents.load_results(tmp_path))
     assert complaints == []
@@ -214,7 +214,7 @@ def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
         "| ours | 120 | 1.20 | 1234 | - | 7 |",  # in steps of the eager SGD
     ):
         assert row in filled
-    assert "Measured: Loom 9; copy 2300 GB/s; imbsam-fast 1.2.3" in filled
+    assert "Measured (bench_gpu_steps): Loom 9; copy 2300 GB/s; imbsam-fast 1.2.3" in filled
 
 
 def test_a_dry_run_is_no_result(tmp_path: Path) -> None:

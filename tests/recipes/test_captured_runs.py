@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_stand_in import Runtime, StandIn, captured
+from graph_stand_in import Runtime, capturable, captured
 from rich.console import Console
 from tiny_runs import COUNTS, TINY, tiny_data_set, tiny_images
 from torch import Tensor, nn
@@ -22,9 +22,8 @@ from imbsam_fast.recipes.train.methods import make_trainer
 from imbsam_fast.recipes.train.ranks import ALONE, Ranks
 from imbsam_fast.recipes.train.run import InterruptedRun, run_to_the_end
 from imbsam_fast.recipes.train.training import ImageTraining
-from imbsam_fast.training import train_step
+from imbsam_fast.training import step_graphs, train_step
 from imbsam_fast.training.cuda_graph import GraphedSteps
-from imbsam_fast.training.plans import StepResult
 
 QUIET = Console(quiet=True)
 
@@ -40,11 +39,11 @@ def settings(**given: Any) -> RunConfig:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphedSteps]:
-    """Those of the stand-in, in the order in which they are made: two for each stage."""
+    """Those of the stand-in, in the order in which they are made: four for each stage."""
     made: list[GraphedSteps] = []
 
     def in_stand_in(step: Callable, *rest: Any) -> GraphedSteps:
-        made.append(GraphedSteps(capturable(step), *rest))
+        made.append(GraphedSteps(capturable(step, len(COUNTS), torch.float32), *rest))
         return made[-1]
 
     def device_of_lr(optimizer: Any, grad_scaler: Any) -> torch.device:
@@ -53,22 +52,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphedSteps]:
         return lr.device
 
     Runtime(monkeypatch)
-    monkeypatch.setattr(train_step, "GraphedSteps", in_stand_in)
-    monkeypatch.setattr(train_step, "check_capturable", device_of_lr)
+    monkeypatch.setattr(step_graphs, "GraphedSteps", in_stand_in)
+    monkeypatch.setattr(step_graphs, "check_capturable", device_of_lr)
     return made
-
-
-def capturable(step: Callable) -> Callable:
-    def captured_or_run(x: Tensor, labels: Any) -> StepResult:
-        graph = StandIn.capturing
-        if graph is None:
-            return step(x, labels)
-        graph.work = lambda: step(x, labels)[:4]
-        losses = [torch.full((), torch.nan) for _ in range(3)]
-        graph.results = [*losses, torch.full((len(x), len(COUNTS)), torch.nan)]
-        return StepResult(*graph.results)
-
-    return captured_or_run
 
 
 def trained(config: RunConfig, path: Any, ranks: Ranks = ALONE) -> RunDirectory:
@@ -183,10 +169,12 @@ def test_a_run_that_was_captured_is_resumed_without_graphs(tmp_path):
     assert label == chosen.label()
 
 
-def test_a_dry_run_measures_a_replay(graphs, capsys):
-    (measured,) = dry_run([settings()], tiny_images(), Console(width=200))
-    assert captured(graphs[0]) == 1 and measured.step > 0
-    assert "from 5 steps of each" in capsys.readouterr().out
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_dry_run_measures_replays(graphs, every):
+    """Of every kind that the run has."""
+    (measured,) = dry_run([settings(perturb_every=every)], tiny_images(), Console(quiet=True))
+    plain, joint, *_ = graphs
+    assert captured(joint) == 1 and captured(plain) == (every > 1) and measured.step > 0
 
 
 def test_runs_of_earlier_versions_were_not_captured():
@@ -206,7 +194,7 @@ def test_captured_runs_on_a_gpu(case, tmp_path):
     begun = ImageTraining(chosen, tiny_images(), ranks)
     with pytest.raises(InterruptedRun):
         run_to_the_end(begun, run, should_stop=lambda: begun.position == 5)
-    assert captured(begun.trainer.step.graphs[True]) == 1  # type: ignore[attr-defined]
+    assert captured(begun.trainer.step.graphs.kinds["joint"]) == 1  # type: ignore[attr-defined]
     run_to_the_end(ImageTraining(chosen, tiny_images(), ranks), run)
     plain = trained(replace(chosen, cuda_graph=False), tmp_path / "plain", ranks)
     for row, known in zip(run.log(), plain.log(), strict=True):

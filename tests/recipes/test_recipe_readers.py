@@ -22,6 +22,7 @@ from imbsam_fast.recipes.data.images import (
     MemoryImages,
     generator,
     long_tailed,
+    place_for,
 )
 from imbsam_fast.recipes.data.listed_files import check_files, read_lists
 from imbsam_fast.recipes.data.lists import ImageList
@@ -87,6 +88,27 @@ def test_a_part_of_a_batch_is_made_of_the_same_images(images):
     part = list(images.batches(batches, key=(3,), part=slice(1, None, 2)))
     for (x, y), (some_x, some_y) in zip(whole, part, strict=True):
         assert torch.equal(x[1::2], some_x) and torch.equal(y[1::2], some_y)
+
+
+def test_images_stay_on_a_gpu_that_has_room_for_them(images, monkeypatch):
+    pixels = images.pixels
+    gpu = torch.device("cuda", 0)
+    for free, place in ((8 * pixels.nbytes, gpu), (8 * pixels.nbytes - 1, torch.device("cpu"))):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index, free=free: (free, 10 * free))
+        assert place_for(pixels, gpu) == place
+    assert place_for(pixels, torch.device("meta")) == torch.device("meta")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_batches_are_the_same_on_a_gpu(images):
+    rows = torch.arange(6).split(4)
+    for key in (None, (3, 1)):
+        known = list(images.batches(rows, key))
+        for device in ("cuda", "cpu"):
+            found = list(images.batches(rows, key, device=torch.device(device)))
+            for (x, y), (x0, y0) in zip(found, known, strict=True):
+                assert x.device.type == device and torch.equal(y, y0)
+                torch.testing.assert_close(x.cpu(), x0)
 
 
 def test_long_tailed_keeps_first_images_and_validates_on_the_next_ones():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,7 @@ from imbsam_fast.training.cuda_graph import (
     grain,
 )
 from imbsam_fast.training.rows import filled, rows_of
+from imbsam_fast.training.step_graphs import constants, unconditional
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +68,7 @@ def test_replays_are_the_steps_of_the_joint_plan(stand_in):
     graphed, plain = train_step(model), train_step(expected)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = graphed.unconditional(x, y)
+        result = unconditional(graphed, x, y)
         return result.loss, result.logits
 
     steps = GraphedSteps(stand_in(step), CPU)
@@ -110,7 +112,7 @@ def test_every_shape_has_a_graph_after_its_own_warm_up(stand_in):
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         calls.append(len(x))
-        result = train.unconditional(x, y)
+        result = unconditional(train, x, y)
         return result.loss, result.logits
 
     steps = GraphedSteps(stand_in(step), CPU)
@@ -160,10 +162,10 @@ def graphed(stand_in: Callable, model: nn.Module) -> tuple[TrainStep, GraphedSte
     train = train_step(model)
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        result = train.unconditional(x, y)
+        result = unconditional(train, x, y)
         return result.loss, result.logits
 
-    return train, GraphedSteps(stand_in(step), CPU, train._constants)
+    return train, GraphedSteps(stand_in(step), CPU, partial(constants, train))
 
 
 def change_setting(name: str, value: Any) -> Callable[[TrainStep], None]:
@@ -256,11 +258,11 @@ def test_the_scale_of_a_grad_scaler_may_change_and_its_factors_are_constants():
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     step = train_step(model)
     step.grad_scaler = scaler
-    before = step._constants()
+    before = constants(step)
     scaler.update(8.0) if scaler._scale is not None else None
-    assert step._constants() == before
+    assert constants(step) == before
     scaler.set_growth_factor(3.0)
-    assert step._constants() != before
+    assert constants(step) != before
 
 
 def test_the_unconditional_step_counts_rows_itself():
@@ -273,10 +275,10 @@ def test_the_unconditional_step_counts_rows_itself():
         split_loss(lambda z, y: nn.functional.cross_entropy(z, y, reduction="none"), split),
     ):
         ends = []
-        for unconditional in (False, True):
+        for blind in (False, True):
             model = network("group")
             step = TrainStep(model, criterion, imbsam(model), "joint")
-            (step.unconditional if unconditional else step)(x, y)
+            unconditional(step, x, y) if blind else step(x, y)
             ends.append(model)
         assert distance(*ends) < 1e-12
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from graph_stand_in import Runtime, StandIn, captured
+from graph_stand_in import Runtime, capturable, captured
 from networks import COUNTS, batches, distance, imbsam, network
-from torch import Tensor, nn
+from torch import nn
 
 from imbsam_fast import ClassSplit, SplitCrossEntropy, TrainStep
-from imbsam_fast.training import sampled, train_step
-from imbsam_fast.training.plans import StepResult
+from imbsam_fast.training import sampled, step_graphs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,40 +32,17 @@ class Seen(NamedTuple):
     @property
     def graphs(self) -> int:
         assert self.step.graphs is not None
-        return sum(map(captured, self.step.graphs.values()))
+        return sum(map(captured, self.step.graphs.kinds.values()))
 
 
 def graphed(monkeypatch: pytest.MonkeyPatch, model: nn.Module, *args: Any, **settings: Any) -> Seen:
-    monkeypatch.setattr(train_step, "check_capturable", lambda optimizer, grad_scaler: CPU)
+    monkeypatch.setattr(step_graphs, "check_capturable", lambda optimizer, grad_scaler: CPU)
     step = TrainStep(model, *args, cuda_graph=True, **settings)
     sizes: list[tuple[int, ...]] = []
     assert step.graphs is not None
-    for graphs in step.graphs.values():
-        graphs.step = in_stand_in(graphs.step, sizes)
+    for graphs in step.graphs.kinds.values():
+        graphs.step = capturable(graphs.step, 10, torch.float64, sizes)
     return Seen(step, sizes)
-
-
-def in_stand_in(step: Callable, sizes: list[tuple[int, ...]]) -> Callable:
-    def run(x: Tensor, labels: Any) -> StepResult:
-        if isinstance(labels, tuple):
-            sizes.append(tuple(map(len, labels)))
-        return step(x, labels)
-
-    def captured_or_run(x: Tensor, labels: Any) -> StepResult:
-        graph = StandIn.capturing
-        if graph is None:
-            return run(x, labels)
-        graph.work = lambda: run(x, labels)[:4]
-        graph.results = empty_result(len(x))[:4]
-        return empty_result(len(x))._replace(**dict(zip(StepResult._fields, graph.results)))
-
-    return captured_or_run
-
-
-def empty_result(rows: int) -> StepResult:
-    """One that a capture leaves: memory in which nothing was computed."""
-    empty = [torch.full((), torch.nan, dtype=torch.float64) for _ in range(3)]
-    return StepResult(*empty, torch.full((rows, 10), torch.nan, dtype=torch.float64))
 
 
 SPLITS = {
@@ -94,6 +69,11 @@ def test_replays_are_the_steps_of_the_sampled_plan(monkeypatch, norm, share, eve
     multiple = 8 if norm == "group" else round(16 * share)
     assert sizes
     assert all(rows == 16 and part % multiple == 0 and part > 0 for rows, part in sizes)
+
+
+def test_replays_of_the_joint_plan_count_the_steps_with_tail_rows(monkeypatch):
+    """Labels on the CPU are looked at under `perturb_every`."""
+    assert compare(monkeypatch, "batch", SPLITS["imbsam"], plan="joint", perturb_every=3) == []
 
 
 def compare(

@@ -21,7 +21,7 @@ CIFAR_STATISTICS: dict[int, Statistics] = {  # by the number of classes
 
 WHOLE = slice(None)
 CPU = torch.device("cpu")
-GPU_SHARE = 1 / 8  # of a GPU's memory that images in memory may take
+GPU_SHARE = 1 / 8  # of a GPU's free memory that a set of images may take
 
 
 class DataError(Exception):
@@ -190,7 +190,7 @@ class MemoryImages(Images):
         part: slice = WHOLE,
         device: torch.device = CPU,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As Images.batches; on a GPU that has room for them the images stay there."""
+        """As Images.batches; images that take no more than GPU_SHARE of a GPU stay there."""
         self._tables = self._tables.near(device)
         for i, rows in enumerate(batches[start:], start):
             random = None if key is None else generator(*key, i)
@@ -207,6 +207,15 @@ class MemoryImages(Images):
         return torch.cat([rows[:, None], top, left, flip], dim=1).T
 
 
+def place_for(images: Tensor, device: torch.device) -> torch.device:
+    """`device`, or the CPU where `images` would take more than GPU_SHARE of what a GPU has free."""
+    if device.type != "cuda":
+        return device
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, _ = torch.cuda.mem_get_info(index)
+    return device if images.nbytes <= GPU_SHARE * free else CPU
+
+
 class _Tables(NamedTuple):
     """What batches are made of, on one device."""
 
@@ -215,11 +224,9 @@ class _Tables(NamedTuple):
     shift: Tensor  # float32 (3,)
 
     def near(self, device: torch.device) -> _Tables:
-        """On `device`, or where they are if they would take much of its memory."""
-        if device.type == "cuda":
-            total = torch.cuda.get_device_properties(device).total_memory
-            if self.padded.nbytes > GPU_SHARE * total:
-                return self
+        """On `device`, or on the CPU where they would take much of a GPU's memory."""
+        if not (self.padded.is_cuda and device.type == "cuda"):  # there already
+            device = place_for(self.padded, device)
         return _Tables(*(table.to(device) for table in self))
 
     def pixels(self, crops: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from ..settings.config import REMOVED
 from ..settings.datasets import DATASETS
 
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
-# how it is shown, not what is computed.
+# how it is shown, not what is computed (but for the size of a sample that is all tail rows).
 PLACE_KEYS = frozenset(
     ("format", "seed", "data_dir", "image_root", "device", "workers", "threads", "tensorboard",
      "cuda_graph")

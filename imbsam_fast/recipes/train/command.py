@@ -78,7 +78,7 @@ def train_all(
     data = load(configs[0])
     check_network(configs[0], data)
     with _threads(configs[0].threads):
-        check_capture(configs, data, ranks)
+        check_capture([c for c in configs if not _is_complete(c, save, resume)], data, ranks)
     directories = [_directory(config, save, resume, ranks) for config in configs]
     console.print(plan_table(configs, data), highlight=False)
     results: dict[str, list[dict[str, Any]]] = {}
@@ -126,6 +126,11 @@ def _threads(number: int) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _is_complete(config: RunConfig, save: Path, resume: bool) -> bool:
+    path = save / config.directory_name()
+    return resume and RunDirectory(path, config.to_dict()).result() is not None
 
 
 def _directory(config: RunConfig, save: Path, resume: bool, ranks: Ranks) -> RunDirectory:

@@ -1,4 +1,4 @@
-"""`imbsam-fast train RECIPE --dry-run`: two steps of each run, and what all of it will take."""
+"""`imbsam-fast train RECIPE --dry-run`: a few steps of each run, and what all of it will take."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ from ...training.cuda_graph import WARM_UP_STEPS
 from ..data.files import FileImages
 from ..data.images import LongTailImages
 from ..data.workers import slot_bytes
-from ..settings.config import RunConfig
+from ..settings.config import PERTURBING, RunConfig
 from .evaluation import BATCH_SIZE, in_eval_mode
 from .ranks import ALONE, Ranks
 from .tables import plan_table
 from .training import ImageTraining
 
-STEPS = 2  # the first is not timed: it allocates, compiles, and captures after its warm-up
-
 
 class Measured(NamedTuple):
-    """What two steps of one run tell. Times are seconds."""
+    """What a few steps of one run tell. Times are seconds."""
 
     config: RunConfig
     step: float
@@ -74,15 +72,18 @@ def dry_run(
 
 def _measured(config: RunConfig, data: LongTailImages, ranks: Ranks) -> Measured:
     training = ImageTraining(config, data, ranks)
+    if not isinstance(data.train, FileImages):
+        _first(training)  # puts them on a GPU, once
     first_batch, batch = _timed(ranks.device, lambda: _first(training))
     images, targets = batch
-    steps = range(_steps(config))
+    before, counted = _steps(config)
+    steps = range(before + counted)
     times = [_timed(ranks.device, lambda: training.step(images, targets))[0] for _ in steps]
     tested = _timed(ranks.device, lambda: _forward(training, images))[0]
     rows = len(targets)
     return Measured(
         config,
-        step=times[-1],
+        step=sum(times[before:]) / counted,
         first_step=times[0],
         read=_read_seconds(config, data, rows, first_batch),
         first_batch=first_batch,
@@ -93,8 +94,15 @@ def _measured(config: RunConfig, data: LongTailImages, ranks: Ranks) -> Measured
     )
 
 
-def _steps(config: RunConfig) -> int:
-    return STEPS + WARM_UP_STEPS * config.cuda_graph
+def _steps(config: RunConfig) -> tuple[int, int]:
+    """How many steps are not counted, since they allocate, compile or capture; how many are.
+
+    Of those that are counted one perturbs.
+    """
+    if config.optimizer not in PERTURBING:
+        return 1, 1
+    every = config.perturb_every
+    return (WARM_UP_STEPS + 1) * every if config.cuda_graph else 1, every
 
 
 def _first(training: ImageTraining) -> tuple[Tensor, Tensor]:
@@ -216,8 +224,7 @@ def _checkpoint_bytes(training: ImageTraining) -> int:
 
 
 def _table(measured: Sequence[Measured], validated: bool, seeds: int) -> Table:
-    steps = _steps(measured[0].config)
-    table = Table(title=f"Expected, from {steps} steps of each", show_edge=False)
+    table = Table(title="Expected, from a few steps of each", show_edge=False)
     table.add_column("")
     for title in ("step", "reading a batch", "epoch", "test", "run"):
         table.add_column(title, justify="right")

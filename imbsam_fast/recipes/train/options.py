@@ -100,7 +100,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first seed")  # fmt: skip
     add("--save", type=Path, metavar="DIR", help="a directory for each run is made in it")
     add("--dry-run", action="store_true",
-        help="take two steps of each run with the workers and on the device asked for, say what "
+        help="take a few steps of each run with the workers and on the device asked for, say what "
         "all will take of time, memory, descriptors and disk, and write nothing")  # fmt: skip
     add(
         "--resume",
