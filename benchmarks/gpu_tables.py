@@ -70,8 +70,8 @@ def summary(operations: GpuReport, steps: GpuReport) -> Lines:
         row("ViT-B/16", "ImbSAM, TrainStep split", loop, ""),
     ]
     header = (
-        "GPU", "ours, share of the copy bandwidth", "authors' time over ours", "with SGD(fused=True)",
-        "plain torch's time over ours",
+        "GPU", "ours, share of the copy bandwidth", "authors' time over ours",
+        "with SGD(fused=True)", "plain torch's time over ours",
     )  # fmt: skip
     return markdown(header, filter(None, wanted))
 

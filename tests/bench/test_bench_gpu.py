@@ -15,7 +15,7 @@ from checks import TOLERANCE
 from conftest import INTERPRETER_ERROR
 from torch import Tensor, nn
 
-from benchmarks import bench_gpu, bench_gpu_steps, gpu_timing
+from benchmarks import bench_gpu, bench_gpu_steps, gpu_tables, gpu_timing
 from benchmarks import report as documents
 
 SHAPES = [(30, 4), (5,), (2, 3, 3)]
@@ -202,9 +202,8 @@ def report(**more: float) -> gpu_timing.GpuReport:
 def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
     for name in ("bench_gpu", "bench_gpu_steps"):
         gpu_timing.save(report(), tmp_path / "gpu" / f"{name}.json")
-    text = "".join(
-        f"<!-- results: {name} -->\n<!-- end -->\n" for name in ("gpu-operations", "gpu-steps", "gpu-summary")
-    )
+    tables = ("gpu-operations", "gpu-steps", "gpu-summary")
+    text = "".join(f"<!-- results: {name} -->\n<!-- end -->\n" for name in tables)
     filled, complaints = documents.filled(text, documents.load_results(tmp_path))
     assert complaints == []
     for row in (
@@ -215,6 +214,31 @@ def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
     ):
         assert row in filled
     assert "Measured (bench_gpu_steps): Loom 9; copy 2300 GB/s; imbsam-fast 1.2.3" in filled
+
+
+def test_the_summary_compares_ours_with_the_others() -> None:
+    def measured(contest: str, **ms: float) -> gpu_timing.GpuReport:
+        (known, *_) = report().results
+        names = {
+            "ours": "imbsam-fast",
+            "authors": "authors' sequence",
+            "foreach": "foreach and fused SGD",
+            "joint": "ImbSAM, TrainStep joint",
+            "loop": "authors' loop",
+        }
+        results = [
+            dataclasses.replace(known, contest=contest, contestant=names[name], ms=value)
+            for name, value in ms.items()
+        ]
+        return dataclasses.replace(report(), results=results)
+
+    operations = measured("optimizer, 3 tensors", ours=2.0, authors=41.0, foreach=5.0)
+    steps = measured("ResNet-50, b: eager", joint=100.0, loop=107.0)
+    steps.results += measured("ResNet-50, b: CUDA graph", joint=90.0).results
+    assert gpu_tables.summary(operations, steps)[2:] == [
+        "| optimizer, 3 tensors | 2 ms, 89 % | 20.50 | - | 2.50 |",
+        "| ResNet-50, b: ImbSAM, TrainStep joint | 100 ms, 89 % | 1.07 | - | - |",
+    ]
 
 
 def test_a_dry_run_is_no_result(tmp_path: Path) -> None:
