@@ -35,22 +35,14 @@ from .batch_norm import (
     has_batch_statistics,
     statistics_where,
 )
-from .cuda_graph import (
-    check_plan,
-)
+from .cuda_graph import check_plan
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
 from .model_call import ModelCall
 from .own_writes import ChangesItselfError, OwnWrites
 from .plans import Plan, StepResult, joint_plan, split_plan
 from .rows import Rows, pieces, rows_of
-from .sampled import (
-    CheaperSteps,
-    SampledPlan,
-    check_sampled,
-    is_compiled,
-    plain_plan,
-)
+from .sampled import CheaperSteps, SampledPlan, check_sampled, is_compiled, plain_plan
 from .step_graphs import StepGraphs
 from .wrappers import Wrapper
 
@@ -204,11 +196,7 @@ class TrainStep:
         )
         if isinstance(optimizer, LeanImbSAM):
             check_lean(self.grad_scaler, max_norm, self.group, cuda_graph=cuda_graph)
-        self.graphs = None
-        if cuda_graph:
-            parallel = None if self.group is None else type(model).__name__
-            check_plan(self.mixes_rows, plan, micro_batch_size, parallel, same_dropout)
-            self.graphs = StepGraphs(self)
+        self.graphs = self._graphs() if cuda_graph else None
 
     def __call__(self, inputs: Any, targets: Tensor) -> StepResult:
         """One step on a batch: inputs and targets with N rows each."""
@@ -259,6 +247,11 @@ class TrainStep:
         check_sampled(self.batch_norm)
         common = self.group is not None and self.perturbation == "global"
         return SampledPlan(share, seed, common)
+
+    def _graphs(self) -> StepGraphs:
+        parallel = None if self.group is None else type(self.model).__name__
+        check_plan(self.mixes_rows, self.plan, self.micro_batch_size, parallel, self.same_dropout)
+        return StepGraphs(self)
 
     def _planned(self, inputs: Any, rows: Rows) -> Plan:
         if self.cheaper.sampled is not None:
