@@ -87,14 +87,17 @@ def finished(
         jitter: strength of ColorJitter's brightness, contrast and saturation; 0 for none.
         changes: None for no augmentation.
     """
-    device = pixels.device
+
+    def there(values: Tensor) -> Tensor:
+        return values.to(pixels.device, non_blocking=True)  # so few that the host need not wait
+
     if changes is not None:
-        flipped = changes.flipped.to(device)[:, None, None, None]
+        flipped = there(changes.flipped)[:, None, None, None]
         pixels = torch.where(flipped, pixels.flip(2), pixels)
-    mean, std = (torch.tensor(values, device=device) for values in statistics)
+    mean, std = (there(torch.tensor(values)) for values in statistics)
     if changes is None or not jitter:
         return (pixels * (1 / (255 * std)) - mean / std).permute(0, 3, 1, 2)
-    images = _jittered(pixels / 255, changes.factors.to(device), changes.order.to(device))
+    images = _jittered(pixels / 255, there(changes.factors), there(changes.order))
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -103,7 +106,7 @@ def _jittered(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     Each of the three is a blend f x + (1 - f) y, so that images in different orders go together.
     """
-    weights = torch.tensor(GREY, device=images.device)
+    weights = torch.tensor(GREY).to(images.device, non_blocking=True)
     for step in order.unbind(dim=1):
         grey = (images * weights).sum(dim=3, keepdim=True)
         which = step[:, None, None, None]
