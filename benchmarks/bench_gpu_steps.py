@@ -23,6 +23,7 @@ from benchmarks.gpu_timing import Contest, Phase, run_script
 from imbsam_fast import ClassSplit, ImbSAM, SplitCrossEntropy, TrainStep
 from imbsam_fast.bench import peers
 from imbsam_fast.bench.cases import TAIL_FRACTION, long_tail_batch
+from imbsam_fast.training.cuda_graph import GraphedSteps
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 ROOMY = 100e9  # bytes of device memory from which ResNet-50 trains on 512 images
@@ -124,10 +125,12 @@ class Steps:
     def phases(self, step: Step) -> list[Phase]:
         return [Phase(lambda: step(self.images, self.targets))]
 
-    def plain(self, compiled: bool = False) -> list[Phase]:
+    def plain(self, compiled: bool = False, cuda_graph: bool = False) -> list[Phase]:
         model = self.model(compiled)
         targets = self.targets.to(self.device)
-        step = peers.plain_training_step(model, sgd(model, self.device))
+        step: Step = peers.plain_training_step(model, sgd(model, self.device))
+        if cuda_graph:
+            step = GraphedSteps(step, torch.device(self.device))
         return [Phase(lambda: step(self.images, targets))]
 
     def authors(self) -> list[Phase]:
@@ -181,11 +184,15 @@ def compiled(network: Network, device: str) -> Contest:
 
 def captured(network: Network, device: str) -> Contest:
     """In a dry run the same step without a graph, which the CPU has not."""
-    ours = partial(Steps(network, device).ours, cuda_graph=device == "cuda")
+    make, graphs = Steps(network, device), device == "cuda"
+    ours = partial(make.ours, cuda_graph=graphs)
     contestants = {
+        "SGD": partial(make.plain, cuda_graph=graphs),
         "ImbSAM, TrainStep joint": partial(ours, "joint"),
         "ImbSAM, TrainStep sampled 0.25": partial(ours, "sampled"),
     }
+    if network.split_is_exact:
+        contestants["ImbSAM, TrainStep split"] = partial(ours, "split")
     return Contest(contestants, images=network.rows)
 
 

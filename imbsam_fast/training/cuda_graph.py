@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from ..optim import ImbSAM
@@ -178,7 +179,7 @@ def grain(rows: int) -> int:
 
 
 def constants_of(
-    model: nn.Module, optimizer: ImbSAM, grad_scaler: GradScaler | None, **others: Any
+    model: nn.Module, optimizer: ImbSAM | Optimizer, grad_scaler: GradScaler | None, **others: Any
 ) -> Constants:
     """What a captured step of these does not read from the device, by its name."""
     found = dict(others)

@@ -172,7 +172,7 @@ class RunConfig:
     amp: str
     channels_last: bool
     compile: bool
-    cuda_graph: bool  # of SAM, ImbSAM and Focal-SAM
+    cuda_graph: bool
     distributed: str
     tensorboard: bool
     threads: int

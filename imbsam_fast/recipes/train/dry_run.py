@@ -99,9 +99,7 @@ def _steps(config: RunConfig) -> tuple[int, int]:
 
     Of those that are counted one perturbs.
     """
-    if config.optimizer not in PERTURBING:
-        return 1, 1
-    every = config.perturb_every
+    every = config.perturb_every if config.optimizer in PERTURBING else 1
     return (WARM_UP_STEPS + 1) * every if config.cuda_graph else 1, every
 
 

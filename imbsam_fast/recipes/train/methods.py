@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ...losses import SplitCrossEntropy, split_loss
 from ...optim import ImbSAM
 from ...split import ClassSplit
+from ...training.cuda_graph import GraphedSteps, constants_of
 from ...training.plans import StepResult
 from ...training.train_step import TrainStep
 from ..settings.config import PERTURBING, RunConfig
@@ -63,7 +65,7 @@ def make_trainer(
     class_weight: Tensor | None = None,
     options: StepOptions = PLAIN_OPTIONS,
 ) -> Trainer:
-    """The step of `config.optimizer`. SGD is a plain PyTorch loop, without this package.
+    """The step of `config.optimizer`. SGD is a plain PyTorch loop; only its graphs are ours.
 
     Only trainable parameters are trained. `class_weight`, (K,), is a factor on every row's loss,
     as for a class-balanced loss; no loss but cross-entropy has one.
@@ -73,21 +75,28 @@ def make_trainer(
         config.lr,
         config.momentum,
         weight_decay=config.weight_decay,
+        fused=True if config.cuda_graph else None,  # which reads its rate on the device
     )
+    device = torch.device(config.device)
+    if config.cuda_graph:
+        place_lr(sgd, device)
     split = sharpness_split(config, counts)
     if config.optimizer not in PERTURBING:
         weights = split.plain if class_weight is None else split.plain * class_weight.cpu()
         weight = None if (weights == 1).all() else weights.float().to(config.device)
         loss = _mean_loss(config, counts, weight)
-        return Trainer(sgd, _plain_step(model, sgd, loss, options))
+        plain = _plain_step(model, sgd, loss, options)
+        if config.cuda_graph:
+            known = partial(constants_of, model, sgd, options.grad_scaler)
+            return Trainer(sgd, GraphedSteps(plain, device, known))
+        return Trainer(sgd, plain)
     # On the device: a graph cannot copy its class weights there.
     criterion: nn.Module = SplitCrossEntropy(split, class_weight).to(config.device)
     if config.loss != "ce":
         criterion = split_loss(row_losses(config, counts), split)
     plan = config.plan
-    if config.cuda_graph:
-        place_lr(sgd, torch.device(config.device))
-        plan = "joint" if plan == "auto" else plan  # which chooses by the batch, as no graph can
+    if config.cuda_graph and plan == "auto":  # which chooses by the batch, as no graph can
+        plan = "joint"
     optimizer = ImbSAM(sgd, config.rho)
     step = TrainStep(
         model,
@@ -131,10 +140,10 @@ def _plain_step(
         with autocast:
             logits = model(images)
             loss = mean_loss(logits, targets.to(images.device, non_blocking=True))
-        sgd.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(sgd)
         scaler.update()
+        sgd.zero_grad()
         loss = loss.detach()
         return StepResult(loss, head=loss, tail=torch.zeros_like(loss), logits=logits.detach())
 

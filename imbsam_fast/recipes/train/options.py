@@ -230,7 +230,7 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory format of images and weights")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the network")
     add("--cuda-graph", action=argparse.BooleanOptionalAction,
-        help="whole steps of SAM, ImbSAM and Focal-SAM as CUDA graphs; SGD as usual")  # fmt: skip
+        help="whole steps as CUDA graphs, on one GPU")  # fmt: skip
     add("--distributed", choices=DISTRIBUTED, help="under torchrun: data parallel, or sharded too")
     add("--tensorboard", action=argparse.BooleanOptionalAction,
         help="scalars of every epoch in each run's directory")  # fmt: skip

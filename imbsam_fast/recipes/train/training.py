@@ -228,8 +228,9 @@ class ImageTraining:
             self._start_stage(index)
         optimizer = self.trainer.optimizer
         load_state(self.ranks.kind, self.model, optimizer, state["model"], state["optimizer"])
-        captures = self.config.cuda_graph and isinstance(self.trainer.step, TrainStep)
-        place_lr(optimizer, self.ranks.device if captures else None)
+        place_lr(optimizer, self.ranks.device if self.config.cuda_graph else None)
+        for group in optimizer.param_groups:  # of a run that was captured, or was not
+            group["fused"] = optimizer.defaults["fused"]
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         if self.grad_scaler is not None:
