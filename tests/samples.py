@@ -82,7 +82,8 @@ def as_state(x: SimpleNamespace) -> SimpleNamespace:
             t.abs_()
     # The square of an average is less than the average of the squares.
     for v, g_avg in zip(getattr(x, "v", []), getattr(x, "g_avg", [])):
-        g_avg.copy_(g_avg.clamp(-1, 1) * v.sqrt() / 2)
+        root = v.cpu().sqrt().to(v.device)  # a GPU's may differ in the last bit from the CPU's
+        g_avg.copy_(g_avg.clamp(-1, 1) * root / 2)
     return x
 
 
