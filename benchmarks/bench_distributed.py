@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
@@ -119,10 +120,11 @@ def replicated(model: nn.Module) -> DistributedDataParallel:
 
 def spread(model: nn.Module) -> nn.Module:
     """Every linear layer in shards of its own; a transformer's layers as wholes."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))  # not a GPU that is there too
     wholes = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
     for m in wholes or [m for m in model.modules() if isinstance(m, nn.Linear)]:
-        fully_shard(m)
-    return fully_shard(model)
+        fully_shard(m, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def contestants(network: Callable[[], nn.Module], criterion: SplitCrossEntropy) -> dict[str, Step]:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from networks import network
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -31,6 +33,8 @@ class Scaled(nn.Module):
 
 def sharded(model: nn.Module, **settings: Any) -> nn.Module:
     """Convolution and classifier in shards of their own, the rest in those of the root."""
+    # Without a mesh they would lie on a GPU wherever there is one.
+    settings = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),)), **settings}
     for layer in (model.layers[0], model.layers[-1]):
         fully_shard(layer, **settings)
     return fully_shard(model, **settings)

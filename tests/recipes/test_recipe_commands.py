@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("torchvision")
 
@@ -162,6 +163,18 @@ def test_two_processes_train_as_one_does(distributed, tmp_path, monkeypatch):
     losses = [[row["loss"] for row in run.log()] for run in (two, one)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert two.result()["last"] == one.result()["last"]
+
+
+def test_shards_lie_where_the_run_trains(tmp_path, monkeypatch):
+    """And not on an accelerator that is there too, where torch puts them by itself."""
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda: torch.device("xpu"))
+    meet = f"file://{tmp_path}/rendezvous"
+    dist.init_process_group("gloo", init_method=meet, rank=0, world_size=1)
+    try:
+        model = Ranks("fsdp", 0, 1).spread(torch.nn.Linear(2, 3))
+        assert [p.device_mesh.device_type for p in model.parameters()] == ["cpu", "cpu"]
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("method", ["wb", "lws"])

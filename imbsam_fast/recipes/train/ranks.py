@@ -39,9 +39,11 @@ class Ranks(NamedTuple):
             on_gpu = [self.device.index] if self.device.type == "cuda" else None
             return nn.parallel.DistributedDataParallel(model, device_ids=on_gpu)
         if self.kind == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
-            fully_shard(model)
+            # Without a mesh they would lie on a GPU wherever there is one.
+            fully_shard(model, mesh=init_device_mesh(self.device.type, (self.world,)))
         return model
 
     def check_batch(self, batch_size: int, images: int) -> None:
