@@ -40,39 +40,50 @@ Found = dict[str, list[tuple[float, float]]]  # sample -> cosines and ratios
 
 
 class Corrections:
-    """Of one network on one batch: the corrections of samples, as flat vectors."""
+    """Of one network on one batch: the corrections of samples, as flat vectors.
 
-    def __init__(self, step: TrainStep, images: Tensor, targets: Tensor) -> None:
+    Passes run in `dtype` by autocast, in float32 without one.
+    """
+
+    def __init__(
+        self, step: TrainStep, images: Tensor, targets: Tensor, dtype: torch.dtype | None = None
+    ) -> None:
         self.step, self.images, self.targets = step, images, targets
         self.params = [p for p in step.model.parameters() if p.requires_grad]
+        self.autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None)
 
     def of(self, first: Tensor, second: Tensor | None = None) -> Tensor:
         """From the rows `first`, bool (N,), with the second pass on `second` where that differs.
 
         Without some of the tail rows, the sample's loss counts as that of a batch of its size.
         """
-        g_t = self._gradient(first)
-        norm = torch.cat([g.flatten() for g in g_t]).norm()
+        g_t = self.gradient(first)
+        norm = flat(g_t).norm()
         if norm == 0:
-            return torch.cat([g.flatten() for g in g_t])
+            return flat(g_t)
         start = [p.detach().clone() for p in self.params]
         with torch.no_grad():
             for p, g in zip(self.params, g_t):
                 p.add_(g, alpha=float(RHO / norm))
-        g_p = self._gradient(first if second is None else second)
+        g_p = self.gradient(first if second is None else second)
         with torch.no_grad():
             for p, saved in zip(self.params, start):
                 p.copy_(saved)
-        return torch.cat([(p - t).flatten() for p, t in zip(g_p, g_t)])
+        return flat(g_p) - flat(g_t)
 
-    def _gradient(self, rows: Tensor) -> Sequence[Tensor]:
+    def gradient(self, rows: Tensor) -> Sequence[Tensor]:
+        """Of the tail loss of `rows`, bool (N,)."""
         tail = self.step.criterion.split.tail_mask(self.targets)
         whole = bool((rows | ~tail).all())
         b = len(rows) if whole else int(rows.sum())
-        with frozen_batch_norm_statistics(self.step.model):
+        with frozen_batch_norm_statistics(self.step.model), self.autocast:
             logits = self.step.model(self.images[rows])
             loss = self.step.criterion(logits, self.targets[rows], batch_size=b)
             return torch.autograd.grad(loss.tail, self.params)
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors])
 
 
 def samples(step: TrainStep, targets: Tensor, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
