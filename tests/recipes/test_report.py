@@ -75,6 +75,38 @@ def test_equal_labels_are_told_apart_by_what_differs(tmp_path):
     assert labels == ["SGD", "ImbSAM (rho 0.05)", "ImbSAM (rho 0.1)"]
 
 
+RELEASED = {"preset": "released", "batch_norm": "twice", "rho": 0.1, "plan": "joint"}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "rows"),
+    [
+        ("sgd", {**RELEASED, "eta": 20.0, "inclusive": False, "tail_weight": 2.0}, 1),
+        ("sgd", {"lr": 0.1}, 2),
+        ("sgd-weighted", RELEASED, 1),
+        ("sgd-weighted", {"eta": 20.0}, 2),
+        ("sgd-weighted", {"tail_weight": 2.0}, 2),
+        ("imbsam", {"rho": 0.1}, 2),
+    ],
+)
+def test_settings_that_an_optimizer_does_not_read_make_no_other_row(
+    optimizer, settings, rows, tmp_path
+):
+    write_run(tmp_path / "a", [1, 2, 3], optimizer=optimizer)
+    write_run(tmp_path / "b", [1, 2, 3], optimizer=optimizer, seed=1, **settings)
+    labels = [group.label for group in one_section(tmp_path).groups]
+    assert len(labels) == rows and all("(" in label for label in labels if rows == 2)
+
+
+def test_losses_of_the_tail_are_averaged_over_runs_with_the_same_tail(tmp_path):
+    for seed, (eta, loss) in enumerate([(100.0, 1.0), (20.0, 5.0), (100.0, 2.0)]):
+        log = [{"epoch": 1, "loss": loss, "tail": loss}]
+        write_run(tmp_path / str(seed), [1, 2, 3], log=log, seed=seed, eta=eta)
+    (group,) = one_section(tmp_path).groups
+    assert group.curve("tail") == [(1, 1.5, pytest.approx(0.5**0.5))]
+    assert group.curve("loss")[0][1] == pytest.approx(8 / 3)
+
+
 def test_a_seed_that_is_there_twice_counts_once_and_is_named(tmp_path):
     write_run(tmp_path / "a", [1, 2, 3])
     write_run(tmp_path / "b", [7, 8, 9])

@@ -21,6 +21,15 @@ PLACE_KEYS = frozenset(
     ("format", "seed", "data_dir", "image_root", "device", "workers", "threads", "tensorboard",
      "cuda_graph")
 )  # fmt: skip
+# What says which classes are tail.
+TAIL_KEYS = ("eta", "inclusive")
+# What does not change a run with these optimizers, whatever it is: of the tail SGD knows nothing,
+# and its control no more than the weights.
+_PERTURBATION = ("preset", "batch_norm", "rho", "plan", "sample", "perturb_every", "gamma", "lam")
+UNREAD_KEYS = {
+    "sgd": frozenset((*_PERTURBATION, *TAIL_KEYS, "tail_weight")),
+    "sgd-weighted": frozenset(_PERTURBATION),
+}
 # What makes a data set: runs that differ in one of these are not compared.
 DATA_KEYS = (
     *("dataset", "images", "largest_class", "imbalance_factor", "train_list", "group_borders"),
@@ -109,7 +118,8 @@ class Group:
     def curve(self, key: str) -> list[tuple[int, float, float | None]]:
         """(epoch, mean, std over seeds) of a number in the log, for epochs that all runs have."""
         by_epoch: dict[int, list[float]] = {}
-        for run in self.runs:
+        runs = [run for run in self.runs if key not in ("head", "tail") or self._has_tail_of(run)]
+        for run in runs:
             for row in run.log:
                 value = row.get(key)
                 if isinstance(value, dict):  # a dictionary of accuracies
@@ -122,6 +132,10 @@ class Group:
             for epoch, values in sorted(by_epoch.items())
             if len(values) == complete
         ]
+
+    def _has_tail_of(self, run: ComparedRun) -> bool:
+        """Whether the run's tail classes are those of the group's first run."""
+        return all(run.config.get(key) == self.config.get(key) for key in TAIL_KEYS)
 
 
 @dataclass
@@ -321,7 +335,9 @@ def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:
         config = {k: v for k, v in known.items() if k not in PLACE_KEYS}
         if config.get("stage1"):  # another run's directory, whose name ends in its seed
             config["stage1"] = re.sub(r"seed\d+$", "seed", str(Path(config["stage1"])))
-        key = json.dumps(config, sort_keys=True, default=str)
+        unread = UNREAD_KEYS.get(str(config.get("optimizer")), frozenset())
+        read = {k: v for k, v in config.items() if k not in unread}
+        key = json.dumps(read, sort_keys=True, default=str)
         group = groups.setdefault(key, Group(_label(config), config, []))
         seed = run.config.get("seed")
         twin = next((r for r in group.runs if r.config.get("seed") == seed), None)
