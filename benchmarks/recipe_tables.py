@@ -284,6 +284,7 @@ LOSSES = ("recipes/digits_losses",)
 SMALL = ("recipes/cifar10_lt_small",)
 SHORT = ("recipes/cifar10_lt_small_60_epochs",)
 H100 = ("recipes/cifar10_lt_small_h100",)
+RADIUS = ("recipes/cifar10_lt_small_rho",)
 GROUP_NORM = ("recipes/cifar10_lt_small_group_norm",)
 CIFAR100 = ("recipes/cifar100_lt",)
 TABLES = {
@@ -300,6 +301,9 @@ TABLES = {
     "cifar10-lt-small-h100": Table(H100, accuracy),
     "cifar10-lt-small-h100-paired": Table(H100, paired),
     "cifar10-lt-small-h100-sharpness": Table(H100, sharpness),
+    "cifar10-lt-small-rho": Table(RADIUS, accuracy),
+    "cifar10-lt-small-rho-paired": Table(RADIUS, paired),
+    "cifar10-lt-small-rho-sharpness": Table(RADIUS, sharpness),
     "cifar10-lt-small-group-norm": Table(GROUP_NORM, accuracy),
     "cifar10-lt-small-group-norm-paired": Table(GROUP_NORM, paired),
     "cifar100-lt": Table(CIFAR100, accuracy),

@@ -159,9 +159,10 @@ __device__ __forceinline__ RowSums<T, kSmooth> thread_sums(
   const S single[1] = {has_single ? widened(row[k]) : -(S)INFINITY};
   const auto add = [&](int v, auto is_last) {
     constexpr bool kLast = decltype(is_last)::value;
-    S z[kRowUnroll][lanes];
+    constexpr int kMost = kLast ? kRowUnroll - 1 : kRowUnroll;  // packs of this round
+    S z[kMost][lanes];
 #pragma unroll
-    for (int u = 0; u < kRowUnroll; ++u) {
+    for (int u = 0; u < kMost; ++u) {
       if (!kLast || v + u * stride < layout.packs) {
         load_pack<T>(z[u], row + layout.first(v + u * stride));
       } else {
@@ -169,10 +170,10 @@ __device__ __forceinline__ RowSums<T, kSmooth> thread_sums(
         for (int j = 0; j < lanes; ++j) z[u][j] = -(S)INFINITY;
       }
     }
-    sums.add(reinterpret_cast<S(&)[kRowUnroll * lanes]>(z));
+    sums.add(reinterpret_cast<S(&)[kMost * lanes]>(z));
     if constexpr (kSmooth) {
 #pragma unroll
-      for (int u = 0; u < kRowUnroll; ++u)
+      for (int u = 0; u < kMost; ++u)
         if (!kLast || v + u * stride < layout.packs)
           sums.add_weighted(z[u], w ? w + layout.first(v + u * stride) : nullptr);
     }
@@ -194,10 +195,13 @@ constexpr int kRowsSummed = 4096;  // by a block; by the last one up to twice as
 struct LossSums {
   double head = 0, tail = 0, counted = 0;
 
+  // For thread 0 alone, once in a kernel.
   __device__ __forceinline__ void add_up() {
-    head = block_sum(head);
-    tail = block_sum(tail);
-    counted = block_sum(counted);
+    double sums[3] = {head, tail, counted};
+    sum_for_first_thread<kRowThreads>(sums);
+    head = sums[0];
+    tail = sums[1];
+    counted = sums[2];
   }
   template <class S>
   __device__ __forceinline__ void write(double batch_size, S* head_at, S* tail_at, S* b) const {

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int lists = 2 + kMaster + kHeld, lanes = Pack<T>::kLanes;
   double squared_norm = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) squared_norm += partials[i];
-  const S scale = perturbation_scale<S>(block_sum(squared_norm), rho);
+  const S scale = perturbation_scale<S>(block_sum<kThreads>(squared_norm), rho);
   for_each_tile<T, true>(table, [&](const Span<T, lists>& tile) {
     T *theta = tile.data[0], *g_t = tile.data[1];
     const W* from = tile.template as<W>(kMaster ? 2 : 0);

@@ -5,10 +5,11 @@ namespace imbsam {
 namespace cuda {
 
 // op over the values of all threads; every thread gets the result. To be called by all threads of
-// a block of whole warps.
-template <class V, class Op>
+// a block of whole warps, at most kMostThreads.
+template <int kMostThreads, class V, class Op>
 __device__ __forceinline__ V block_reduce(V x, V identity, Op op) {
-  __shared__ V of_warp[32];
+  constexpr int kMostWarps = kMostThreads / 32;
+  __shared__ V of_warp[kMostWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2)
@@ -18,7 +19,7 @@ __device__ __forceinline__ V block_reduce(V x, V identity, Op op) {
   if (warp == 0) {
     x = lane < warps ? of_warp[lane] : identity;
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2)
+    for (int distance = kMostWarps / 2; distance > 0; distance /= 2)
       x = op(x, __shfl_down_sync(0xffffffffu, x, distance));
     if (lane == 0) of_warp[0] = x;
   }
@@ -28,23 +29,26 @@ __device__ __forceinline__ V block_reduce(V x, V identity, Op op) {
   return x;
 }
 
+template <int kMostThreads>
 __device__ __forceinline__ double block_sum(double x) {
-  return block_reduce(x, 0.0, [](double a, double b) { return a + b; });
+  return block_reduce<kMostThreads>(x, 0.0, [](double a, double b) { return a + b; });
 }
 
 // The sums of n numbers over all threads, for thread 0 alone and with one barrier. To be called at
-// most once in a kernel, by all threads of a block of whole warps.
-template <int n>
+// most once in a kernel, by all threads of a block of whole warps, at most kMostThreads.
+template <int kMostThreads, int n>
 __device__ __forceinline__ void sum_for_first_thread(double (&x)[n]) {
-  __shared__ double of_warp[n][32];
+  constexpr int kMostWarps = kMostThreads / 32;
+  __shared__ double of_warp[n][kMostWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const auto sum_lanes = [&] {
+  const auto sum_lanes = [&](int most) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
 #pragma unroll
-      for (int i = 0; i < n; ++i) x[i] += __shfl_down_sync(0xffffffffu, x[i], distance);
+      for (int i = 0; i < n; ++i)
+        if (distance < most) x[i] += __shfl_down_sync(0xffffffffu, x[i], distance);
   };
-  sum_lanes();
+  sum_lanes(32);
 #pragma unroll
   for (int i = 0; i < n; ++i)
     if (lane == 0) of_warp[i][warp] = x[i];
@@ -52,7 +56,7 @@ __device__ __forceinline__ void sum_for_first_thread(double (&x)[n]) {
   if (warp != 0) return;
 #pragma unroll
   for (int i = 0; i < n; ++i) x[i] = lane < warps ? of_warp[i][lane] : 0.0;
-  sum_lanes();
+  sum_lanes(kMostWarps);
 }
 
 // What one thread computes for its block, anew where the key is another one than before. To be

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   const int classes = (int)s.classes;
   const T* row = logits + i * s.row_stride;
   RowSums<T, kSmooth> all = thread_sums<T, kSmooth>(row, classes, labels.class_weight);
-  const S max = block_reduce(all.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
+  const S max = block_reduce<kRowThreads>(all.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
   all.raise(max);
   PartSums<double> of;
   const bool mine = add_labels(of, row, labels.q + i * labels.stride, labels, classes, max);
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
     sums[7] = all.weighted;
     sums[8] = all.weights;
   }
-  sum_for_first_thread(sums);
+  sum_for_first_thread<kRowThreads>(sums);
   if (threadIdx.x != 0) return;
 
   const double log_sum = log(sums[0]);

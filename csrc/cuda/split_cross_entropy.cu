@@ -27,14 +27,17 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   const int64_t i = blockIdx.x;
   const T* row = logits + i * s.row_stride;
   RowSums<T, kSmooth> sums = thread_sums<T, kSmooth>(row, (int)s.classes, class_weight);
-  const S max = block_reduce(sums.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
+  const S max = block_reduce<kRowThreads>(sums.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
   sums.raise(max);
-  const double exp_sum = block_sum((double)sums.exp_sum);
-  const double weighted = kSmooth ? block_sum(sums.weighted) : 0;
-  const double weights = kSmooth ? block_sum(sums.weights) : 0;
+  double of_row[kSmooth ? 3 : 1] = {(double)sums.exp_sum};
+  if constexpr (kSmooth) {
+    of_row[1] = sums.weighted;
+    of_row[2] = sums.weights;
+  }
+  sum_for_first_thread<kRowThreads>(of_row);
   if (threadIdx.x != 0) return;
 
-  const double log_sum = log(exp_sum);
+  const double log_sum = log(of_row[0]);
   lse[2 * i] = max;
   lse[2 * i + 1] = (S)log_sum;
   const int y = label_of(targets[i], s);
@@ -42,7 +45,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   if (y >= 0) {
     const double hard = (1 - s.label_smoothing) * (class_weight ? (double)class_weight[y] : 1.0);
     loss = hard * ((double)max - (double)widened(row[y]) + log_sum);
-    if (kSmooth) loss += s.label_smoothing / (double)s.classes * (weights * log_sum - weighted);
+    if constexpr (kSmooth)
+      loss += s.label_smoothing / (double)s.classes * (of_row[2] * log_sum - of_row[1]);
   }
   losses[i] = loss;
 }

@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kSumThreads)
     squares.add(chunk, Products<T>{chunk.data[0], chunk.data[1]});
   else
     squares.add(chunk, Gradients<T>{chunk.data[0]});
-  const double sum = block_sum(squares.sum);
+  const double sum = block_sum<kSumThreads>(squares.sum);
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const Span<T, 2> chunk(table, blockIdx.x, kChunk);
   SquareSum<T> squares;
   squares.add(chunk, SumsOfGradients<T>{chunk.data[0], chunk.data[1]});
-  const double sum = block_sum(squares.sum);
+  const double sum = block_sum<kSumThreads>(squares.sum);
   const bool found = __syncthreads_or(!squares.finite);
   if (threadIdx.x == 0) {
     partials[blockIdx.x] = sum;
