@@ -30,8 +30,8 @@ ARCHITECTURE = "compute_90"
 SECONDS = 20  # of CPU time, after which a mutant counts as caught in an endless loop
 SEEDS = (1, 2, 3)
 
-# A part of the kernel's name and of the source line, or of the name of a file that is not ours -> why
-# the change is harmless.
+# A part of the kernel's name and of the source line (of the file's name where that is not ours) ->
+# why the change is harmless.
 _ONE_SUM = "the kernel reduces once: nobody writes of_warp again"
 _LOADED = "whether a single is loaded; whether it is added is asked again"
 HARMLESS: dict[tuple[str, str], str] = {
@@ -97,9 +97,10 @@ def perturbed(kernel: str) -> list[Tensor]:
     return found
 
 
-# Rows, classes, label smoothing: rows of 1,003 begin at every place beside an aligned one; one row has so many classes that threads meet a higher maximum in
-# each of their loops, and no class weights. Rows of 1,004 and 15,001 have a spike each. More rows than
-# a block adds up take long, and only the kernels that add up rows need them.
+# Rows, classes, label smoothing. Rows of 1,003 begin at every place beside an aligned one. In the
+# row of 15,000 threads meet a higher maximum in each of their loops, without class weights.
+# Rows of 1,004 and 15,001 have a spike each. More rows than a block adds up take long, and only the
+# kernels that add up rows need them.
 ROWS = (
     *((5, 1003, 0.0), (14, 1003, 0.1), (15, 1003, 0.1), (16, 1003, 0.0)),
     *((1, 15_000, 0.0), (1, 15_000, 0.1), (9, 7, 0.1)),

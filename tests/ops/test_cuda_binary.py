@@ -213,7 +213,7 @@ def test_exponentials_of_half_dtypes(compiled: dict[str, Kernel], dtype: str) ->
     """
     kernel = compiled[f"row_losses_kernel<{dtype}>"]
     assert kernel.count("FFMA") <= 1
-    assert kernel.count("MUFU.EX2") >= 64  # of two rounds of 4 packs
+    assert kernel.count("MUFU.EX2") >= 56  # of rounds of 4 packs and of 3
     assert compiled["row_losses_kernel<float>"].count("FFMA") > 64
 
 
