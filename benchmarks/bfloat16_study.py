@@ -6,7 +6,8 @@ The correction is what the perturbation adds to the tail's gradient, g_p - g_t. 
 weights of a pass to 8 bits, and with them an epsilon that is small beside the weights. On batches
 with tail rows of each finished run of `imbsam-fast train`, with its network's final weights, both
 gradients and the correction under bfloat16 autocast are compared with those in float32: the cosine,
-and the ratio of the norms.
+and the ratio of the norms, in the median over batches. benchmarks/results/studies/bfloat16.json is
+read by `python -m benchmarks.report`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.correction_study import RHO, Corrections, flat
+from benchmarks.tables import Lines, Table, commit, markdown, software
 from imbsam_fast.env import environment
 from imbsam_fast.recipes.data.datasets import load
 from imbsam_fast.recipes.run_directory import RunDirectory
@@ -31,6 +34,7 @@ from imbsam_fast.recipes.settings.config import RunConfig
 from imbsam_fast.recipes.train.training import ImageTraining
 from imbsam_fast.training.train_step import TrainStep
 
+NAMES = ("g_t", "g_p", "g_p - g_t")
 Compared = dict[str, tuple[float, float]]  # vector -> cosine and ratio of norms
 
 
@@ -41,7 +45,7 @@ def compared(step: TrainStep, images: Tensor, targets: Tensor) -> Compared:
     for dtype in (None, torch.bfloat16):
         corrections = Corrections(step, images, targets, dtype)
         g_t, correction = flat(corrections.gradient(everybody)), corrections.of(everybody)
-        vectors.append({"g_t": g_t, "g_p": g_t + correction, "g_p - g_t": correction})
+        vectors.append(dict(zip(NAMES, (g_t, g_t + correction, correction))))
     exact, rounded = vectors
     return {
         name: (
@@ -68,6 +72,40 @@ def measure(path: Path, data_dir: Path, batches: int) -> list[Compared]:
     return [compared(step, x, y) for x, y in islice(with_tail, batches)]
 
 
+class Study(NamedTuple):
+    """What `main` wrote."""
+
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+
+def read(path: Path) -> Study:
+    return Study(**json.loads(path.read_text()))
+
+
+def table(study: Study) -> Lines:
+    """bfloat16 beside float32: the cosine, and the ratio of the norms."""
+    rows = [
+        (f"{row['dataset']}, {row['images']} images, {row['model']}: {row['label']}",
+         str(row["batches"]),
+         *(f"{row[name]['cosine']:.3f} ({row[name]['norm_ratio']:.3f})" for name in NAMES))
+        for row in study.rows
+    ]  # fmt: skip
+    return markdown(("cosine (norm)", "batches", *NAMES), rows)
+
+
+def provenance(study: Study) -> str:
+    e = study.environment
+    return (
+        f"Measured (bfloat16_study): {e['machine']['cpu']}, rho {study.settings['rho']:g}; "
+        f"{software(e)}; {commit(e)}, {e['date'][:10]}."
+    )
+
+
+TABLES = {"bfloat16": Table(("studies/bfloat16",), table)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bfloat16_study")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
@@ -83,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = {key: run.config[key] for key in ("label", "seed", "dataset", "images", "model")}
         row["batches"] = len(found)
         print(f"{row['label']}, seed {row['seed']}, {row['model']}, {len(found)} batches")
-        for name in found[0]:
+        for name in NAMES:
             cosine, ratio = (median(batch[name][i] for batch in found) for i in (0, 1))
             row[name] = {"cosine": cosine, "norm_ratio": ratio}
             print(f"  {name}: cosine {cosine:.3f}, norm {ratio:.3f} times that in float32")

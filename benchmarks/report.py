@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    bfloat16_study,
     distributed_tables,
     documents,
     gpu_tables,
@@ -34,9 +35,10 @@ TABLES = {
     **distributed_tables.TABLES,
     **input_tables.TABLES,
     **recipe_tables.TABLES,
+    **bfloat16_study.TABLES,
 }
 NOT_MEASURED = "Not measured."
-Results = dict[str, Any]  # a Report, GpuReport or RecipeReport by its file, without suffix
+Results = dict[str, Any]  # a Report, GpuReport, RecipeReport or Study by its file, without suffix
 WORD = "results"
 MARKER = documents.marker(WORD)
 
@@ -63,8 +65,10 @@ def provenance(reports: Sequence[Any]) -> Lines:
 
 
 def _provenance(
-    report: Report | gpu_timing.GpuReport | recipe_tables.RecipeReport,
+    report: Report | gpu_timing.GpuReport | recipe_tables.RecipeReport | bfloat16_study.Study,
 ) -> str:
+    if isinstance(report, bfloat16_study.Study):
+        return bfloat16_study.provenance(report)
     if isinstance(report, recipe_tables.RecipeReport):
         return recipe_tables.provenance(report)
     if isinstance(report, gpu_timing.GpuReport):
@@ -99,6 +103,8 @@ def load_results(directory: Path) -> Results:
         found[f"gpu/{path.stem}"] = measured
     for path in sorted(directory.glob("recipes/*.json")):
         found[f"recipes/{path.stem}"] = recipe_tables.load(path)
+    for path in sorted(directory.glob("studies/bfloat16.json")):
+        found["studies/bfloat16"] = bfloat16_study.read(path)
     return found
 
 
