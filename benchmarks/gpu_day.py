@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu_day PIECE [--dry-run] [--minutes M] [--data DIR] [--out DIR] [--again]
 
-a: build, every operation once, the suite, a file at a time. b: bad addresses and races, by
-compute-sanitizer. c: operations beside their peers. d: whole training steps. e: CIFAR100-LT in
-full, a run at a time, from packed archives in --data. What became of each task is written to
-OUT/gpu_day_PIECE.json as soon as it is known. Exits 0 where all is done, 1 where something failed,
-75 where time was up: the same command goes on. A dry run takes each task small and on the CPU, and
-measures nothing.
+a: build, every operation once, the suite, with pytest-xdist a directory at a time, else a file.
+b: bad addresses and races, by compute-sanitizer. c: operations beside their peers. d: whole
+training steps. e: CIFAR100-LT in full, a run at a time, from packed archives in --data.
+
+What became of each task is written to OUT/gpu_day_PIECE.json as soon as it is known. Exits 0 where
+all is done, 1 where something failed, 75 where time was up: the same command goes on. A dry run
+takes each task small and on the CPU, and measures nothing.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Task:
     resumes: bool = False
     says: str = ""
     codes: tuple[int, ...] = (0,)
+    stop: signal.Signals = signal.SIGTERM  # that it is asked to end by
 
     def missing(self, dry: bool) -> list[str]:
         needs = self.needs if dry else (*self.needs, *self.on_gpu)
@@ -112,13 +114,33 @@ def build_and_test() -> list[Task]:
     tasks.append(Task("build", build, build, needs, environment={"IMBSAM_CUDA": "ON"}))
     small = [PYTHON, "-m", "tests.gpu_small_run"]
     tasks.append(Task("every operation", small, [*small, "--dry-run"], says=AGREES))
-    pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider"]
+    return [*tasks, *suite(find_spec("xdist") is not None)]
+
+
+def suite(on_all_cores: bool) -> list[Task]:
+    """The tests: a directory at a time on all cores, else a file.
+
+    On Ctrl-C pytest names what has failed by then.
+    """
+    # The names of what failed are the last words, which are kept.
+    pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-q", "-rfE"]
+    pytest += ["--tb=short"]
+    together = ["--numprocesses", "auto", "--dist", "loadfile"]
+    groups: dict[str, list[str]] = {}
+    tasks = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        name = str(path.relative_to(ROOT))
-        needs = ("pytest", *_imports(path))
-        quick = [*pytest, "-m", "quick", name]  # of some files nothing is
-        tasks.append(Task(name, [*pytest, name], quick, needs, codes=(0, NO_TESTS)))
-    return tasks
+        name, needs = str(path.relative_to(ROOT)), _imports(path)
+        if on_all_cores and all(find_spec(need) for need in needs):
+            groups.setdefault(str(path.parent.relative_to(ROOT)), []).append(name)
+        else:
+            tasks.append((name, [*pytest, name], needs))
+    tasks += [(group, [*pytest, *together, *files], []) for group, files in groups.items()]
+    return [
+        # Of some files no test is quick.
+        Task(name, command, [*command, "-m", "quick"], ("pytest", *needs), codes=(0, NO_TESTS),
+             stop=signal.SIGINT)
+        for name, command, needs in tasks
+    ]  # fmt: skip
 
 
 def _imports(path: Path) -> list[str]:
@@ -235,9 +257,9 @@ def _outcome(task: Task, command: list[str], end: float) -> Outcome:
         output, _ = process.communicate(timeout=max(1.0, end - start))
     except subprocess.TimeoutExpired:
         stopped = True
-        output = _stop(process)
+        output = _stop(process, task.stop)
     except BaseException:
-        _stop(process)
+        _stop(process, task.stop)
         raise
     if stopped:
         status = "unfinished"
@@ -247,9 +269,9 @@ def _outcome(task: Task, command: list[str], end: float) -> Outcome:
     return Outcome(status, time.monotonic() - start, output[-TAIL:])
 
 
-def _stop(process: subprocess.Popen) -> str:
-    """SIGTERM, upon which a training leaves a checkpoint; what has not ended by then is killed."""
-    os.killpg(process.pid, signal.SIGTERM)
+def _stop(process: subprocess.Popen, how: signal.Signals) -> str:
+    """A signal upon which a training leaves a checkpoint; what has not ended by then is killed."""
+    os.killpg(process.pid, how)
     try:
         return process.communicate(timeout=TO_STOP - 5)[0]
     except subprocess.TimeoutExpired:

@@ -76,6 +76,36 @@ def test_what_fails_keeps_the_rest_from_nothing_and_is_tried_again_when_asked(
     assert run(tasks, record, 60, dry=False, again=True) == 0
 
 
+TESTS = """
+import time
+def test_fails(): assert False
+def test_waits(): time.sleep(60)
+"""
+
+
+@pytest.mark.slow  # starts processes
+def test_tests_that_are_stopped_name_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_day, "TO_STOP", 10.0)
+    (tmp_path / "test_it.py").write_text(TESTS)
+    (task,) = (t for t in gpu_day.suite(False) if t.name == "tests/test_split.py")
+    task.command = [*task.command[:-1], "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
+    record = Record(tmp_path / "record.json")
+    assert run([task], record, 18, dry=False, again=False) == gpu_day.UNFINISHED
+    (outcome,) = record.outcomes.values()
+    assert outcome.status == "unfinished" and "test_it.py::test_fails" in outcome.output
+
+
+def test_the_suite_is_whole_in_files_and_in_directories() -> None:
+    def files(tasks: list[Task]) -> list[str]:
+        return sorted(word for t in tasks for word in t.command if word.endswith(".py"))
+
+    alone, together = gpu_day.suite(False), gpu_day.suite(True)
+    assert files(alone) == files(together) == sorted(t.name for t in alone)
+    assert len(together) < len(alone) / 5
+
+
 def test_a_dry_run_takes_the_dry_command(tmp_path: Path) -> None:
     tasks = [Task("both", python("raise SystemExit(1)"), python("")), Task("one", python("1/0"))]
     record = Record(tmp_path / "record.json")
@@ -119,8 +149,8 @@ def test_the_pieces(tmp_path: Path) -> None:
     assert list(pieces) == ["a", "b", "c", "d", "e"]
     for tasks in pieces.values():
         assert tasks and len({task.name for task in tasks}) == len(tasks)
-    suite = {t.name for t in pieces["a"]}
-    assert {"build", "every operation", "tests/bench/test_gpu_day.py"} <= suite
+    assert {"build", "every operation"} <= {t.name for t in pieces["a"]}
+    assert any("tests/bench/test_gpu_day.py" in t.command for t in pieces["a"])
     assert len(pieces["b"]) == 8
     assert len(pieces["e"]) == 3 * len(gpu_day.RUNS)
     for task in pieces["e"]:
