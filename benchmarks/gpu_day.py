@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,7 @@ WHEELS = ROOT / "build" / "gpu_wheels"  # what `make gpu-wheels` fetched where t
 MINUTES = 7.5
 TO_STOP = 20.0  # seconds that a task gets to leave a checkpoint
 UNFINISHED = 75
-TAIL = 4000  # characters of a task's output that are kept
+TAIL = 20_000  # characters of a task's output that are kept: also the names of many tests
 
 NO_TESTS = 5  # what pytest exits with where it has none to run
 AGREES = "and agrees with the reference"  # the last words of tests/gpu_small_run.py
@@ -78,6 +78,7 @@ class Task:
     says: str = ""
     codes: tuple[int, ...] = (0,)
     stop: signal.Signals = signal.SIGTERM  # that it is asked to end by
+    parts: list[Task] = field(default_factory=list)  # what is done instead, where it did not end
 
     def missing(self, dry: bool) -> list[str]:
         needs = self.needs if dry else (*self.needs, *self.on_gpu)
@@ -126,21 +127,27 @@ def suite(on_all_cores: bool) -> list[Task]:
     pytest = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-o", "addopts=", "-q", "-rfE"]
     pytest += ["--tb=short"]
     together = ["--numprocesses", "auto", "--dist", "loadfile"]
-    groups: dict[str, list[str]] = {}
+
+    def task(name: str, words: list[str], needs: list[str], parts: Sequence[Task] = ()) -> Task:
+        command = [*pytest, *words]
+        return Task(
+            name, command, [*command, "-m", "quick"], ("pytest", *needs), parts=list(parts),
+            codes=(0, NO_TESTS),  # of some files no test is quick
+            stop=signal.SIGINT,
+        )  # fmt: skip
+
+    groups: dict[str, list[Task]] = {}
     tasks = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         name, needs = str(path.relative_to(ROOT)), _imports(path)
+        alone = task(name, [name], needs)
         if on_all_cores and all(find_spec(need) for need in needs):
-            groups.setdefault(str(path.parent.relative_to(ROOT)), []).append(name)
+            groups.setdefault(str(path.parent.relative_to(ROOT)), []).append(alone)
         else:
-            tasks.append((name, [*pytest, name], needs))
-    tasks += [(group, [*pytest, *together, *files], []) for group, files in groups.items()]
-    return [
-        # Of some files no test is quick.
-        Task(name, command, [*command, "-m", "quick"], ("pytest", *needs), codes=(0, NO_TESTS),
-             stop=signal.SIGINT)
-        for name, command, needs in tasks
-    ]  # fmt: skip
+            tasks.append(alone)
+    for group, parts in groups.items():
+        tasks.append(task(group, [*together, *(part.name for part in parts)], [], parts))
+    return tasks
 
 
 def _imports(path: Path) -> list[str]:
@@ -219,6 +226,15 @@ class Record:
         unfinished.replace(self.path)
         print(f"{outcome.status:10} {outcome.seconds:6.0f} s  {name}", flush=True)
 
+    def as_parts(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """With the parts of a task that did not end in its place: it would begin anew."""
+        for task in tasks:
+            known = self.outcomes.get(task.name)
+            if task.parts and known is not None and known.status == "unfinished":
+                yield from task.parts
+            else:
+                yield task
+
     def is_open(self, name: str, again: bool) -> bool:
         status = self.outcomes[name].status if name in self.outcomes else "unfinished"
         return status == "unfinished" or (again and status == "failed")
@@ -227,6 +243,7 @@ class Record:
 def run(tasks: Sequence[Task], record: Record, seconds: float, dry: bool, again: bool) -> int:
     """Run what is open, in order, as long as there is time."""
     end = time.monotonic() + seconds
+    tasks = list(record.as_parts(tasks))
     for task in tasks:
         if not record.is_open(task.name, again):
             continue

@@ -24,12 +24,14 @@ def operations(report: GpuReport) -> Lines:
 
 
 def steps(report: GpuReport) -> Lines:
-    """Times are also counted in steps of the SGD of the same contest, or of the eager one."""
+    """Times are also counted in steps of SGD: eager, or compiled beside compiled steps."""
     unit = {r.contest: r.ms for r in report.results if r.contestant == "SGD"}
     eager = {contest.rpartition(": ")[0]: ms for contest, ms in reversed(unit.items())}
 
     def cells(r: Result) -> Cells:
-        sgd = unit.get(r.contest) or eager.get(r.contest.rpartition(": ")[0])
+        network, _, kind = r.contest.rpartition(": ")
+        sgd = None if kind == "CUDA graph" else unit.get(r.contest)
+        sgd = sgd or eager.get(network)
         in_sgd = NO_VALUE if sgd is None else f"{r.ms / sgd:.2f}"
         images = NO_VALUE if r.images_per_s is None else f"{r.images_per_s:.0f}"
         # What a graph needs it has held since it was captured.

@@ -193,7 +193,8 @@ def report(**more: float) -> gpu_timing.GpuReport:
             gb_per_s=2000.4, percent_of_copy=88.6, images_per_s=1234.5, samples_ms=[ms],
         )
         for kind, who, ms in (
-            ("eager", "SGD", 100.0), ("eager", "ours", 150.0), ("CUDA graph", "ours", 120.0)
+            ("eager", "SGD", 100.0), ("eager", "ours", 150.0),
+            ("CUDA graph", "SGD", 50.0), ("CUDA graph", "ours", 120.0),
         )
     ]  # fmt: skip
     return gpu_timing.GpuReport(environment, 50, 2300.0, results)
@@ -210,7 +211,8 @@ def test_a_saved_report_fills_the_tables(tmp_path: Path) -> None:
         "**net: eager** |  |  |  |  |  |\n| SGD | 100 | 1.00 | 7 | 2000 | 89 % |",
         "| ours | 150 | 1.50 | 7 | 2000 | 89 % |",
         "| ours | 150 | 1.50 | 1234 | 3.21 | 7 |",
-        "| ours | 120 | 1.20 | 1234 | - | 7 |",  # in steps of the eager SGD
+        "| SGD | 50 | 0.50 | 1234 | - | 7 |",  # in steps of the eager SGD
+        "| ours | 120 | 1.20 | 1234 | - | 7 |",
     ):
         assert row in filled
     assert "Measured (bench_gpu_steps): Loom 9; copy 2300 GB/s; imbsam-fast 1.2.3" in filled

@@ -97,6 +97,19 @@ def test_tests_that_are_stopped_name_what_failed(
     assert outcome.status == "unfinished" and "test_it.py::test_fails" in outcome.output
 
 
+def test_what_did_not_end_goes_on_in_parts(tmp_path: Path) -> None:
+    parts = [Task("a", python("")), Task("b", python(""))]
+    record = Record(tmp_path / "record.json")
+    record.note("both", gpu_day.Outcome("unfinished"))
+    tasks = [
+        Task("both", python("1/0"), parts=parts),
+        Task("done at once", python(""), parts=parts),
+    ]
+    assert run(tasks, record, 60, dry=False, again=False) == 0
+    ended = {"a": "done", "b": "done", "done at once": "done"}
+    assert statuses(record) == {"both": "unfinished", **ended}
+
+
 def test_the_suite_is_whole_in_files_and_in_directories() -> None:
     def files(tasks: list[Task]) -> list[str]:
         return sorted(word for t in tasks for word in t.command if word.endswith(".py"))
@@ -104,6 +117,8 @@ def test_the_suite_is_whole_in_files_and_in_directories() -> None:
     alone, together = gpu_day.suite(False), gpu_day.suite(True)
     assert files(alone) == files(together) == sorted(t.name for t in alone)
     assert len(together) < len(alone) / 5
+    parts = sorted(part.name for task in together for part in task.parts or [task])
+    assert parts == sorted(task.name for task in alone)
 
 
 def test_a_dry_run_takes_the_dry_command(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Whether the checks of the PTX would see a wrong kernel: mutants of perturb_, all its barriers.
 
-All of them, of the sums and the loss too: `python -m cuda_on_host.mutants` in tests/, in minutes.
+Those of other kernels too: `python -m cuda_on_host.mutants` in tests/, in minutes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 
 import pytest
+import torch
 from cuda_on_host import build
 from cuda_on_host.translate import Mutation
 
@@ -27,8 +28,11 @@ SHARE = 40  # one of so many operators and indices
 @pytest.fixture(scope="module")
 def host() -> Iterator[build.Host]:
     before = native_cuda._C, native_cuda._on
+    threads = torch.get_num_threads()
     yield mutants.prepared()
     native_cuda._C, native_cuda._on = before
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
 
 
 def is_drawn(mutation: Mutation) -> bool:

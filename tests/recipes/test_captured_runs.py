@@ -67,6 +67,7 @@ def trained(config: RunConfig, path: Any, ranks: Ranks = ALONE) -> RunDirectory:
 
 CASES: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd"},
+    "sgd in float16": {"optimizer": "sgd", "amp": "fp16"},
     "sgd with weights": {"optimizer": "sgd-weighted", "method": "wb"},
     "imbsam": {},
     "sam": {"optimizer": "sam", "plan": "joint", "warmup_epochs": 1, "tail_weight": 2.0},
@@ -113,12 +114,12 @@ def learning_rate(training: ImageTraining) -> Any:
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("optimizer", ["sgd", "imbsam"])
+@pytest.mark.parametrize(("optimizer", "amp"), [("sgd", "off"), ("sgd", "fp16"), ("imbsam", "off")])
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("after", [True, False])
-def test_a_stopped_run_goes_on_with_graphs_and_without(before, after, optimizer, tmp_path):
+def test_a_stopped_run_goes_on_with_graphs_and_without(before, after, optimizer, amp, tmp_path):
     """Its learning rate is what its steps read then, and the same."""
-    chosen = settings(epochs=2, optimizer=optimizer)
+    chosen = settings(epochs=2, optimizer=optimizer, amp=amp)
     whole = trained(replace(chosen, cuda_graph=False), tmp_path / "whole")
     run = RunDirectory.create(tmp_path / "run", chosen.to_dict())
     begun = ImageTraining(replace(chosen, cuda_graph=before), tiny_images())

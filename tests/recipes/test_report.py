@@ -138,9 +138,9 @@ def test_data_sets_are_not_mixed(tmp_path):
 
 def test_differences_lists_settings_that_vary_and_no_other(tmp_path):
     write_run(tmp_path / "a", [1, 2, 3])
-    write_run(tmp_path / "b", [1, 2, 3], label="SAM", optimizer="sam", gamma=2.0)
+    write_run(tmp_path / "b", [1, 2, 3], label="SAM", optimizer="sam", beta=2.0)
     table = differences(one_section(tmp_path).groups)
-    assert table == {"optimizer": ["sgd", "sam"], "gamma": ["-", "2"]}
+    assert table == {"optimizer": ["sgd", "sam"], "beta": ["-", "2"]}
 
 
 # ---------------------------------------------------------------- damaged and unfinished runs

@@ -76,6 +76,17 @@ def section(tmp_path: Path) -> Section:
     return one_section(tmp_path)
 
 
+def test_the_baseline_is_chosen_by_what_its_runs_read(tmp_path):
+    settings = {"preset": "released", "eta": 20.0, "lr": 0.1}
+    write_run(tmp_path / "a", [1, 2, 3], preset="paper", lr=0.1)
+    write_run(tmp_path / "b", [1, 2, 3], **{**settings, "seed": 1})
+    write_run(tmp_path / "c", [1, 2, 3], **{**settings, "lr": 0.01})
+    write_run(tmp_path / "imbsam", [1, 2, 3], **settings, **IMBSAM)
+    groups = one_section(tmp_path).groups
+    assert [g.label for g in groups] == ["SGD (lr 0.1)", "SGD (lr 0.01)", "ImbSAM"]
+    assert len(groups[0].runs) == 2 and baseline(groups[2], groups) is groups[0]
+
+
 def test_differences_are_those_of_equal_seeds(section):
     sgd, weighted, imbsam = section.groups
     assert baseline(imbsam, section.groups) is sgd and control(imbsam, section.groups) is weighted

@@ -65,11 +65,15 @@ class Fault(NamedTuple):
 
 @dataclass
 class Group:
-    """The runs of one configuration, which differ in their seed."""
+    """The runs of one configuration: their seeds differ, and settings that it does not read."""
 
     label: str
-    config: dict[str, Any]
+    config: dict[str, Any]  # of the first run
     runs: list[ComparedRun]
+
+    def reads(self, key: str) -> bool:
+        """Whether the setting changes what these runs compute."""
+        return key not in UNREAD_KEYS.get(str(self.config.get("optimizer")), ())
 
     @property
     def finished(self) -> list[ComparedRun]:
@@ -335,10 +339,9 @@ def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:
         config = {k: v for k, v in known.items() if k not in PLACE_KEYS}
         if config.get("stage1"):  # another run's directory, whose name ends in its seed
             config["stage1"] = re.sub(r"seed\d+$", "seed", str(Path(config["stage1"])))
-        unread = UNREAD_KEYS.get(str(config.get("optimizer")), frozenset())
-        read = {k: v for k, v in config.items() if k not in unread}
-        key = json.dumps(read, sort_keys=True, default=str)
-        group = groups.setdefault(key, Group(_label(config), config, []))
+        alone = Group(_label(config), config, [])
+        read = {k: v for k, v in config.items() if alone.reads(k)}
+        group = groups.setdefault(json.dumps(read, sort_keys=True, default=str), alone)
         seed = run.config.get("seed")
         twin = next((r for r in group.runs if r.config.get("seed") == seed), None)
         if twin is None:
@@ -365,7 +368,7 @@ def _order(group: Group) -> tuple:
         str(group.config.get("method", "")),
         group.config.get("loss", "ce") != "ce",
         OPTIMIZER_ORDER.index(optimizer) if known else len(OPTIMIZER_ORDER),
-        *(float(group.config.get(key) or 0) for key in ("eta", "rho")),
+        *(float(group.config.get(key) or 0) * group.reads(key) for key in ("eta", "rho")),
         group.label,
     )
 
@@ -385,15 +388,15 @@ def _tell_apart(groups: Sequence[Group]) -> None:
 def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
     """Setting -> its value in every group, for the settings that are not equal in all.
 
-    "-" stands for a setting that a group does not have.
+    "-" stands for a setting that a group does not have, or does not read.
     """
     keys = dict.fromkeys(key for group in groups for key in group.config)
-    table = {key: [_text(group.config.get(key, "-")) for group in groups] for key in keys}
-    return {
-        key: texts
-        for key, texts in table.items()
-        if key not in ("label", "name") and len(set(texts)) > 1
-    }
+    found = {}
+    for key in keys:
+        read = [_text(g.config.get(key, "-")) for g in groups if g.reads(key)]
+        if key not in ("label", "name") and len(set(read)) > 1:
+            found[key] = [_text(g.config.get(key, "-")) if g.reads(key) else "-" for g in groups]
+    return found
 
 
 def _text(value: Any) -> str:
@@ -413,6 +416,8 @@ def families(groups: Sequence[Group]) -> list[Family]:
     for group in groups:
         eta, rho = group.config.get("eta"), group.config.get("rho")
         if not group.finished or eta is None or rho is None:
+            continue
+        if not (group.reads("eta") and group.reads("rho")):
             continue
         rest = {k: v for k, v in group.config.items() if k not in ("eta", "rho", "label")}
         key = json.dumps(rest, sort_keys=True, default=str)

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options on `parser`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
                         help="run directories of `imbsam-fast train`, or directories that hold "
-                        "some at any depth; runs that differ in their seed alone are one row, "
-                        "mean ± standard deviation")  # fmt: skip
+                        "some at any depth; runs that differ in their seed alone, or in what they "
+                        "do not read, are one row, mean ± standard deviation")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="also write one HTML page with the pictures, which needs no "
                         "network")  # fmt: skip

@@ -114,6 +114,19 @@ def make_trainer(
     return Trainer(optimizer, step)
 
 
+def make_momentum(sgd: torch.optim.SGD) -> None:
+    """Zeros where a fused SGD has no momentum yet, with which its first step is the same.
+
+    torch's own is not initialised where a gradient scaler skips the first step.
+    """
+    for group in sgd.param_groups:
+        if not (group["fused"] and group["momentum"]):
+            continue
+        for p in group["params"]:
+            if sgd.state[p].get("momentum_buffer") is None:
+                sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 def _mean_loss(
     config: RunConfig, counts: Sequence[int], class_weight: Tensor | None
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -137,6 +150,7 @@ def _plain_step(
     scaler = options.grad_scaler or torch.amp.GradScaler(enabled=False)
 
     def step(images: Tensor, targets: Tensor) -> StepResult:
+        make_momentum(sgd)
         with autocast:
             logits = model(images)
             loss = mean_loss(logits, targets.to(images.device, non_blocking=True))
