@@ -57,6 +57,7 @@ HARMLESS: dict[str, dict[str, str]] = {
         "sm_30_intrinsics.hpp": "the lower half of a double: less than a float keeps",
     },
     "row_losses_kernelfLb0E": {"(1 - s.label_smoothing)": "it is 0"},
+    "row_losses_kernelfLb1E": {"single, w ? w + k : nullptr": "only compared with null"},
     "row_gradients_kernel": {
         "if (threadIdx.x == 0) shared =": "all others would write the same",
         "packs = whole > 0 ? whole": "a row has as many classes",
