@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,9 +37,26 @@ _ONE_SUM = {"of_warp may be written again": "the kernel reduces once: nobody wri
 _LOADED = "whether a single is loaded; whether it is added is asked again"
 _NEXT_ROW = "what the next row's block writes afterwards (memcheck sees it in the last row)"
 _NO_PACKS = "other elements go without packs"
+_BEHIND = "behind the tensor, which no check of bits sees (memcheck does)"
+_LOWER_HALF = "the lower half of a double: less than a float keeps"
+_FULL = "all warps are there, and other lanes do not reach the first"
 HARMLESS: dict[str, dict[str, str]] = {
     "": {"return expf(x)": "nvcc's expf: another multiple of log 2, or less than a float rounds"},
-    "perturb_kernel": _ONE_SUM,
+    "perturb_kernel": {
+        **_ONE_SUM,
+        "warps = blockDim.x / 32": _FULL,
+        "lane < warps ?": _FULL,
+        "sm_30_intrinsics.hpp": _LOWER_HALF,
+        "i < count; i += kThreads": "whether four are added at once",
+        "S(1) / ((S)sqrt(squared_norm) + S(1e-16))": "1e-16 is less than a float keeps",
+        "const int whole = aligned ?": "of numbers above 0",
+        "e < elements; e += kBlock": "where nothing is left",
+        "i < tiles; i += gridDim.x": "a block has one tile",
+        "aligned = bits % 16 == 0": _NO_PACKS,
+        "middle = (tensor + after) / 2": "of numbers above 0",
+        "table.numel[tensor] - begin": _BEHIND,
+        "left < tile_elements ? left": _BEHIND,
+    },
     "squared_norm_kernel": _ONE_SUM,
     "grad_check_kernel": _ONE_SUM,
     "row_": {
@@ -54,7 +72,7 @@ HARMLESS: dict[str, dict[str, str]] = {
         "v + u * stride < layout.packs) {": "the first pack of a round is there",
         "const double log_sum = log(": "nvcc's log: less than a float keeps",
         "return max == -(S)INFINITY ? S(0)": "there is no sum to be shifted yet",
-        "sm_30_intrinsics.hpp": "the lower half of a double: less than a float keeps",
+        "sm_30_intrinsics.hpp": _LOWER_HALF,
     },
     "row_losses_kernelfLb0E": {"(1 - s.label_smoothing)": "it is 0"},
     "row_losses_kernelfLb1E": {"single, w ? w + k : nullptr": "only compared with null"},
@@ -96,15 +114,16 @@ def sums(kernel: str) -> list[Tensor]:
 
 def perturbed(kernel: str) -> list[Tensor]:
     found = []
-    for count in (1, 33, 300, 1100):
-        for shift, subtracts in ((0, False), (1, False), (0, True), (1, True)):
-            theta, g, held = (numbers(9001, 33, seed=i, shift=shift) for i in range(3))
-            (partials,) = numbers(count, seed=2)
-            partials = partials.double().square()
-            native_cuda.perturb_(
-                theta, g, partials, 0.05, adaptive=count == 33, held=held if subtracts else ()
-            )
-            found += [*theta, *g, *held]
+    shifts = ((0, 0, 0), (1, 1, 1), (0, 1, 0), (1, 0, 1), (0, 0, 1))
+    for count, subtracts, of_lists in product((1, 33, 300, 1100), (False, True), shifts):
+        sizes = (9001, 33, 257, 4352, 513, 64)[: 6 if any(of_lists) else 2]
+        theta, g, held = (numbers(*sizes, seed=i, shift=s) for i, s in enumerate(of_lists))
+        (partials,) = numbers(count, seed=2)
+        partials = partials.double().square()
+        native_cuda.perturb_(
+            theta, g, partials, 0.05, adaptive=count == 33, held=held if subtracts else ()
+        )
+        found += [*theta, *g, *held]
     return found
 
 
