@@ -92,7 +92,7 @@ def test_tests_that_are_stopped_name_what_failed(
     (task,) = (t for t in gpu_day.suite(False) if t.name == "tests/test_split.py")
     task.command = [*task.command[:-1], "--rootdir", str(tmp_path), str(tmp_path / "test_it.py")]
     record = Record(tmp_path / "record.json")
-    assert run([task], record, 18, dry=False, again=False) == gpu_day.UNFINISHED
+    assert run([task], record, 25, dry=False, again=False) == gpu_day.UNFINISHED
     (outcome,) = record.outcomes.values()
     assert outcome.status == "unfinished" and "test_it.py::test_fails" in outcome.output
 
