@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.correction_study import RHO, Corrections, flat
+from benchmarks.correction_study import RHO, Corrections
 from benchmarks.tables import Lines, Table, commit, markdown, software
 from imbsam_fast.env import environment
 from imbsam_fast.recipes.data.datasets import load
@@ -43,9 +43,8 @@ def compared(step: TrainStep, images: Tensor, targets: Tensor) -> Compared:
     vectors: list[dict[str, Tensor]] = []
     everybody = torch.ones(len(targets), dtype=torch.bool)
     for dtype in (None, torch.bfloat16):
-        corrections = Corrections(step, images, targets, dtype)
-        g_t, correction = flat(corrections.gradient(everybody)), corrections.of(everybody)
-        vectors.append(dict(zip(NAMES, (g_t, g_t + correction, correction))))
+        g_t, g_p = Corrections(step, images, targets, dtype).gradients(everybody)
+        vectors.append(dict(zip(NAMES, (g_t, g_p, g_p - g_t))))
     exact, rounded = vectors
     return {
         name: (

@@ -53,14 +53,19 @@ class Corrections:
         self.autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None)
 
     def of(self, first: Tensor, second: Tensor | None = None) -> Tensor:
-        """From the rows `first`, bool (N,), with the second pass on `second` where that differs.
+        """g_p - g_t; see `gradients`."""
+        g_t, g_p = self.gradients(first, second)
+        return g_p - g_t
+
+    def gradients(self, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """g_t from the rows `first`, bool (N,), and g_p from `second` where those are others.
 
         Without some of the tail rows, the sample's loss counts as that of a batch of its size.
         """
         g_t = self.gradient(first)
         norm = flat(g_t).norm()
         if norm == 0:
-            return flat(g_t)
+            return flat(g_t), flat(g_t)
         start = [p.detach().clone() for p in self.params]
         with torch.no_grad():
             for p, g in zip(self.params, g_t):
@@ -69,7 +74,7 @@ class Corrections:
         with torch.no_grad():
             for p, saved in zip(self.params, start):
                 p.copy_(saved)
-        return flat(g_p) - flat(g_t)
+        return flat(g_t), flat(g_p)
 
     def gradient(self, rows: Tensor) -> Sequence[Tensor]:
         """Of the tail loss of `rows`, bool (N,)."""

@@ -103,8 +103,8 @@ def load_results(directory: Path) -> Results:
         found[f"gpu/{path.stem}"] = measured
     for path in sorted(directory.glob("recipes/*.json")):
         found[f"recipes/{path.stem}"] = recipe_tables.load(path)
-    for path in sorted(directory.glob("studies/bfloat16.json")):
-        found["studies/bfloat16"] = bfloat16_study.read(path)
+    for path in sorted(directory.glob("studies/*.json")):
+        found[f"studies/{path.stem}"] = bfloat16_study.read(path)
     return found
 
 

@@ -96,7 +96,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   const int classes = (int)s.classes;
   const T* row = logits + i * s.row_stride;
   RowSums<T, kSmooth> all = thread_sums<T, kSmooth>(row, classes, labels.class_weight);
-  const S max = block_reduce<kRowThreads>(all.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
+  const S max = block_reduce<kRowThreads>(all.max, -(S)INFINITY,
+                                          [](S a, S b) { return largest(a, b); });
   all.raise(max);
   PartSums<double> of;
   const bool mine = add_labels(of, row, labels.q + i * labels.stride, labels, classes, max);

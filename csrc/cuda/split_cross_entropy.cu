@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks<T, kSmooth>)
   const int64_t i = blockIdx.x;
   const T* row = logits + i * s.row_stride;
   RowSums<T, kSmooth> sums = thread_sums<T, kSmooth>(row, (int)s.classes, class_weight);
-  const S max = block_reduce<kRowThreads>(sums.max, -(S)INFINITY, [](S a, S b) { return largest(a, b); });
+  const S max = block_reduce<kRowThreads>(sums.max, -(S)INFINITY,
+                                          [](S a, S b) { return largest(a, b); });
   sums.raise(max);
   double of_row[kSmooth ? 3 : 1] = {(double)sums.exp_sum};
   if constexpr (kSmooth) {

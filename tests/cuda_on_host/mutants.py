@@ -284,9 +284,8 @@ def survivors(
 
 def prepared() -> build.Host:
     torch.set_num_threads(1)  # a forked process has one
-    torch.use_deterministic_algorithms(
-        True
-    )  # new memory is not-a-number: what is not written shows
+    # New memory is not-a-number then: what is not written shows.
+    torch.use_deterministic_algorithms(True)
     host = build.Host(build.build_sources())
     native_cuda._C = host.module
     native_cuda._on = lambda device: (0, 0)

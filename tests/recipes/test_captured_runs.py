@@ -86,6 +86,13 @@ def kinds_of(config: RunConfig) -> list[str]:
     return ["plain", "joint", "split", "sampled"] if perturbs else ["SGD"]
 
 
+def kind_of(config: RunConfig) -> str:
+    """Which of them a stage uses, beside "plain"."""
+    if config.optimizer not in PERTURBING:
+        return "SGD"
+    return config.plan if config.plan in ("split", "sampled") else "joint"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_captured_runs_are_those_without_graphs(case, graphs, tmp_path):
     chosen = settings(**CASES[case])
@@ -93,11 +100,7 @@ def test_captured_runs_are_those_without_graphs(case, graphs, tmp_path):
     stages = 1 if chosen.method == "ce" else 2
     kinds = kinds_of(chosen) * stages
     found = [name for name, steps in zip(kinds, graphs, strict=True) if captured(steps)]
-    if kinds == ["SGD"] * stages:
-        assert found == kinds
-    else:
-        kind = chosen.plan if chosen.plan in ("split", "sampled") else "joint"
-        assert [name for name in found if name != "plain"] == [kind] * stages
+    assert [name for name in found if name != "plain"] == [kind_of(chosen)] * stages
     plain = trained(replace(chosen, cuda_graph=False), tmp_path / "plain")
     assert len(graphs) == len(kinds)
     for row, known in zip(run.log(), plain.log(), strict=True):
@@ -204,14 +207,13 @@ def test_runs_of_earlier_versions_were_not_captured():
 def test_captured_runs_on_a_gpu(case, tmp_path):
     """Stopped and resumed among the replays, and never stopped nor captured."""
     chosen = replace(settings(**CASES[case]), device="cuda")
-    kind = chosen.plan if chosen.plan in ("split", "sampled") else "joint"
     ranks = Ranks(device=torch.device("cuda"))
     run = RunDirectory.create(tmp_path / "graphs", chosen.to_dict())
     begun = ImageTraining(chosen, tiny_images(), ranks)
     with pytest.raises(InterruptedRun):
         run_to_the_end(begun, run, should_stop=lambda: begun.position == 5)
     step = begun.trainer.step
-    steps = step if isinstance(step, GraphedSteps) else step.graphs.kinds[kind]  # type: ignore[attr-defined]
+    steps = step if isinstance(step, GraphedSteps) else step.graphs.kinds[kind_of(chosen)]  # type: ignore[attr-defined]
     assert captured(steps) == 1
     run_to_the_end(ImageTraining(chosen, tiny_images(), ranks), run)
     plain = trained(replace(chosen, cuda_graph=False), tmp_path / "plain", ranks)

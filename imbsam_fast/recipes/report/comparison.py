@@ -76,6 +76,11 @@ class Group:
         return key not in UNREAD_KEYS.get(str(self.config.get("optimizer")), ())
 
     @property
+    def read(self) -> dict[str, Any]:
+        """The settings that change what these runs compute."""
+        return {key: value for key, value in self.config.items() if self.reads(key)}
+
+    @property
     def finished(self) -> list[ComparedRun]:
         """The runs that have a result."""
         return [run for run in self.runs if run.result is not None]
@@ -340,8 +345,8 @@ def _groups(runs: Sequence[ComparedRun], faults: list[Fault]) -> list[Group]:
         if config.get("stage1"):  # another run's directory, whose name ends in its seed
             config["stage1"] = re.sub(r"seed\d+$", "seed", str(Path(config["stage1"])))
         alone = Group(_label(config), config, [])
-        read = {k: v for k, v in config.items() if alone.reads(k)}
-        group = groups.setdefault(json.dumps(read, sort_keys=True, default=str), alone)
+        key = json.dumps(alone.read, sort_keys=True, default=str)
+        group = groups.setdefault(key, alone)
         seed = run.config.get("seed")
         twin = next((r for r in group.runs if r.config.get("seed") == seed), None)
         if twin is None:
@@ -368,7 +373,7 @@ def _order(group: Group) -> tuple:
         str(group.config.get("method", "")),
         group.config.get("loss", "ce") != "ce",
         OPTIMIZER_ORDER.index(optimizer) if known else len(OPTIMIZER_ORDER),
-        *(float(group.config.get(key) or 0) * group.reads(key) for key in ("eta", "rho")),
+        *(float(group.read.get(key) or 0) for key in ("eta", "rho")),
         group.label,
     )
 
@@ -414,10 +419,8 @@ def families(groups: Sequence[Group]) -> list[Family]:
     """The families with more than one member, in the order of `groups`."""
     found: dict[str, dict[tuple[float, float], Group]] = {}
     for group in groups:
-        eta, rho = group.config.get("eta"), group.config.get("rho")
+        eta, rho = group.read.get("eta"), group.read.get("rho")
         if not group.finished or eta is None or rho is None:
-            continue
-        if not (group.reads("eta") and group.reads("rho")):
             continue
         rest = {k: v for k, v in group.config.items() if k not in ("eta", "rho", "label")}
         key = json.dumps(rest, sort_keys=True, default=str)
