@@ -51,7 +51,7 @@ class ClassSplit(nn.Module):
         self.register_buffer("sharp", sharp.detach().double().clone())
         self.register_buffer("counts", counts)
         # Converted weights, each with what it was made from and the version of that.
-        self._cache: dict[tuple, tuple[Tensor, int, Tensor]] = {}
+        self._cache: dict[tuple, tuple[Tensor, object, Tensor]] = {}
 
     @classmethod
     def from_counts(
@@ -167,6 +167,11 @@ class ClassSplit(nn.Module):
         k = self.plain.shape[0]
         return None if k == 1 and self.counts is None else k
 
+    def has_class(self, label: int) -> bool:
+        """Whether integer `label` is a class."""
+        k = self.num_classes
+        return label >= 0 and (k is None or label < k)
+
     @property
     def tail_fraction(self) -> float:
         """The share f of the training rows that belong to tail classes."""
@@ -188,9 +193,22 @@ class ClassSplit(nn.Module):
         plain = self._cached("plain", device, dtype, num_classes)
         return plain, self._cached("sharp", device, dtype, num_classes)
 
+    def stacked_weights(self, num_classes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """`weights` as one tensor, (2, num_classes)."""
+        plain, sharp = self.weights(num_classes, device, dtype)
+        if not _may_keep():
+            return torch.stack((plain, sharp))
+        key = ("both", device, dtype, num_classes)
+        made = self._cache.get(key)
+        if made is None or made[0] is not plain or made[1] is not sharp:
+            with torch.inference_mode(False):
+                both = torch.stack((plain, sharp))
+            self._cache[key] = made = plain, sharp, both
+        return made[2]
+
     def plain_mask(self, targets: Tensor) -> Tensor:
         """bool, shaped like `targets`: the rows whose class has plain > 0."""
-        return self._mask("plain", targets)
+        return self._positive("plain", targets, self._places(targets))
 
     def tail_mask(self, targets: Tensor) -> Tensor:
         """bool, shaped like `targets`: the rows of tail classes.
@@ -198,27 +216,37 @@ class ClassSplit(nn.Module):
         `targets` holds integer labels, and the mask is computed on their device. A label
         outside 0 .. K-1 (an ignored row) is not tail.
         """
-        return self._mask("sharp", targets)
+        return self._positive("sharp", targets, self._places(targets))
 
-    def _mask(self, name: str, targets: Tensor) -> Tensor:
+    def masks(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """`plain_mask` and `tail_mask`, by one look at the labels."""
+        places = self._places(targets)
+        return (
+            self._positive("plain", targets, places),
+            self._positive("sharp", targets, places),
+        )
+
+    def _places(self, targets: Tensor) -> Tensor:
+        """Where the labels are in a table of `_positive`."""
         if not isinstance(targets, Tensor):
             raise TypeError(f"targets is {type(targets).__name__}, expected integer labels")
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"targets is {targets.dtype}, expected integer labels")
+        # Behind the classes the table answers for all labels above them and, at -1, for those
+        # below 0. Where there is any number of classes, class 0 answers for them.
         k = self.num_classes
-        positive = self._cached(name, targets.device, torch.bool, k or 1)
-        # The table begins with the answer for all labels below 0 and ends with that above K - 1;
-        # where there is any number of classes, that of class 0 is the last to be looked up.
-        return positive.take(targets.long().clamp(-1, 0 if k is None else k) + 1)
+        return targets.long().clamp(-1, 0 if k is None else k)
+
+    def _positive(self, name: str, targets: Tensor, places: Tensor) -> Tensor:
+        return self._cached(name, targets.device, torch.bool, self.num_classes or 1).take(places)
 
     def _cached(
         self, name: str, device: torch.device, dtype: torch.dtype, num_classes: int
     ) -> Tensor:
         """A weight vector converted once per device, dtype (bool: > 0) and number of classes."""
         weights: Tensor = self._buffers[name]  # type: ignore[assignment]
-        # The weights may be changed or replaced. A compiled graph sees that by itself, and what a
-        # transform of torch.func or a dispatch mode makes must not outlive it.
-        if torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode():
+        # The weights may be changed or replaced.
+        if not _may_keep():
             return _converted(weights, device, dtype, num_classes)
         key = (name, device, dtype, num_classes)
         version = 0 if weights.is_inference() else weights._version
@@ -248,12 +276,20 @@ class ClassSplit(nn.Module):
         return f"{classes} classes, {tail} tail{known}"
 
 
+def _may_keep() -> bool:
+    """Not what a transform of torch.func or a dispatch mode makes, which must not outlive it.
+
+    A compiled graph sees by itself that weights were changed.
+    """
+    return not (torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode())
+
+
 def _converted(
     weights: Tensor, device: torch.device, dtype: torch.dtype, num_classes: int
 ) -> Tensor:
     converted = weights.expand(num_classes).to(device, dtype).contiguous()
     # A mask also answers for labels on either side of the classes.
-    return nn.functional.pad(converted, (1, 1)) if dtype == torch.bool else converted
+    return nn.functional.pad(converted, (0, 2)) if dtype == torch.bool else converted
 
 
 # What has no order, one of its own, or bytes in place of numbers.

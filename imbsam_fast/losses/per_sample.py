@@ -49,7 +49,8 @@ class _SplitPerSampleLoss(nn.Module):
         else:
             w, counted = self._of_labels(targets, losses)
         b = counted.sum().clamp(min=1) if batch_size is None else batch_size
-        head, tail = (torch.where(w == 0, 0, w * losses).flatten(1).sum(1) / b).unbind()
+        terms = torch.where(w == 0, 0, w * losses)
+        head, tail = ((terms if terms.dim() == 2 else terms.flatten(1)).sum(1) / b).unbind()
         return split_loss_of(head, tail, self.tail_weight)
 
     def parts(self, targets: Tensor) -> Parts:
@@ -63,14 +64,13 @@ class _SplitPerSampleLoss(nn.Module):
                 f"per_sample_loss returned shape {tuple(losses.shape)}, expected "
                 f"{tuple(targets.shape)}: one loss a row, as with reduction='none'"
             )
-        counted = targets != self.ignore_index
-        any_number = self.split.num_classes is None
-        labels = torch.zeros_like(targets) if any_number else targets.where(counted, 0)
-        weights = self.split.weights(self.split.plain.shape[0], losses.device, losses.dtype)
+        split, counted = self.split, targets != self.ignore_index
+        weights = split.stacked_weights(split.plain.shape[0], losses.device, losses.dtype)
+        if split.num_classes is None:
+            return weights.view(2, *[1] * targets.dim()) * counted, counted
         # index_select, unlike indexing, refuses negative labels.
-        flat = labels.long().flatten()
-        w = torch.stack([part.index_select(0, flat) for part in weights])
-        return w.view(2, *targets.shape) * counted, counted
+        w = weights.t().index_select(0, targets.where(counted, 0).long().flatten()).t()
+        return w.unflatten(1, targets.shape) * counted, counted
 
     def _of_distributions(self, q: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of both parts, (2, N) or (2, 1, K), and which rows count."""
@@ -80,7 +80,7 @@ class _SplitPerSampleLoss(nn.Module):
                 f"{tuple(q.shape[:1])}, one loss a row, or {tuple(q.shape)}, the terms of its "
                 "classes"
             )
-        weights = torch.stack(self.split.weights(q.shape[1], losses.device, losses.dtype))
+        weights = self.split.stacked_weights(q.shape[1], losses.device, losses.dtype)
         counted = (q != 0).any(1)
         if losses.dim() == 2:
             return weights.unsqueeze(1), counted

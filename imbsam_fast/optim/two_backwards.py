@@ -28,12 +28,14 @@ def compiled_for_two_backwards() -> AbstractContextManager[None]:
 def _without_donation() -> Iterator[None]:
     # config.patch does the same and makes a class each time, three times as slow.
     config: Any = torch._functorch.config
-    before = config.donated_buffer
+    if not config.donated_buffer:
+        yield
+        return
     config.donated_buffer = False
     try:
         yield
     finally:
-        config.donated_buffer = before
+        config.donated_buffer = True
 
 
 def backward(loss: Tensor, retain_graph: bool = False) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..losses import parts_of
+from ..losses import numbers_of, parts_of
 from .data_parallel import keep_in_step
 from .trees import mapped
 
@@ -35,9 +35,8 @@ def rows_of(criterion: Any, targets: Tensor, same_passes: bool) -> Rows:
     head = head | ~tail
     if same_passes:
         keep_in_step(head, tail, criterion.split)
-    return Rows(
-        head, tail, int(head.count_nonzero()), int(tail.count_nonzero()), counted, tail_share
-    )
+    head_rows, tail_rows = numbers_of(head, tail)
+    return Rows(head, tail, head_rows, tail_rows, counted, tail_share)
 
 
 def filled(rows: Rows, multiple: int) -> Rows:
@@ -72,20 +71,20 @@ def positions(part: Tensor) -> Tensor:
 
 def take_rows(part: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
     """The rows of a batch that are in `part`, in its order and memory format."""
-    if len(part) == len(targets) and (part.dtype == torch.int64 or part.all()):
-        return inputs, targets
     rows = positions(part)
+    if rows.shape[0] == targets.shape[0]:
+        return inputs, targets
 
     def take(x: Tensor) -> Tensor:
         index = rows.to(x.device, non_blocking=True)
         if x.requires_grad:
             raise ValueError("inputs requires a gradient, expected none; detach it")
-        if x.layout != torch.strided:
+        if x.layout != torch.strided or x.is_contiguous():
             return x.index_select(0, index)
         # Like x, so that channels_last images stay channels_last.
         return torch.index_select(x, 0, index, out=torch.empty_like(x[: rows.shape[0]]))
 
-    return mapped(take, inputs), targets[rows]
+    return mapped(take, inputs), targets.index_select(0, rows)
 
 
 def assemble(rows: Rows, size: int, of_head: Any, of_tail: Any) -> Any:
