@@ -13,21 +13,19 @@ read by `python -m benchmarks.report`.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.correction_study import RHO, Corrections
-from benchmarks.tables import Lines, Table, commit, markdown, software
-from imbsam_fast.env import environment
+from benchmarks.studies import Study, write
+from benchmarks.tables import Lines, Table, markdown
 from imbsam_fast.recipes.data.datasets import load
 from imbsam_fast.recipes.run_directory import RunDirectory
 from imbsam_fast.recipes.settings.config import RunConfig
@@ -71,18 +69,6 @@ def measure(path: Path, data_dir: Path, batches: int) -> list[Compared]:
     return [compared(step, x, y) for x, y in islice(with_tail, batches)]
 
 
-class Study(NamedTuple):
-    """What `main` wrote."""
-
-    settings: dict[str, Any]
-    rows: list[dict[str, Any]]
-    environment: dict[str, Any]
-
-
-def read(path: Path) -> Study:
-    return Study(**json.loads(path.read_text()))
-
-
 def table(study: Study) -> Lines:
     """bfloat16 beside float32: the cosine, and the ratio of the norms."""
     rows = [
@@ -92,14 +78,6 @@ def table(study: Study) -> Lines:
         for row in study.rows
     ]  # fmt: skip
     return markdown(("cosine (norm)", "batches", *NAMES), rows)
-
-
-def provenance(study: Study) -> str:
-    e = study.environment
-    return (
-        f"Measured (bfloat16_study): {e['machine']['cpu']}, rho {study.settings['rho']:g}; "
-        f"{software(e)}; {commit(e)}, {e['date'][:10]}."
-    )
 
 
 TABLES = {"bfloat16": Table(("studies/bfloat16",), table)}
@@ -126,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name}: cosine {cosine:.3f}, norm {ratio:.3f} times that in float32")
         rows.append(row)
     if args.json is not None:
-        content = {"settings": {"rho": RHO}, "rows": rows, "environment": environment()}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(args.json, {"rho": RHO}, rows)
     return 0
 
 

@@ -1,27 +1,28 @@
-"""How well a sample's sharpness correction stands in for that of all rows, over a training.
+"""How well other corrections stand in for the one of all rows of the batch, over a training.
 
     python -m benchmarks.correction_study [--seeds N] [--json FILE]
 
 The correction is what the perturbation adds to the gradient, g_p - g_t. The digits are trained by
-the joint plan (released preset, statistics updated once); in some epochs, on the first batches that
-have tail rows, the corrections of samples are compared with the joint plan's on the same weights:
-the cosine, and the ratio of the norms.
+the joint plan under both presets (statistics updated once); in some epochs, on the first batches
+that have tail rows, the joint plan's correction is compared with those of samples on the same
+weights, and with its own on the batch before: the cosine, and the ratio of the norms.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.studies import Study, write
+from benchmarks.tables import Lines, Table, markdown
 from imbsam_fast import frozen_batch_norm_statistics
-from imbsam_fast.env import environment
 from imbsam_fast.recipes.data.datasets import load
 from imbsam_fast.recipes.settings.config import resolve
 from imbsam_fast.recipes.settings.datasets import DATASETS
@@ -31,12 +32,14 @@ from imbsam_fast.training.rows import Rows
 from imbsam_fast.training.sampled import SampledPlan
 from imbsam_fast.training.train_step import TrainStep
 
-EPOCHS = (1, 10, 20, 30, 40, 50, 60)
+EPOCHS = (1, 10, 20, 40, 60)
 BATCHES = 3  # of an epoch
 SHARES = (0.5, 0.25, 0.125, 0.0625)
+VARIED = 0.25  # of the samples that are drawn otherwise
+BEFORE = "all rows of the batch before"  # at the weights before, as a step that used it again would
 RHO = 0.05
 
-Found = dict[str, list[tuple[float, float]]]  # sample -> cosines and ratios
+Found = dict[str, dict[int, list[tuple[float, float]]]]  # name -> epoch -> cosines and ratios
 
 
 class Corrections:
@@ -91,42 +94,66 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-def samples(step: TrainStep, targets: Tensor, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """A name, and the rows of the first and of the second pass."""
+def samples(
+    step: TrainStep, targets: Tensor, seed: int
+) -> Iterator[tuple[str, list[tuple[Tensor, Tensor]]]]:
+    """A name, and of each sample the rows of the first and of the second pass.
+
+    Of several samples the correction is the mean, each with an epsilon of its own (m-sharpness).
+    """
     tail = step.criterion.split.tail_mask(targets)
     rows = Rows(~tail, tail, int((~tail).sum()), int(tail.sum()), len(tail))
-    for share in SHARES:
+
+    def drawn(share: float, number: int = 0) -> Tensor:
         plan = SampledPlan(share, seed)
-        drawn = plan.drawn(rows)
-        plan.number += 1
-        yield f"{share:g}", drawn, drawn
-        yield f"{share:g}, head rows drawn anew", drawn, plan.drawn(rows)
-        some = torch.zeros_like(tail)
-        generator = torch.Generator().manual_seed(seed)
-        some[torch.randperm(len(tail), generator=generator)[: int(drawn.sum())]] = True
-        yield f"{share:g}, tail rows by chance", some, some
+        plan.number = number
+        return plan.drawn(rows)
+
+    for share in SHARES:
+        yield f"sampled {share:g}", [(drawn(share), drawn(share))]
+    yield f"sampled {VARIED:g}, other head rows", [(drawn(VARIED), drawn(VARIED, 1))]
+    some = torch.zeros_like(tail)
+    order = torch.randperm(len(tail), generator=torch.Generator().manual_seed(seed))
+    some[order[: round(VARIED * len(tail))]] = True
+    yield f"{VARIED:g} of all rows by chance", [(some, some)]
+    several = [drawn(VARIED / 4, number) for number in range(4)]
+    yield f"four of sampled {VARIED / 4:g}", [(rows, rows) for rows in several]
 
 
-def measure(seed: int) -> Found:
-    given = {"dataset": "digits", "optimizer": "imbsam", "preset": "released", "seed": seed}
-    config = resolve(DATASETS["digits"], {**given, "plan": "joint", "batch_norm": "once"})
+def compared(correction: Tensor, joint: Tensor) -> tuple[float, float]:
+    """The cosine of the two, and the ratio of their norms."""
+    cosine = torch.nn.functional.cosine_similarity(correction, joint, dim=0)
+    return float(cosine), float(correction.norm() / joint.norm())
+
+
+def measure(preset: str, seed: int, epochs: Sequence[int] = EPOCHS) -> Found:
+    """Of one training of as many epochs as the last of `epochs` says."""
+    given = {"dataset": "digits", "optimizer": "imbsam", "preset": preset, "seed": seed}
+    given |= {"plan": "joint", "batch_norm": "once", "epochs": epochs[-1]}
+    config = resolve(DATASETS["digits"], given)
     training = ImageTraining(config, load(config))
     optimizer, step = training.trainer
     assert isinstance(step, TrainStep)
     found: Found = {}
-    seen: dict[int, int] = {}
+    seen: dict[int, list[Tensor]] = {}  # by epoch: corrections of all rows
 
     def measured(images: Tensor, targets: Tensor):
         epoch = training.epoch + 1
+        so_far = seen.setdefault(epoch, [])
         has_tail = bool(step.criterion.split.tail_mask(targets).any())
-        if epoch in EPOCHS and has_tail and seen.get(epoch, 0) < BATCHES:
-            seen[epoch] = seen.get(epoch, 0) + 1
+        if epoch in epochs and has_tail and len(so_far) < BATCHES:
             corrections = Corrections(step, images, targets)
             joint = corrections.of(torch.ones_like(targets, dtype=torch.bool))
-            for name, first, second in samples(step, targets, 1000 * epoch + seen[epoch]):
-                c = corrections.of(first, second)
-                cosine = torch.nn.functional.cosine_similarity(c, joint, dim=0)
-                found.setdefault(name, []).append((float(cosine), float(c.norm() / joint.norm())))
+            others = {
+                name: torch.stack([corrections.of(*rows) for rows in drawn]).mean(0)
+                for name, drawn in samples(step, targets, 1000 * epoch + len(so_far))
+            }
+            if so_far:
+                others[BEFORE] = so_far[-1]
+            so_far.append(joint)
+            for name, correction in others.items():
+                by_epoch = found.setdefault(name, {})
+                by_epoch.setdefault(epoch, []).append(compared(correction, joint))
         return step(images, targets)
 
     training.trainer = Trainer(optimizer, measured)
@@ -135,30 +162,50 @@ def measure(seed: int) -> Found:
     return found
 
 
+def table(study: Study) -> Lines:
+    """The cosine with the correction of all rows, and in parentheses the ratio of the norms."""
+    epochs = [str(epoch) for epoch in study.settings["epochs"]]
+    rows = [
+        (f"{row['preset']}: {row['name']}",
+         *(f"{e['cosine']:.2f} ± {e['std']:.2f} ({e['norm_ratio']:.2f})"
+           for e in (row["epochs"][epoch] for epoch in epochs)))
+        for row in study.rows
+    ]  # fmt: skip
+    return markdown(("cosine (norm)", *(f"epoch {epoch}" for epoch in epochs)), rows)
+
+
+TABLES = {"corrections": Table(("studies/correction",), table)}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.correction_study")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--epochs", type=int, nargs="+", default=EPOCHS, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    found: Found = {}
-    for seed in range(args.seeds):
-        for name, pairs in measure(seed).items():
-            found.setdefault(name, []).extend(pairs)
-    rows = {}
-    for name, pairs in found.items():
-        (cosine, spread), ratio = _over([c for c, _ in pairs]), median(r for _, r in pairs)
-        rows[name] = {"cosine": cosine, "std": spread, "norm_ratio": ratio, "batches": len(pairs)}
-        print(f"{name}: cosine {cosine:.2f} ± {spread:.2f}, norm {ratio:.2f} times the joint one's")
+    rows: list[dict[str, Any]] = []
+    for preset in ("released", "paper"):
+        found: Found = {}
+        for seed in range(args.seeds):
+            for name, by_epoch in measure(preset, seed, args.epochs).items():
+                for epoch, pairs in by_epoch.items():
+                    found.setdefault(name, {}).setdefault(epoch, []).extend(pairs)
+        for name, by_epoch in found.items():
+            rows.append({"preset": preset, "name": name, "epochs": {}})
+            for epoch, pairs in sorted(by_epoch.items()):
+                cosines = [cosine for cosine, _ in pairs]
+                rows[-1]["epochs"][str(epoch)] = {
+                    "cosine": mean(cosines),
+                    "std": stdev(cosines) if len(cosines) > 1 else 0.0,
+                    "norm_ratio": median(ratio for _, ratio in pairs),
+                    "batches": len(pairs),
+                }
+    settings = {"epochs": args.epochs, "batches": BATCHES, "seeds": args.seeds, "rho": RHO}
+    print("\n".join(table(Study("correction_study", settings, rows, {}))))
     if args.json is not None:
-        settings = {"epochs": EPOCHS, "batches": BATCHES, "seeds": args.seeds, "rho": RHO}
-        content = {"settings": settings, "rows": rows, "environment": environment()}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(args.json, settings, rows)
     return 0
-
-
-def _over(values: list[float]) -> tuple[float, float]:
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":

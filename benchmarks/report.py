@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks import (
     bfloat16_study,
+    correction_study,
     distributed_tables,
     documents,
     gpu_tables,
@@ -24,6 +25,7 @@ from benchmarks import (
     input_tables,
     plots,
     recipe_tables,
+    studies,
     tables,
 )
 from benchmarks.tables import Lines
@@ -36,6 +38,7 @@ TABLES = {
     **input_tables.TABLES,
     **recipe_tables.TABLES,
     **bfloat16_study.TABLES,
+    **correction_study.TABLES,
 }
 NOT_MEASURED = "Not measured."
 Results = dict[str, Any]  # a Report, GpuReport, RecipeReport or Study by its file, without suffix
@@ -65,10 +68,10 @@ def provenance(reports: Sequence[Any]) -> Lines:
 
 
 def _provenance(
-    report: Report | gpu_timing.GpuReport | recipe_tables.RecipeReport | bfloat16_study.Study,
+    report: Report | gpu_timing.GpuReport | recipe_tables.RecipeReport | studies.Study,
 ) -> str:
-    if isinstance(report, bfloat16_study.Study):
-        return bfloat16_study.provenance(report)
+    if isinstance(report, studies.Study):
+        return report.provenance
     if isinstance(report, recipe_tables.RecipeReport):
         return recipe_tables.provenance(report)
     if isinstance(report, gpu_timing.GpuReport):
@@ -104,7 +107,7 @@ def load_results(directory: Path) -> Results:
     for path in sorted(directory.glob("recipes/*.json")):
         found[f"recipes/{path.stem}"] = recipe_tables.load(path)
     for path in sorted(directory.glob("studies/*.json")):
-        found[f"studies/{path.stem}"] = bfloat16_study.read(path)
+        found[f"studies/{path.stem}"] = studies.read(path)
     return found
 
 

@@ -244,6 +244,21 @@ def test_parts_of_targets():
     assert (found.counted, found.tail_share) == (4, 0.5)
 
 
+@pytest.mark.parametrize("ignore_index", [-100, 0, 4, 9, 10, 255])
+@pytest.mark.parametrize("split", [SPLIT, ClassSplit.all_tail(), ClassSplit.none()])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_an_ignored_label_is_in_no_part(split: ClassSplit, ignore_index: int, ndim: int):
+    """Also where it is a class, or would be the next one."""
+    labels = torch.tensor([0, 4, 9, 1, ignore_index, 3]).view(-1, *[1] * (ndim - 1))
+    counted = (labels != ignore_index).view(-1)
+    found = parts_of(SplitCrossEntropy(split, ignore_index=ignore_index), labels)
+    head, tail = (mask.view(-1) for mask in (split.plain_mask(labels), split.tail_mask(labels)))
+    assert found.head.tolist() == (head & counted).tolist()
+    assert found.tail.tolist() == (tail & counted).tolist()
+    assert found.counted == counted.sum()
+    assert found.tail_share == (tail & counted).sum() / counted.sum()
+
+
 # ---------------------------------------------------------------- refusals
 
 N, K = 4, 10

@@ -188,8 +188,9 @@ __global__ void __launch_bounds__(kSumThreads)
     squares.add(chunk, Products<T>{chunk.data[0], chunk.data[1]});
   else
     squares.add(chunk, Gradients<T>{chunk.data[0]});
-  const double sum = block_sum<kSumThreads>(squares.sum);
-  if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+  double sum[1] = {squares.sum};
+  sum_for_first_thread<kSumThreads>(sum);
+  if (threadIdx.x == 0) partials[blockIdx.x] = sum[0];
 }
 
 // bytes: 2n read. Lists: g_h, g_p. Every block that finds a number that is not finite writes the
@@ -201,10 +202,11 @@ __global__ void __launch_bounds__(kSumThreads)
   const Span<T, 2> chunk(table, blockIdx.x, kChunk);
   SquareSum<T> squares;
   squares.add(chunk, SumsOfGradients<T>{chunk.data[0], chunk.data[1]});
-  const double sum = block_sum<kSumThreads>(squares.sum);
+  double sum[1] = {squares.sum};
+  sum_for_first_thread<kSumThreads>(sum);
   const bool found = __syncthreads_or(!squares.finite);
   if (threadIdx.x == 0) {
-    partials[blockIdx.x] = sum;
+    partials[blockIdx.x] = sum[0];
     if (found) *found_inf = 1;
   }
 }

@@ -40,6 +40,18 @@ _NO_PACKS = "other elements go without packs"
 _BEHIND = "behind the tensor, which no check of bits sees (memcheck does)"
 _LOWER_HALF = "the lower half of a double: less than a float keeps"
 _FULL = "all warps are there, and other lanes do not reach the first"
+_SINGLES = "single elements, added in the same order"
+_SUMS = {
+    "middle = (tensor + after) / 2": "of numbers above 0",
+    "start ? start + at.begin": "only compared with null",
+    "aligned = bits % 16 == 0": _SINGLES,
+    "const int whole = aligned ?": "of numbers above 0",
+    "v < whole; v += kBlock": _SINGLES,
+    "v * lanes < elements": "where nothing is left",
+    "return {h[0], l[0], zero ||": "at the bounds themselves either way is right",
+    "warps = blockDim.x / 32": _FULL,
+    "lane < warps ?": _FULL,
+}
 HARMLESS: dict[str, dict[str, str]] = {
     "": {"return expf(x)": "nvcc's expf: another multiple of log 2, or less than a float rounds"},
     "perturb_kernel": {
@@ -57,8 +69,8 @@ HARMLESS: dict[str, dict[str, str]] = {
         "table.numel[tensor] - begin": _BEHIND,
         "left < tile_elements ? left": _BEHIND,
     },
-    "squared_norm_kernel": _ONE_SUM,
-    "grad_check_kernel": _ONE_SUM,
+    "squared_norm_kernel": _SUMS,
+    "grad_check_kernel": _SUMS,
     "row_": {
         "const int whole = (classes - before) / lanes": "of numbers above 0",
         "assert(target >= 0": "of labels in range",
@@ -76,6 +88,13 @@ HARMLESS: dict[str, dict[str, str]] = {
     },
     "row_losses_kernelfLb0E": {"(1 - s.label_smoothing)": "it is 0"},
     "row_losses_kernelfLb1E": {"single, w ? w + k : nullptr": "only compared with null"},
+    "soft_row_losses_kernel": {
+        "if (warp == 0) {": "another warp does the same",
+        "first < classes; first +=": "a round of nothing",
+        "label[u] = k < classes": "the first of a round is there",
+        "weighted[part] += share": "adds to 0",
+        "mass[part] += share": "adds to 0",
+    },
     "row_gradients_kernel": {
         "if (threadIdx.x == 0) shared =": "all others would write the same",
         "packs = whole > 0 ? whole": "a row has as many classes",
@@ -94,21 +113,36 @@ HARMLESS: dict[str, dict[str, str]] = {
 
 
 def numbers(*sizes: int, seed: int = 0, shift: int = 0) -> list[Tensor]:
-    """Normal float32 tensors, `shift` elements behind an aligned address."""
+    """Normal float32 tensors, `shift` elements behind an aligned address and before 4 others."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n + shift, generator=generator)[shift:] for n in sizes]
+    return [torch.randn(n + shift + 4, generator=generator)[shift : n + shift] for n in sizes]
 
 
 def sums(kernel: str) -> list[Tensor]:
     found = []
-    for shift in (0, 1):
-        g, theta = (numbers(33_001, 130, 3, 700, 64, seed=i, shift=shift) for i in range(2))
-        for i, factor in enumerate((1e25, 1e-30, 0.0)):  # squares that a float cannot hold
-            g[0][4096 * i + 40 : 4096 * i + 60] *= factor
-        found += [native_cuda.squared_norm(g), native_cuda.squared_norm(g, theta)]
+    # Sums of squares of packs on both sides of what floats are added up for: nearly all of them
+    # inside, and mixed at the lower and at the upper bound. Of whole packs threads take 16, 6, 5, 4
+    # or none.
+    for shift, factor in product((0, 1), (1, 3e-15, 4e18)):
+        sizes = 33_001, 11_003, 8195, 130, 3, 64
+        g, theta = (numbers(*sizes, seed=i, shift=shift) for i in range(2))
+        for t in (*g, *theta) if kernel.startswith("grad_check") else g:
+            t *= factor
+            t[len(t) // 3 : len(t) // 2] = 0
+            for some in (t[len(t) // 2 : len(t) * 2 // 3], t[len(t) * 5 // 6 : -4]):
+                some[torch.arange(len(some)) % 5 > 0] = 0  # packs of one number, in every lane
+            for u in range(len(t) // 2048 if factor == 1 else 0):  # a few threads' every fourth
+                t[2048 * u + 200 * (u % 4) :][:20] *= 1e-30
+        if kernel.startswith("squared_norm"):
+            found += [native_cuda.squared_norm(g), native_cuda.squared_norm(g, theta)]
+            found.append(native_cuda.squared_norm(g[3:5]))
+            continue
         found += [*native_cuda.grad_check(g, theta), *native_cuda.grad_check([], theta)]
-        theta[0][20_000] = float("inf")
-        found += native_cuda.grad_check(g, theta)
+        found += native_cuda.grad_check(g[3:5], theta[3:5])
+        for lane in range(4 if factor == 1 else 0):
+            infinite = [t.clone() for t in theta]
+            infinite[0][20_000 + lane] = float("inf")
+            found += native_cuda.grad_check(g, infinite)
     return found
 
 
@@ -195,7 +229,7 @@ def losses(kernel: str) -> list[Tensor]:
 def soft_losses(kernel: str) -> list[Tensor]:
     found = []
     # Rows that end at each of the elements that a thread takes at once.
-    ends = tuple((3, 32 * u + 5, s) for u in range(8) for s in (0.0, 0.1))
+    ends = tuple((5, 32 * u + 5, s) for u in range(8) for s in (0.0, 0.1))
     for rows, classes, smoothing in MANY_ROWS if kernel.startswith("sum_") else ROWS + ends:
         logits = rows_of_logits(rows, classes, smoothing)
         q = numbers(rows * classes, seed=classes + 1)[0].reshape(rows, classes).abs()
