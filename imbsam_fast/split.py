@@ -51,7 +51,7 @@ class ClassSplit(nn.Module):
         self.register_buffer("sharp", sharp.detach().double().clone())
         self.register_buffer("counts", counts)
         # Converted weights, each with what it was made from and the version of that.
-        self._cache: dict[tuple, tuple[Tensor, object, Tensor]] = {}
+        self._cache: dict[tuple, tuple[Tensor, int, Tensor]] = {}
 
     @classmethod
     def from_counts(
@@ -193,22 +193,9 @@ class ClassSplit(nn.Module):
         plain = self._cached("plain", device, dtype, num_classes)
         return plain, self._cached("sharp", device, dtype, num_classes)
 
-    def stacked_weights(self, num_classes: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """`weights` as one tensor, (2, num_classes)."""
-        plain, sharp = self.weights(num_classes, device, dtype)
-        if not _may_keep():
-            return torch.stack((plain, sharp))
-        key = ("both", device, dtype, num_classes)
-        made = self._cache.get(key)
-        if made is None or made[0] is not plain or made[1] is not sharp:
-            with torch.inference_mode(False):
-                both = torch.stack((plain, sharp))
-            self._cache[key] = made = plain, sharp, both
-        return made[2]
-
     def plain_mask(self, targets: Tensor) -> Tensor:
         """bool, shaped like `targets`: the rows whose class has plain > 0."""
-        return self._positive("plain", targets, self._places(targets))
+        return self._mask("plain", targets)
 
     def tail_mask(self, targets: Tensor) -> Tensor:
         """bool, shaped like `targets`: the rows of tail classes.
@@ -216,37 +203,27 @@ class ClassSplit(nn.Module):
         `targets` holds integer labels, and the mask is computed on their device. A label
         outside 0 .. K-1 (an ignored row) is not tail.
         """
-        return self._positive("sharp", targets, self._places(targets))
+        return self._mask("sharp", targets)
 
-    def masks(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """`plain_mask` and `tail_mask`, by one look at the labels."""
-        places = self._places(targets)
-        return (
-            self._positive("plain", targets, places),
-            self._positive("sharp", targets, places),
-        )
-
-    def _places(self, targets: Tensor) -> Tensor:
-        """Where the labels are in a table of `_positive`."""
+    def _mask(self, name: str, targets: Tensor) -> Tensor:
         if not isinstance(targets, Tensor):
             raise TypeError(f"targets is {type(targets).__name__}, expected integer labels")
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             raise ValueError(f"targets is {targets.dtype}, expected integer labels")
+        k = self.num_classes
+        positive = self._cached(name, targets.device, torch.bool, k or 1)
         # Behind the classes the table answers for all labels above them and, at -1, for those
         # below 0. Where there is any number of classes, class 0 answers for them.
-        k = self.num_classes
-        return targets.long().clamp(-1, 0 if k is None else k)
-
-    def _positive(self, name: str, targets: Tensor, places: Tensor) -> Tensor:
-        return self._cached(name, targets.device, torch.bool, self.num_classes or 1).take(places)
+        return positive.take(targets.long().clamp(-1, 0 if k is None else k))
 
     def _cached(
         self, name: str, device: torch.device, dtype: torch.dtype, num_classes: int
     ) -> Tensor:
         """A weight vector converted once per device, dtype (bool: > 0) and number of classes."""
         weights: Tensor = self._buffers[name]  # type: ignore[assignment]
-        # The weights may be changed or replaced.
-        if not _may_keep():
+        # The weights may be changed or replaced. A compiled graph sees that by itself, and what a
+        # transform of torch.func or a dispatch mode makes must not outlive it.
+        if torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode():
             return _converted(weights, device, dtype, num_classes)
         key = (name, device, dtype, num_classes)
         version = 0 if weights.is_inference() else weights._version
@@ -274,14 +251,6 @@ class ClassSplit(nn.Module):
         classes = "any number of" if self.num_classes is None else str(self.num_classes)
         known = "" if self.counts is None else f", tail_fraction={self.tail_fraction:.3f}"
         return f"{classes} classes, {tail} tail{known}"
-
-
-def _may_keep() -> bool:
-    """Not what a transform of torch.func or a dispatch mode makes, which must not outlive it.
-
-    A compiled graph sees by itself that weights were changed.
-    """
-    return not (torch.compiler.is_compiling() or is_transformed() or is_in_torch_dispatch_mode())
 
 
 def _converted(

@@ -225,6 +225,19 @@ def test_split_loss_holds_the_parameters_of_a_module() -> None:
     assert parameter.grad is not None and parameter.grad.item() == 4.0
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_split_loss_takes_labels_of_any_integers(dtype: torch.dtype) -> None:
+    """In 8 bits -100 is 156, which may be a class."""
+    split = ClassSplit.from_counts([500] * 150 + [5] * 50)
+    targets = torch.tensor([156, 156, 0, 3, 199, 7])
+    criterion = split_loss(lambda outputs, targets: outputs * targets, split)
+    outputs = torch.arange(6.0)
+    assert criterion(outputs, targets.to(dtype)) == criterion(outputs, targets)
+    expected, found = (criterion.parts(t) for t in (targets, targets.to(dtype)))  # type: ignore[operator]
+    assert torch.equal(found.head, expected.head) and torch.equal(found.tail, expected.tail)
+    assert found[2:] == expected[2:] == (6, 0.5)
+
+
 @pytest.mark.parametrize("target", [-99, -1, 10, 1000])
 def test_split_loss_refuses_labels_outside_the_split(target: int) -> None:
     criterion = split_loss(squared_error, SPLIT)

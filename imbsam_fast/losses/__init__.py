@@ -8,15 +8,7 @@ rows that count. Targets other than labels (N,) need `parts(targets) -> Parts` t
 
 from .cross_entropy import SplitCrossEntropy
 from .multi_label import SplitBCEWithLogits
-from .parts import (
-    LABELS,
-    Parts,
-    SplitLoss,
-    check_split_loss,
-    is_labels,
-    numbers_of,
-    parts_of,
-)
+from .parts import LABELS, Parts, SplitLoss, check_split_loss, is_labels, parts_of
 from .per_sample import split_loss
 
 __all__ = [
@@ -27,7 +19,6 @@ __all__ = [
     "SplitLoss",
     "check_split_loss",
     "is_labels",
-    "numbers_of",
     "parts_of",
     "split_loss",
 ]

@@ -90,7 +90,7 @@ class SplitBCEWithLogits(nn.Module):
             reduction="none",
         )
         b = max(len(logits), 1) if batch_size is None else batch_size
-        w = self.split.stacked_weights(logits.shape[1], logits.device, dtype)
+        w = torch.stack(self.split.weights(logits.shape[1], logits.device, dtype))
         of_classes = terms.sum(0)
         head, tail = (torch.where(w == 0, 0, w * of_classes).sum(1) / (b * w.shape[1])).unbind()
         return split_loss_of(head, tail, self.tail_weight)

@@ -83,12 +83,12 @@ def target_parts(split: ClassSplit, targets: Tensor, ignore_index: int | None) -
 
 def label_parts(split: ClassSplit, targets: Tensor, ignore_index: int | None) -> Parts:
     """A row is in a part if one of its counted labels is."""
-    head, tail = split.masks(targets)
+    head, tail = split.plain_mask(targets), split.tail_mask(targets)
     if ignore_index is None:
         b, of_tail = targets.numel(), int(tail.count_nonzero())
     else:
         counted = targets != ignore_index
-        if split.has_class(ignore_index):  # else its label is in neither part
+        if split.has_class(ignore_index):  # else neither part has it, labels being int64
             head, tail = head & counted, tail & counted
         b, of_tail = numbers_of(counted, tail)
     share = of_tail / b if b else 0.0

@@ -49,12 +49,14 @@ class _SplitPerSampleLoss(nn.Module):
         else:
             w, counted = self._of_labels(targets, losses)
         b = counted.sum().clamp(min=1) if batch_size is None else batch_size
-        terms = torch.where(w == 0, 0, w * losses)
-        head, tail = ((terms if terms.dim() == 2 else terms.flatten(1)).sum(1) / b).unbind()
+        head, tail = (torch.where(w == 0, 0, w * losses).flatten(1).sum(1) / b).unbind()
         return split_loss_of(head, tail, self.tail_weight)
 
     def parts(self, targets: Tensor) -> Parts:
         """Which rows of a batch have weight in which part."""
+        _check_targets(targets)
+        if not targets.is_floating_point():
+            targets = targets.long()
         return target_parts(self.split, targets, self.ignore_index)
 
     def _of_labels(self, targets: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,13 +66,15 @@ class _SplitPerSampleLoss(nn.Module):
                 f"per_sample_loss returned shape {tuple(losses.shape)}, expected "
                 f"{tuple(targets.shape)}: one loss a row, as with reduction='none'"
             )
-        split, counted = self.split, targets != self.ignore_index
-        weights = split.stacked_weights(split.plain.shape[0], losses.device, losses.dtype)
-        if split.num_classes is None:
-            return weights.view(2, *[1] * targets.dim()) * counted, counted
+        targets = targets.long()  # 8 bits would take -100 for 156
+        counted = targets != self.ignore_index
+        weights = self.split.weights(self.split.plain.shape[0], losses.device, losses.dtype)
+        if self.split.num_classes is None:  # all labels have the weights of the only class
+            return torch.stack(weights).view(2, *[1] * targets.dim()) * counted, counted
         # index_select, unlike indexing, refuses negative labels.
-        w = weights.t().index_select(0, targets.where(counted, 0).long().flatten()).t()
-        return w.unflatten(1, targets.shape) * counted, counted
+        flat = targets.where(counted, 0).flatten()
+        w = torch.stack([part.index_select(0, flat) for part in weights])
+        return w.view(2, *targets.shape) * counted, counted
 
     def _of_distributions(self, q: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """The weights of both parts, (2, N) or (2, 1, K), and which rows count."""
@@ -80,7 +84,7 @@ class _SplitPerSampleLoss(nn.Module):
                 f"{tuple(q.shape[:1])}, one loss a row, or {tuple(q.shape)}, the terms of its "
                 "classes"
             )
-        weights = self.split.stacked_weights(q.shape[1], losses.device, losses.dtype)
+        weights = torch.stack(self.split.weights(q.shape[1], losses.device, losses.dtype))
         counted = (q != 0).any(1)
         if losses.dim() == 2:
             return weights.unsqueeze(1), counted
@@ -104,7 +108,8 @@ def split_loss(
         split: the class weights, looked up with integer labels.
         tail_weight: factor on the tail part.
         ignore_index: rows with this target count neither in the sums nor in b; per_sample_loss
-            still sees them. Of distributions, rows of zeros.
+            still sees them, and must be finite there with a finite derivative, as torch's losses
+            are: an infinite one times 0 is not a number. Of distributions, rows of zeros.
     """
     check_split(split)
     if not callable(per_sample_loss):

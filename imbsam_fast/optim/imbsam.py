@@ -116,7 +116,11 @@ class ImbSAM(AroundBase):
         """
         check_no_zero_grad("first_step", zero_grad)
         if self._pending.held is not None or self._pending.saved is not None:
-            raise RuntimeError("first_step was called twice in one step; third_step must follow")
+            raise RuntimeError(
+                "first_step was called twice in one step, expected after the head's backward "
+                "first_step, after the tail's second_step, and after the tail's at the perturbed "
+                "weights third_step; coming from another SAM: docs/migration.md"
+            )
         self._pending.held = owned(self._take_gradients())
 
     def second_step(self, subtract: bool = False, zero_grad: None = None) -> None:

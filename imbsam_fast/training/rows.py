@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..losses import numbers_of, parts_of
+from ..losses import parts_of
+from ..losses.parts import numbers_of
 from .data_parallel import keep_in_step
 from .trees import mapped
 
@@ -70,7 +71,10 @@ def positions(part: Tensor) -> Tensor:
 
 
 def take_rows(part: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
-    """The rows of a batch that are in `part`, in its order and memory format."""
+    """The rows of a batch that are in `part`, in its order and memory format.
+
+    `part` may be on another device than the batch: samples are drawn on the CPU.
+    """
     rows = positions(part)
     if rows.shape[0] == targets.shape[0]:
         return inputs, targets
@@ -79,12 +83,12 @@ def take_rows(part: Tensor, inputs: Any, targets: Tensor) -> tuple[Any, Tensor]:
         index = rows.to(x.device, non_blocking=True)
         if x.requires_grad:
             raise ValueError("inputs requires a gradient, expected none; detach it")
-        if x.layout != torch.strided or x.is_contiguous():
+        if x.layout != torch.strided or (x.dim() < 4 and x.is_contiguous()):  # one format
             return x.index_select(0, index)
         # Like x, so that channels_last images stay channels_last.
         return torch.index_select(x, 0, index, out=torch.empty_like(x[: rows.shape[0]]))
 
-    return mapped(take, inputs), targets.index_select(0, rows)
+    return mapped(take, inputs), targets.index_select(0, rows.to(targets.device, non_blocking=True))
 
 
 def assemble(rows: Rows, size: int, of_head: Any, of_tail: Any) -> Any:

@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,9 +32,13 @@ ARCHITECTURE = "compute_90"
 SECONDS = 20  # of CPU time, after which a mutant counts as caught in an endless loop
 SEEDS = (1, 2, 3)
 
-# A part of the kernel's name -> a part of the source line (of the file's name where that is not
-# ours) -> why the change is harmless.
-_ONE_SUM = {"of_warp may be written again": "the kernel reduces once: nobody writes of_warp again"}
+# How a kernel's name begins -> a part of the source line (of the file's name where that is not
+# ours), and where not all of the line's instructions are meant what the instruction matches -> why
+# the change is harmless.
+Line = str | tuple[str, str]
+_ONE_SUM: dict[Line, str] = {
+    "of_warp may be written again": "the kernel reduces once: nobody writes of_warp again"
+}
 _LOADED = "whether a single is loaded; whether it is added is asked again"
 _NEXT_ROW = "what the next row's block writes afterwards (memcheck sees it in the last row)"
 _NO_PACKS = "other elements go without packs"
@@ -41,18 +46,34 @@ _BEHIND = "behind the tensor, which no check of bits sees (memcheck does)"
 _LOWER_HALF = "the lower half of a double: less than a float keeps"
 _FULL = "all warps are there, and other lanes do not reach the first"
 _SINGLES = "single elements, added in the same order"
-_SUMS = {
-    "middle = (tensor + after) / 2": "of numbers above 0",
-    "start ? start + at.begin": "only compared with null",
-    "aligned = bits % 16 == 0": _SINGLES,
-    "const int whole = aligned ?": "of numbers above 0",
-    "v < whole; v += kBlock": _SINGLES,
-    "v * lanes < elements": "where nothing is left",
+_OF_WHOLE = ("const int whole = aligned ?", r"add\.s32|shr\.u32 .*, 30")
+_SUMS: dict[Line, str] = {
+    ("middle = (tensor + after) / 2", r"add\.s32"): "of numbers above 0",
+    ("start ? start + at.begin", r"add\.s64"): "compared with null; where it is read it is caught",
+    ("aligned = bits % 16 == 0", r"and\.b64 .*, 15"): _SINGLES,
+    _OF_WHOLE: "of numbers above 0",
+    ("v < whole; v += kBlock", r"setp\.\w+\.[su]32"): _SINGLES,
+    ("v * lanes < elements", r"setp\.\w+\.s32"): "where nothing is left",
     "return {h[0], l[0], zero ||": "at the bounds themselves either way is right",
     "warps = blockDim.x / 32": _FULL,
     "lane < warps ?": _FULL,
 }
-HARMLESS: dict[str, dict[str, str]] = {
+_ROWS: dict[Line, str] = {
+    "const int whole = (classes - before) / lanes": "of numbers above 0",
+    "assert(target >= 0": "of labels in range",
+}
+_LOSSES_OF_ROWS: dict[Line, str] = {
+    "if (higher > max) raise(higher)": "raised to where it was",
+    "const bool has_single": _LOADED,
+    "singles = classes - packs * lanes": _LOADED,
+    "if (v < layout.packs) add(v": "adds packs that are not there",
+    "v + u * stride < layout.packs) {": "the first pack of a round is there",
+    "const double log_sum = log(": "nvcc's log: less than a float keeps",
+    "return max == -(S)INFINITY ? S(0)": "there is no sum to be shifted yet",
+    "sm_30_intrinsics.hpp": _LOWER_HALF,
+    ("single, w ? w + k : nullptr", r"add\.s64"): "compared with null",
+}
+HARMLESS: dict[str, dict[Line, str]] = {
     "": {"return expf(x)": "nvcc's expf: another multiple of log 2, or less than a float rounds"},
     "perturb_kernel": {
         **_ONE_SUM,
@@ -71,31 +92,24 @@ HARMLESS: dict[str, dict[str, str]] = {
     },
     "squared_norm_kernel": _SUMS,
     "grad_check_kernel": _SUMS,
-    "row_": {
-        "const int whole = (classes - before) / lanes": "of numbers above 0",
-        "assert(target >= 0": "of labels in range",
-    },
     "row_losses_kernel": {
+        **_ROWS,
         **_ONE_SUM,
-        "if (higher > max) raise(higher)": "raised to where it was",
-        "const bool has_single": _LOADED,
-        "singles = classes - packs * lanes": _LOADED,
-        "if (v < layout.packs) add(v": "adds packs that are not there",
-        "v + u * stride < layout.packs) {": "the first pack of a round is there",
-        "const double log_sum = log(": "nvcc's log: less than a float keeps",
-        "return max == -(S)INFINITY ? S(0)": "there is no sum to be shifted yet",
-        "sm_30_intrinsics.hpp": _LOWER_HALF,
+        **_LOSSES_OF_ROWS,
     },
     "row_losses_kernelfLb0E": {"(1 - s.label_smoothing)": "it is 0"},
-    "row_losses_kernelfLb1E": {"single, w ? w + k : nullptr": "only compared with null"},
     "soft_row_losses_kernel": {
-        "if (warp == 0) {": "another warp does the same",
-        "first < classes; first +=": "a round of nothing",
-        "label[u] = k < classes": "the first of a round is there",
-        "weighted[part] += share": "adds to 0",
-        "mass[part] += share": "adds to 0",
+        **_ROWS,
+        **_ONE_SUM,
+        **_LOSSES_OF_ROWS,
+        ("if (warp == 0) {", r"setp"): "another warp finds the same maximum",
+        ("first < classes; first +=", r"setp"): "a round of nothing",
+        ("label[u] = k < classes", r"setp"): "the first of a round is there",
+        ("weighted[part] += share", "0f00000000"): "adds to 0",
+        ("mass[part] += share", "0f00000000"): "adds to 0",
     },
     "row_gradients_kernel": {
+        **_ROWS,
         "if (threadIdx.x == 0) shared =": "all others would write the same",
         "packs = whole > 0 ? whole": "a row has as many classes",
         "singles = classes - packs * lanes": _NEXT_ROW,
@@ -113,26 +127,29 @@ HARMLESS: dict[str, dict[str, str]] = {
 
 
 def numbers(*sizes: int, seed: int = 0, shift: int = 0) -> list[Tensor]:
-    """Normal float32 tensors, `shift` elements behind an aligned address and before 4 others."""
+    """Normal float32 tensors, `shift` elements behind an aligned address."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(n + shift + 4, generator=generator)[shift : n + shift] for n in sizes]
+    return [torch.randn(n + shift, generator=generator)[shift:] for n in sizes]
 
 
 def sums(kernel: str) -> list[Tensor]:
     found = []
     # Sums of squares of packs on both sides of what floats are added up for: nearly all of them
     # inside, and mixed at the lower and at the upper bound. Of whole packs threads take 16, 6, 5, 4
-    # or none.
+    # or none. Behind each tensor are 4 elements of its kind.
     for shift, factor in product((0, 1), (1, 3e-15, 4e18)):
         sizes = 33_001, 11_003, 8195, 130, 3, 64
-        g, theta = (numbers(*sizes, seed=i, shift=shift) for i in range(2))
-        for t in (*g, *theta) if kernel.startswith("grad_check") else g:
+        lists = [numbers(*(n + 4 for n in sizes), seed=i, shift=shift) for i in range(2)]
+        for t in (*lists[0], *lists[1]) if kernel.startswith("grad_check") else lists[0]:
             t *= factor
             t[len(t) // 3 : len(t) // 2] = 0
-            for some in (t[len(t) // 2 : len(t) * 2 // 3], t[len(t) * 5 // 6 : -4]):
+            for some in (t[len(t) // 2 : len(t) * 2 // 3], t[len(t) * 5 // 6 : -8]):
                 some[torch.arange(len(some)) % 5 > 0] = 0  # packs of one number, in every lane
             for u in range(len(t) // 2048 if factor == 1 else 0):  # a few threads' every fourth
                 t[2048 * u + 200 * (u % 4) :][:20] *= 1e-30
+            if factor == 1:  # the last pack too, which is all of the smallest
+                t[-8:] *= 1e-30
+        g, theta = ([t[:-4] for t in tensors] for tensors in lists)
         if kernel.startswith("squared_norm"):
             found += [native_cuda.squared_norm(g), native_cuda.squared_norm(g, theta)]
             found.append(native_cuda.squared_norm(g[3:5]))
@@ -291,8 +308,12 @@ def source_line(mutation: Mutation) -> str:
 def reason_harmless(mutation: Mutation) -> str | None:
     line = source_line(mutation)
     for kernel, reasons in HARMLESS.items():
-        for part, why in reasons.items():
-            if kernel in mutation.kernel and part in (line or mutation.file):
+        if not mutation.kernel.startswith(kernel):
+            continue
+        for where, why in reasons.items():
+            part, instruction = (where, "") if isinstance(where, str) else where
+            text = " ".join(mutation.instruction.split())
+            if part in (line or mutation.file) and re.search(instruction, text):
                 return why
     return None
 

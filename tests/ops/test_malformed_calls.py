@@ -235,8 +235,8 @@ def in_order(world: World, calls: str, **options: Any) -> None:
 
 
 for calls, message in (
-    ("11", "first_step was called twice in one step; third_step must follow"),
-    ("21", "first_step was called twice in one step; third_step must follow"),
+    ("11", "first_step was called twice in one step, expected after the head"),
+    ("21", "first_step was called twice in one step, expected after the head"),
     ("121", "first_step was called twice"),
     ("22", "second_step was called twice"),
     ("122", "second_step was called twice"),

@@ -142,6 +142,19 @@ def test_a_control_has_equal_weights(tmp_path):
     } == {("imbsam", 2.0): 2.0, ("imbsam", 5.0): 5.0}
 
 
+def test_a_control_of_nobody_is_named(tmp_path):
+    """As the default preset makes it, whose tail weight is 1."""
+    for seed in (0, 1):
+        write_run(tmp_path / f"sgd{seed}", [1, 2, 3], seed=seed)
+        write_run(tmp_path / f"c{seed}", [1, 2, 3], seed=seed, **CONTROL)
+        write_run(tmp_path / f"i{seed}", [1, 2, 3], seed=seed, **{**IMBSAM, "tail_weight": 1.0})
+    notes = table(one_section(tmp_path), "difference-last").notes
+    assert len(notes) == 2 and notes[1].startswith("control is nobody's control here")
+    for seed in (0, 1):
+        write_run(tmp_path / f"j{seed}", [1, 2, 3], seed=seed, **IMBSAM)
+    assert len(table(one_section(tmp_path), "difference-last").notes) == 1
+
+
 # ---------------------------------------------------------------- marks and tables
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from networks import COUNTS, RHO, batches, distance, imbsam, network
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from imbsam_fast import ClassSplit, SplitBCEWithLogits, SplitCrossEntropy, TrainStep, split_loss
 from imbsam_fast.losses import SplitLoss
+from imbsam_fast.training.rows import take_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,6 +169,16 @@ def test_inputs_are_unpacked_and_logits_found(answer, plan, by):
 
 
 # ---------------------------------------------------------------- refusals
+
+
+def test_rows_that_are_chosen_on_the_cpu_of_a_batch_on_a_gpu() -> None:
+    """As the sampled plan does; a fake GPU refuses what a real one would."""
+    with FakeTensorMode():
+        rows = torch.tensor([0, 2])
+        batch = torch.empty(4, 3, device="cuda"), torch.empty(4, 3, 2, 2, device="cuda")
+        labels = torch.empty(4, dtype=torch.int64, device="cuda")
+        taken, targets = take_rows(rows, batch, labels)
+    assert [(x.device.type, len(x)) for x in (*taken, targets)] == [("cuda", 2)] * 3
 
 
 class LabelsOnly:

@@ -59,8 +59,8 @@ def _add_method_arguments(parser: argparse.ArgumentParser) -> None:
         help="besides 1: ImbSAM with the anomalies' loss times W, and the base with the same, "
         "which is the control")  # fmt: skip
     add("--plan", choices=EXACT_PLANS, default="auto",
-        help="passes of SAM and ImbSAM; auto: joint for DeepSAD, which has BatchNorm, split for "
-        "DevNet (default: %(default)s)")  # fmt: skip
+        help="passes of SAM and ImbSAM; auto: joint, for DeepSAD since it has BatchNorm, for "
+        "DevNet since it is small (default: %(default)s)")  # fmt: skip
     add("--epochs", type=count, default=50, metavar="N", help="default: %(default)s")
     add("--batch-size", type=number(2, kind=int), default=128, metavar="N",
         help="default: %(default)s")  # fmt: skip

@@ -211,13 +211,20 @@ def difference_table(section: Section, checkpoint: str) -> DataTable:
             rows.append(
                 [_text(group.label), _text(other.label), _text(all_ and all_.seeds), *cells]
             )
-    note = (
+    notes = [
         f"Percentage points, and in brackets the {INTERVAL}. Bold: the interval does not hold 0. "
         "SGD with the same tail weight and no perturbation is the control: what is gained over it "
         "is gained by flatness, not by weight."
-    )
+    ]
+    controls = [control(group, section.groups) for group in section.finished]
+    notes += [
+        f"{group.label} is nobody's control here: nothing else has its eta and tail weight. Where "
+        "the tail weight is 1, as under the paper's preset, the control is SGD itself."
+        for group in section.finished
+        if group.config.get("optimizer") == "sgd-weighted" and group not in controls
+    ]
     caption = f"Difference to SGD and to the control {NOTES[checkpoint]}"
-    return DataTable(f"difference-{checkpoint}", caption, columns, rows, [note])
+    return DataTable(f"difference-{checkpoint}", caption, columns, rows, notes)
 
 
 # ---------------------------------------------------------------- classes
