@@ -22,7 +22,9 @@ class ClassSplit(nn.Module):
     The weights are the method: plain 1, sharp 0 is SGD; plain 0, sharp 1 is SAM; 1 for the
     classes above a threshold and 1 for the rest is ImbSAM. A class with sharp > 0 is a *tail*
     class. It is a module so that it moves with `.to()` and has a `state_dict`; a criterion
-    that holds it works with logits on any device whether it was moved or not.
+    that holds it works with logits on any device whether it was moved or not. Weights may be
+    replaced or changed in place between steps; what torch does not count as a write (`.data`,
+    NumPy) is not seen.
 
     Args:
         plain: float (K,), finite and not negative, one entry a class. (1,) means the same
