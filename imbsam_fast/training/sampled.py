@@ -161,5 +161,6 @@ def _all_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile compiled `model` or a module in it."""
     return any(
-        m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules()
+        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
+        for m in model.modules()
     )
