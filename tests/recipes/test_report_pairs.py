@@ -142,7 +142,7 @@ def test_a_control_has_equal_weights(tmp_path):
     } == {("imbsam", 2.0): 2.0, ("imbsam", 5.0): 5.0}
 
 
-def test_a_control_of_nobody_is_named(tmp_path):
+def test_a_control_of_nobody_is_named(tmp_path, capsys):
     """As the default preset makes it, whose tail weight is 1."""
     for seed in (0, 1):
         write_run(tmp_path / f"sgd{seed}", [1, 2, 3], seed=seed)
@@ -150,6 +150,8 @@ def test_a_control_of_nobody_is_named(tmp_path):
         write_run(tmp_path / f"i{seed}", [1, 2, 3], seed=seed, **{**IMBSAM, "tail_weight": 1.0})
     notes = table(one_section(tmp_path), "difference-last").notes
     assert len(notes) == 2 and notes[1].startswith("control is nobody's control here")
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    assert "control is nobody's control here" in " ".join(capsys.readouterr().out.split())
     for seed in (0, 1):
         write_run(tmp_path / f"j{seed}", [1, 2, 3], seed=seed, **IMBSAM)
     assert len(table(one_section(tmp_path), "difference-last").notes) == 1

@@ -90,7 +90,9 @@ def _print_pairs(console: Console, section: Section, checkpoint: str) -> None:
         texts = [(escape(row[i].text), row[i].mark == "clear") for i in kept]
         table.add_row(*(f"[bold]{text}[/bold]" if clear else text for text, clear in texts))
     console.print(table)
-    console.print(f"In brackets the {INTERVAL}.", style="dim")
+    _, *controls_of_nobody = found.notes
+    for note in (f"In brackets the {INTERVAL}.", *controls_of_nobody):
+        console.print(escape(note), style="dim")
 
 
 def _print_differences(console: Console, section: Section) -> None:
