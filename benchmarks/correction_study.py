@@ -1,6 +1,6 @@
 """How well other corrections stand in for the one of all rows of the batch, over a training.
 
-    python -m benchmarks.correction_study [--seeds N] [--json FILE]
+    python -m benchmarks.correction_study [--seeds N] [--epochs N ...] [--json FILE]
 
 The correction is what the perturbation adds to the gradient, g_p - g_t. The digits are trained by
 the joint plan under both presets (statistics updated once); in some epochs, on the first batches
@@ -110,7 +110,7 @@ def samples(
         return plan.drawn(rows)
 
     for share in SHARES:
-        yield f"sampled {share:g}", [(drawn(share), drawn(share))]
+        yield f"sampled {share:g}", [(drawn(share),) * 2]
     yield f"sampled {VARIED:g}, other head rows", [(drawn(VARIED), drawn(VARIED, 1))]
     some = torch.zeros_like(tail)
     order = torch.randperm(len(tail), generator=torch.Generator().manual_seed(seed))

@@ -169,11 +169,6 @@ class ClassSplit(nn.Module):
         k = self.plain.shape[0]
         return None if k == 1 and self.counts is None else k
 
-    def has_class(self, label: int) -> bool:
-        """Whether integer `label` is a class."""
-        k = self.num_classes
-        return label >= 0 and (k is None or label < k)
-
     @property
     def tail_fraction(self) -> float:
         """The share f of the training rows that belong to tail classes."""

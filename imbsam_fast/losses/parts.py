@@ -88,8 +88,7 @@ def label_parts(split: ClassSplit, targets: Tensor, ignore_index: int | None) ->
         b, of_tail = targets.numel(), int(tail.count_nonzero())
     else:
         counted = targets != ignore_index
-        if split.has_class(ignore_index):  # else neither part has it, labels being int64
-            head, tail = head & counted, tail & counted
+        head, tail = head & counted, tail & counted
         b, of_tail = numbers_of(counted, tail)
     share = of_tail / b if b else 0.0
     if targets.dim() > 1:

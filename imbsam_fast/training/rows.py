@@ -46,7 +46,8 @@ def filled(rows: Rows, multiple: int) -> Rows:
     A row that fills up a part has no weight in it: its labels say so, as they do in any pass.
     """
     head, tail = _filled(rows.head, multiple), _filled(rows.tail, multiple)
-    return rows._replace(head=head, tail=tail, head_rows=int(head.sum()), tail_rows=int(tail.sum()))
+    head_rows, tail_rows = numbers_of(head, tail)
+    return rows._replace(head=head, tail=tail, head_rows=head_rows, tail_rows=tail_rows)
 
 
 def _filled(part: Tensor, multiple: int) -> Tensor:

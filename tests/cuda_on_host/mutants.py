@@ -46,12 +46,11 @@ _BEHIND = "behind the tensor, which no check of bits sees (memcheck does)"
 _LOWER_HALF = "the lower half of a double: less than a float keeps"
 _FULL = "all warps are there, and other lanes do not reach the first"
 _SINGLES = "single elements, added in the same order"
-_OF_WHOLE = ("const int whole = aligned ?", r"add\.s32|shr\.u32 .*, 30")
 _SUMS: dict[Line, str] = {
     ("middle = (tensor + after) / 2", r"add\.s32"): "of numbers above 0",
     ("start ? start + at.begin", r"add\.s64"): "compared with null; where it is read it is caught",
     ("aligned = bits % 16 == 0", r"and\.b64 .*, 15"): _SINGLES,
-    _OF_WHOLE: "of numbers above 0",
+    ("const int whole = aligned ?", r"add\.s32|shr\.u32 .*, 30"): "of numbers above 0",
     ("v < whole; v += kBlock", r"setp\.\w+\.[su]32"): _SINGLES,
     ("v * lanes < elements", r"setp\.\w+\.s32"): "where nothing is left",
     "return {h[0], l[0], zero ||": "at the bounds themselves either way is right",

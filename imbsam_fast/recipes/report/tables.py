@@ -201,8 +201,9 @@ def difference_table(section: Section, checkpoint: str) -> DataTable:
     for view in views:
         columns += [Column(f"{view} {c}", headings[c], VIEW_NAMES[view]) for c in COLUMNS]
     rows = []
-    for group in section.finished:
-        for other in (baseline(group, section.groups), control(group, section.groups)):
+    controls = [control(group, section.groups) for group in section.finished]
+    for group, its_control in zip(section.finished, controls):
+        for other in (baseline(group, section.groups), its_control):
             found = [paired(group, other, checkpoint, view) for view in views] if other else []
             if other is None or not found or found[0] is None:
                 continue
@@ -216,7 +217,6 @@ def difference_table(section: Section, checkpoint: str) -> DataTable:
         "SGD with the same tail weight and no perturbation is the control: what is gained over it "
         "is gained by flatness, not by weight."
     ]
-    controls = [control(group, section.groups) for group in section.finished]
     notes += [
         f"{group.label} is nobody's control here: nothing else has its eta and tail weight. Where "
         "the tail weight is 1, as under the paper's preset, the control is SGD itself."
