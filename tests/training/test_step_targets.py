@@ -171,6 +171,7 @@ def test_inputs_are_unpacked_and_logits_found(answer, plan, by):
 # ---------------------------------------------------------------- refusals
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a torch built with CUDA")
 def test_rows_that_are_chosen_on_the_cpu_of_a_batch_on_a_gpu() -> None:
     """As the sampled plan does; a fake GPU refuses what a real one would."""
     with FakeTensorMode():
