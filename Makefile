@@ -1,4 +1,4 @@
-# make demo | quick | test | lint | docs | wheel | bench | clean; everything happens inside $(VENV).
+# make demo | quick | test | test-all | lint | docs | wheel | bench | clean; everything happens inside $(VENV).
 # make gpu uses the environment of $(PYTHON) as it is.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +11,7 @@ PIP    := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
           PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
 NATIVE := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find cmake csrc -type f)
 
-.PHONY: demo quick test lint docs ptx wheel release-wheel wheel-test bench benchmark guard gpu gpu-wheels gpu-dry-run clean
+.PHONY: demo quick test test-all lint docs ptx wheel release-wheel wheel-test bench benchmark guard gpu gpu-wheels gpu-dry-run clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,7 +22,11 @@ demo: $(VENV)/.installed
 quick: $(VENV)/.installed
 	$(BIN)/python $(PYTEST) -m quick
 
+# Every test, in so many cases that any two values of its parameters meet in one; test-all: in all.
 test: $(VENV)/.installed
+	$(BIN)/python $(PYTEST) -m pairs
+
+test-all: $(VENV)/.installed
 	$(BIN)/python $(PYTEST)
 
 lint: $(VENV)/.installed

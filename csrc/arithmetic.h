@@ -38,5 +38,5 @@ IMBSAM_INLINE double power(double base, int64_t exponent) {
 // The larger one; not-a-number, where one of them is
 template <class V>
 IMBSAM_INLINE V larger(V a, V b) {
-  return (a >= b) | (a != a) ? a : b;
+  return ((a >= b) | (a != a)) ? a : b;
 }

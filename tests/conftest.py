@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from heapq import heappop, heappush
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     _mark_quick(items)
     _mark_each(items)
+    _mark_pairs(items)
 
 
 def _is_slow(callspec: Any) -> bool:
@@ -151,6 +154,11 @@ def _mark_quick(items: list[pytest.Item]) -> None:
             item.add_marker("quick")
 
 
+def _values(item: pytest.Item) -> list[tuple[int, str]]:
+    """Of its parameters, by their places and names."""
+    return list(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else []
+
+
 def _mark_each(items: list[pytest.Item]) -> None:
     """`each`: so many cases of a test that every value of each parameter is in one of them.
 
@@ -159,10 +167,37 @@ def _mark_each(items: list[pytest.Item]) -> None:
     seen: dict[str, set[tuple[int, str]]] = {}
     for item in items:
         test = item.nodeid.partition("[")[0]
-        values = set(enumerate(item.callspec._idlist)) if hasattr(item, "callspec") else set()
+        values = set(_values(item))
         if test not in seen or not (item.get_closest_marker("slow") or values <= seen[test]):
             item.add_marker("each")
             seen.setdefault(test, set()).update(values)
+
+
+def _mark_pairs(items: list[pytest.Item]) -> None:
+    """`pairs`: so many cases of a test that any two values of its parameters meet in one of them.
+
+    Chosen greedily: next the case with the most pairs that are not in an earlier one.
+    """
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_test in cases.values():
+        pairs = [set(combinations(_values(item), 2)) for item in of_test]
+        if not any(pairs):  # of two parameters; of one every value is a case
+            for item in of_test:
+                item.add_marker("pairs")
+            continue
+        met: set[Any] = set()
+        left = [(-len(of_case), number) for number, of_case in enumerate(pairs)]
+        while left:
+            _, number = heappop(left)
+            new = -len(pairs[number] - met)
+            if left and new > left[0][0]:
+                if new:
+                    heappush(left, (new, number))
+            elif new:
+                of_test[number].add_marker("pairs")
+                met |= pairs[number]
 
 
 @pytest.fixture(params=backends(), ids=str)

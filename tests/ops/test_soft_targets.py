@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import TOLERANCE, assert_as_accurate, assert_same_bits
-from conftest import Backend
+from conftest import INTERPRETED, Backend
 from samples import DTYPES, class_weights, distributions, logits_and_targets
 from test_split_cross_entropy import LAYOUTS, PARTS, losses_and_gradient
 from torch import Tensor
@@ -200,7 +200,9 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     logits, q = distributions(4, 5, torch.float64, backend.device)
     weights = class_weights(5, torch.float64, backend.device)
     assert torch.autograd.gradcheck(
-        lambda z: ops.split_soft_cross_entropy(z, q, *weights, **options), logits.requires_grad_()
+        lambda z: ops.split_soft_cross_entropy(z, q, *weights, **options),
+        logits.requires_grad_(),
+        fast_mode=backend == INTERPRETED,  # a product with a random vector, not every column
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import TOLERANCE, assert_as_accurate, assert_same_bits
-from conftest import Backend
+from conftest import INTERPRETED, Backend
 from samples import DTYPES, class_weights, distributions, logits_and_targets
 from torch import Tensor
 
@@ -319,6 +319,7 @@ def test_gradcheck(backend: Backend, options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(
         lambda z: ops.split_cross_entropy(z, targets, *weights, **options),
         logits.requires_grad_(),
+        fast_mode=backend == INTERPRETED,  # a product with a random vector, not every column
     )
 
 
