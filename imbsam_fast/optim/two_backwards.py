@@ -40,10 +40,12 @@ def _without_donation() -> Iterator[None]:
 
 def backward(loss: Tensor, retain_graph: bool = False) -> None:
     """`loss.backward` through a graph from the block above; retain_graph for the first of two."""
-    if not retain_graph:  # the check that the setting silences is of those that keep the graph
-        loss.backward()
+    # The check that the setting silences is of compiled graphs that are kept.
+    compiled = list(_compiled_nodes(loss)) if retain_graph else []
+    if not compiled:
+        loss.backward(retain_graph=retain_graph)
         return
-    if any(_donates(node) for node in _compiled_nodes(loss)):
+    if any(map(_donates, compiled)):
         raise RuntimeError(
             "the compiled model ran in training mode before its first TrainStep, which fixed "
             "its graph to a single backward, and the joint plan needs two; call "

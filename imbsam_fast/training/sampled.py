@@ -160,7 +160,8 @@ def _all_rows(step: Passes, inputs: Any, targets: Tensor, rows: Rows) -> Seen:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile compiled `model` or a module in it."""
+    # `_modules`, for hasattr takes as long as three modules where the name is missing.
     return any(
-        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
+        getattr(m, "_compiled_call_impl", None) is not None or "_orig_mod" in m._modules
         for m in model.modules()
     )
