@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..optim.two_backwards import compiled_for_two_backwards
 from ..validation import check_number, check_whole_number
+from .choices import SAMPLE
 from .plans import Passes, Seen, StepResult, joint_plan, step_result, updated
 from .rows import Rows, take_rows
 
@@ -134,9 +135,14 @@ class CheaperSteps:
         self.counted = counted
 
 
-def check_sampled(batch_norm: str) -> None:
-    """Raise ValueError where statistics would be a sample's, and not the batch's."""
-    if batch_norm != "once":
+def check_sampled(plan: str, share: float, batch_norm: str) -> None:
+    """Refuse a share of samples that are not drawn, and statistics of a sample, not the batch."""
+    if plan != "sampled" and share != SAMPLE:
+        raise ValueError(
+            f"sample is {share!r}, expected {SAMPLE} with plan={plan!r}: it is a setting of "
+            "plan='sampled'"
+        )
+    if plan == "sampled" and batch_norm != "once":
         raise ValueError(f"batch_norm is {batch_norm!r}, expected 'once' with plan='sampled'")
 
 

@@ -35,6 +35,7 @@ from .batch_norm import (
     has_batch_statistics,
     statistics_where,
 )
+from .choices import SAMPLE
 from .cuda_graph import check_plan
 from .data_parallel import Ranks, parts_overlap
 from .generators import Draws, Generators
@@ -106,7 +107,8 @@ class TrainStep:
             dropout mask a step. The generators go on as if there had been one pass.
         sample: the share of the batch, in (0, 1], of plan="sampled": all tail rows, even where they
             are more, and head rows drawn at random beside them. Excludes batch_norm="twice",
-            since running statistics see the pass of all rows alone.
+            since running statistics see the pass of all rows alone. Another share is an error with
+            another plan, which would not read it.
         sample_seed: decides the drawing, with the number of the step.
         unpack: give the model the entries of the inputs one by one: `model(**inputs)` for a dict,
             `model(*inputs)` for a tuple.
@@ -153,7 +155,7 @@ class TrainStep:
         micro_batch_size: int | None = None,
         cuda_graph: bool = False,
         same_dropout: bool = False,
-        sample: float = 0.25,
+        sample: float = SAMPLE,
         sample_seed: int = 0,
         perturb_every: int = 1,
         unpack: bool = False,
@@ -164,6 +166,7 @@ class TrainStep:
         given, optimizer = optimizer, unwrapped(optimizer)
         check_criterion(criterion)
         check_choices(plan, batch_norm, perturbation, micro_batch_size)
+        check_sampled(plan, sample, batch_norm)
         check_autocast(autocast)
         check_switches(cuda_graph=cuda_graph, same_dropout=same_dropout)
         check_grad_scaler(grad_scaler)
@@ -244,7 +247,6 @@ class TrainStep:
             raise
 
     def _sampled(self, share: float, seed: int) -> SampledPlan:
-        check_sampled(self.batch_norm)
         common = self.group is not None and self.perturbation == "global"
         return SampledPlan(share, seed, common)
 

@@ -421,6 +421,8 @@ def test_cheaper_steps_are_a_part_of_the_name():
     assert once.label() == "ImbSAM, released, eta 4, statistics once"
     with pytest.raises(ValueError, match="batch_norm is 'twice', expected 'once' with plan 'sampl"):
         settings(plan="sampled", batch_norm="twice")
+    with pytest.raises(ValueError, match=r"sample is 0\.5, expected 0\.25 with plan 'auto'"):
+        settings(sample=0.5)
 
 
 def test_a_tail_weight_is_named_once_and_only_where_there_is_one():

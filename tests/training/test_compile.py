@@ -37,7 +37,8 @@ def train(model: nn.Module, plan: str, steps: int = 5) -> None:
     """The first batch has no tail row: its graph must serve the later ones too."""
     criterion = SplitCrossEntropy(ClassSplit.from_counts(COUNTS))
     # More tail rows than the sample holds would be filled up in the compiled model alone.
-    step = TrainStep(model, criterion, optimizer_for(model), plan=plan, sample=0.5)
+    sample = {"sample": 0.5} if plan == "sampled" else {}
+    step = TrainStep(model, criterion, optimizer_for(model), plan=plan, **sample)
     generator = torch.Generator().manual_seed(1)
     for i in range(steps):
         inputs = torch.randn(32, 12, generator=generator)

@@ -150,7 +150,8 @@ def test_buffers_are_fed_once_and_auto_is_joint(name, plan):
     """Also in the first step, which finds out; a sample of all rows is the joint plan too."""
     model, expected = MODELS[name](), MODELS[name]()
     optimizer = ImbSAM(torch.optim.SGD(model.parameters(), 1.0), rho=RHO)
-    step = TrainStep(model, SplitCrossEntropy(SPLIT), optimizer, plan, sample=1.0)
+    sample = {"sample": 1.0} if plan == "sampled" else {}
+    step = TrainStep(model, SplitCrossEntropy(SPLIT), optimizer, plan, **sample)
     for x, y in list(batches(4)):  # all of them with both parts
         step(x, y)
         reference_step(expected, x, y)

@@ -305,6 +305,13 @@ def test_refusals_name_the_argument(settings, message):
         train_step(network(), plan="sampled", **settings)
 
 
+@pytest.mark.parametrize("plan", ["auto", "joint", "split"])
+def test_a_share_is_refused_where_no_sample_is_drawn(plan):
+    train_step(network(), plan=plan, sample=0.25)  # the default
+    with pytest.raises(ValueError, match=f"sample is 0.5, expected 0.25 with plan='{plan}'"):
+        train_step(network(), plan=plan, sample=0.5)
+
+
 # ---------------------------------------------------------------- with everything else
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from ...training.choices import SAMPLE
 from .presets import PAPER, PRESETS
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ COMMON_DEFAULTS: dict[str, Any] = {
     "gamma": 1.0,
     "lam": 0.8,
     "plan": "auto",
-    "sample": 0.25,
+    "sample": SAMPLE,
     "perturb_every": 1,
     "norm": "batch",
     "epochs": 200,
@@ -303,6 +304,11 @@ def _check(config: RunConfig) -> None:
 
 
 def _check_sampled(config: RunConfig) -> None:
+    if config.plan != "sampled" and config.sample != SAMPLE:
+        raise ValueError(
+            f"sample is {config.sample:g}, expected {SAMPLE:g} with plan "
+            f"{config.plan!r}: it is a setting of 'sampled'"
+        )
     if config.plan == "sampled" and config.batch_norm != "once":
         raise ValueError(
             f"batch_norm is {config.batch_norm!r}, expected 'once' with plan 'sampled'"
