@@ -283,7 +283,7 @@ SMALL = ("recipes/cifar10_lt_small",)
 SHORT = ("recipes/cifar10_lt_small_60_epochs",)
 H100 = ("recipes/cifar10_lt_small_h100",)
 RADIUS = ("recipes/cifar10_lt_small_rho",)
-UNWEIGHTED = ("recipes/cifar10_lt_small_tail_weight_1",)
+ETA_AND_WEIGHT = ("recipes/cifar10_lt_small_eta_and_weight",)
 GROUP_NORM = ("recipes/cifar10_lt_small_group_norm",)
 CIFAR100 = ("recipes/cifar100_lt",)
 TABLES = {
@@ -303,7 +303,7 @@ TABLES = {
     "cifar10-lt-small-rho": Table(RADIUS, accuracy),
     "cifar10-lt-small-rho-paired": Table(RADIUS, paired),
     "cifar10-lt-small-rho-sharpness": Table(RADIUS, sharpness),
-    "cifar10-lt-small-tail-weight-1": Table(UNWEIGHTED, accuracy),
+    "cifar10-lt-small-eta-and-weight": Table(ETA_AND_WEIGHT, accuracy),
     "cifar10-lt-small-group-norm": Table(GROUP_NORM, accuracy),
     "cifar10-lt-small-group-norm-paired": Table(GROUP_NORM, paired),
     "cifar100-lt": Table(CIFAR100, accuracy),
