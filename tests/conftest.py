@@ -183,7 +183,7 @@ def _mark_pairs(items: list[pytest.Item]) -> None:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for of_test in cases.values():
         pairs = [set(combinations(_values(item), 2)) for item in of_test]
-        if not any(pairs):  # of two parameters; of one every value is a case
+        if not any(pairs):  # fewer than two parameters: no value comes twice
             for item in of_test:
                 item.add_marker("pairs")
             continue
