@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import tiny_runs
+from rich.console import Console
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -148,3 +151,18 @@ def test_a_dry_run_says_what_all_will_take_and_writes_nothing(tmp_path, capsys, 
                      "--seeds", "1", "--optimizer", "sgd"]) == 0  # fmt: skip
     (run,) = find_runs([tmp_path / "runs"])
     assert (run.path / "last.pt").stat().st_size / 1e6 == pytest.approx(said, abs=0.06)
+
+
+def test_a_dry_run_does_not_take_compiling_for_testing(monkeypatch):
+    forwards = []
+
+    def forward(training, images):
+        if not forwards:
+            time.sleep(0.5)  # as the first one under --compile
+        forwards.append(len(images))
+
+    monkeypatch.setattr(dry_run_module, "_forward", forward)
+    given = {"dataset": "tiny", "optimizer": "sgd", "seed": 0}
+    config = resolve(tiny_runs.TINY, given)
+    (measured,) = dry_run_module.dry_run([config], tiny_runs.tiny_images(), Console(quiet=True))
+    assert len(forwards) == 2 and measured.test < 0.5

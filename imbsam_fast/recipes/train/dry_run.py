@@ -79,6 +79,7 @@ def _measured(config: RunConfig, data: LongTailImages, ranks: Ranks) -> Measured
     before, counted = _steps(config)
     steps = range(before + counted)
     times = [_timed(ranks.device, lambda: training.step(images, targets))[0] for _ in steps]
+    _forward(training, images)  # not counted: the first one may compile
     tested = _timed(ranks.device, lambda: _forward(training, images))[0]
     rows = len(targets)
     return Measured(
