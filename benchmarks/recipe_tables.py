@@ -24,7 +24,6 @@ from benchmarks.tables import NO_VALUE, Lines, Table, commit, markdown, software
 from imbsam_fast.recipes.metrics import COLUMNS, mean_and_std
 from imbsam_fast.recipes.report.comparison import (
     PLACE_KEYS,
-    UNREAD_KEYS,
     VIEWS,
     ComparedRun,
     Group,
@@ -34,12 +33,12 @@ from imbsam_fast.recipes.report.comparison import (
     differences,
     sections,
 )
-from imbsam_fast.recipes.settings.config import REMOVED, RunConfig
+from imbsam_fast.recipes.settings.config import REMOVED, UNREAD, RunConfig
 from imbsam_fast.recipes.train.methods import sharpness_split
 
 FORMAT = 1
 # Where runs may differ from their control: everything that makes the method.
-METHOD_KEYS = frozenset(("label", "optimizer", *UNREAD_KEYS["sgd"], *REMOVED))
+METHOD_KEYS = frozenset(("label", "optimizer", *UNREAD["sgd"], *REMOVED))
 # Where a cheaper step may differ from the paper's.
 LOSS_KEYS = frozenset(("label", "loss", "tau"))
 STEP_KEYS = frozenset(("label", "plan", "sample", "perturb_every", "batch_norm", *REMOVED))

@@ -171,6 +171,14 @@ def test_calls_from_elsewhere_are_answered_with_the_new_lines(call):
     assert torch.equal(params[0].detach(), torch.ones(3))
 
 
+@pytest.mark.parametrize("make", [ImbSAM, LeanImbSAM])
+def test_the_base_is_named_where_it_is_looked_for_as_elsewhere(make):
+    optimizer = make(torch.optim.SGD([nn.Parameter(torch.ones(3))], 0.1, 0.9))
+    with pytest.raises(AttributeError, match=f"{make.__name__} has no base_optimizer, .* is base"):
+        optimizer.base_optimizer  # noqa: B018
+    assert not hasattr(optimizer, "base_optimizer")
+
+
 @pytest.mark.parametrize("call", ["authors, keywords", "davda54"])
 def test_the_answers_lines_are_those_of_the_page(call):
     with pytest.raises(TypeError) as refused:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ class AroundBase(torch.optim.Optimizer):
     def is_perturbed(self) -> bool:
         """Whether the weights are at theta + epsilon, between second_step and third_step."""
         return self._pending.saved is not None
+
+    @property
+    def base_optimizer(self) -> NoReturn:
+        """Raise AttributeError, which says what it is called here; SAM has it elsewhere."""
+        raise AttributeError(
+            f"{type(self).__name__} has no base_optimizer, as SAM elsewhere; here it is base"
+        )
 
     def require_idle(self, action: str, instead: str = "") -> None:
         """Raise RuntimeError, which names `action`, if a step has begun and not ended."""

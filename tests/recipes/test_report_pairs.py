@@ -30,7 +30,7 @@ from imbsam_fast.recipes.report.tables import DataTable, section_tables
 from imbsam_fast.recipes.run_directory import RunDirectory
 from imbsam_fast.recipes.settings.config import resolve
 from imbsam_fast.recipes.settings.datasets import DATASETS
-from imbsam_fast.recipes.train.options import _with_file, configurations
+from imbsam_fast.recipes.train.options import _with_file, configurations, unread_options
 
 pytest.importorskip("yaml")
 
@@ -274,8 +274,22 @@ def test_the_command_repeats_the_runs(given, tmp_path):
     words = shlex.split(command(group))
     parser, _ = cli._parser(words[1:])
     assert words[0] == "imbsam-fast"
-    found = configurations(_with_file(parser.parse_args(words[1:])))
+    args = parser.parse_args(words[1:])
+    typed, args = vars(args), _with_file(args)
+    found = configurations(args)
+    assert not unread_options(args, typed)
     assert found == [config, replace(config, seed=config.seed + 1)]
+
+
+def test_the_command_has_no_setting_that_the_runs_do_not_read(tmp_path):
+    """As from `--optimizer sgd-weighted imbsam --preset released --rho 0.2`."""
+    given = {"optimizer": "sgd-weighted", "preset": "released", "rho": 0.2, "plan": "sampled"}
+    config = resolve(DATASETS["digits"], {"dataset": "digits", "data_dir": "", "seed": 0, **given})
+    RunDirectory.create(tmp_path / "run", config.to_dict())
+    (group,) = one_section(tmp_path).groups
+    assert command(group) == (
+        "imbsam-fast train digits --optimizer=sgd-weighted --preset=released --save=runs"
+    )
 
 
 def test_captured_seeds_are_of_one_configuration_with_others(tmp_path):

@@ -21,6 +21,7 @@ from imbsam_fast.recipes.settings import arguments
 from imbsam_fast.recipes.settings.config import resolve
 from imbsam_fast.recipes.settings.datasets import DATASETS
 from imbsam_fast.recipes.train import dry_run as dry_run_module
+from imbsam_fast.recipes.train.options import _with_file, unread_options
 from tests import commands, recipe_data
 
 LISTS = ("iNaturalist18_train.txt", "iNaturalist18_val.txt")
@@ -120,6 +121,38 @@ def test_digits_have_no_flip_column_and_are_analysed_without_torchvision(
     assert "torchvision is not installed" in message
 
 
+UNREAD = {
+    "--optimizer sgd --rho 0.2": ["--rho"],
+    "--optimizer sgd sgd-weighted --perturb-every 4 --lam 0.1": ["--lam", "--perturb-every"],
+    "--optimizer sgd --tail-weight 3 --eta 7": ["--eta", "--tail-weight"],
+    "--optimizer sam imbsam --gamma 2": ["--gamma"],
+    "--optimizer sgd focal-sam --tail-weight 3": ["--tail-weight"],
+    "--optimizer sgd-weighted --plan sampled --sample 0.5": ["--plan", "--sample"],
+    "--optimizer sgd imbsam --rho 0.2": [],
+    "--optimizer sgd sgd-weighted --eta 7 --tail-weight 3": [],
+    "--optimizer sgd --preset released --eta 20 --batch-norm twice": [],  # what it has anyway
+    "--gamma 2": [],
+}
+
+
+def unread_of(*words: str) -> list[str]:
+    parser, _ = cli._parser(["train"])
+    args = parser.parse_args(["train", "digits", *words])
+    return unread_options(_with_file(args), vars(args))
+
+
+@pytest.mark.parametrize("words", UNREAD)
+def test_settings_that_no_run_reads_are_found(words):
+    assert unread_of("--save", "x", *words.split()) == UNREAD[words]
+
+
+def test_a_file_may_have_settings_that_its_runs_do_not_read(tmp_path):
+    """As the config.yaml of a run has."""
+    (tmp_path / "runs.yaml").write_text("optimizer: [sgd]\nrho: 0.2\nsave: x\n")
+    assert unread_of("--config", str(tmp_path / "runs.yaml")) == []
+    assert unread_of("--config", str(tmp_path / "runs.yaml"), "--gamma", "2") == ["--gamma"]
+
+
 # ---------------------------------------------------------------- dry run
 
 
@@ -149,6 +182,8 @@ def test_a_dry_run_says_what_all_will_take_and_writes_nothing(tmp_path, capsys, 
     said = float(re.search(r"checkpoint: ([\d.]+) MB", shown)[1])
     assert cli.main([*argv[:4], *argv[5:], "--save", str(tmp_path / "runs"), "--epochs", "1",
                      "--seeds", "1", "--optimizer", "sgd"]) == 0  # fmt: skip
+    note = "imbsam-fast train inaturalist2018: --eta changes nothing with sgd\n"
+    assert note in capsys.readouterr().err
     (run,) = find_runs([tmp_path / "runs"])
     assert (run.path / "last.pt").stat().st_size / 1e6 == pytest.approx(said, abs=0.06)
 

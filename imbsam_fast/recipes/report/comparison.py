@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..analysis.settings import ANALYSES
 from ..metrics import BORDERS, COLUMNS, mean_and_std, read_confusion
 from ..run_directory import CONFIG_FILE, RunDirectory, RunDirectoryError
-from ..settings.config import REMOVED
+from ..settings.config import REMOVED, UNREAD
 from ..settings.datasets import DATASETS
 
 # What may differ between seeds of one configuration: where and how fast a run is computed, and
@@ -23,13 +23,6 @@ PLACE_KEYS = frozenset(
 )  # fmt: skip
 # What says which classes are tail.
 TAIL_KEYS = ("eta", "inclusive")
-# What does not change a run with these optimizers, whatever it is: of the tail SGD knows nothing,
-# and its control no more than the weights.
-_PERTURBATION = ("preset", "batch_norm", "rho", "plan", "sample", "perturb_every", "gamma", "lam")
-UNREAD_KEYS = {
-    "sgd": frozenset((*_PERTURBATION, *TAIL_KEYS, "tail_weight")),
-    "sgd-weighted": frozenset(_PERTURBATION),
-}
 # What makes a data set: runs that differ in one of these are not compared.
 DATA_KEYS = (
     *("dataset", "images", "largest_class", "imbalance_factor", "train_list", "group_borders"),
@@ -73,7 +66,7 @@ class Group:
 
     def reads(self, key: str) -> bool:
         """Whether the setting changes what these runs compute."""
-        return key not in UNREAD_KEYS.get(str(self.config.get("optimizer")), ())
+        return key not in UNREAD.get(str(self.config.get("optimizer")), ())
 
     @property
     def read(self) -> dict[str, Any]:

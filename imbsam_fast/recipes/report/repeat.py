@@ -46,7 +46,9 @@ def command(group: Group) -> str | None:
     for setting in fields(RunConfig):
         name, value = setting.name, getattr(config, setting.name)
         default = getattr(plain if name in DECIDING else decided, name)
-        if name not in (*GIVEN, "seed") and value not in (default, None):
+        # Without any perturbation too, the preset decides which classes are tail.
+        is_read = group.reads(name) or name == "preset"
+        if is_read and name not in (*GIVEN, "seed") and value not in (default, None):
             words += option_words(name, list(value) if isinstance(value, tuple) else value)
     return shlex.join([*words, *_seeds(group), "--save=runs"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,17 @@ LABELS = {
 OPTIMIZERS = tuple(LABELS)
 PERTURBING = ("sam", "imbsam", "focal-sam")
 WEIGHTING = ("sgd-weighted", "sam", "imbsam")  # those that have a tail weight
+# What does not change a run with these optimizers, whatever it is: of the tail SGD knows nothing,
+# and its control no more than the weights.
+_FOCAL = ("gamma", "lam")
+_PERTURBATION = ("preset", "batch_norm", "rho", "plan", "sample", "perturb_every", *_FOCAL)
+UNREAD = {
+    "sgd": frozenset((*_PERTURBATION, "eta", "inclusive", "tail_weight")),
+    "sgd-weighted": frozenset(_PERTURBATION),
+    "sam": frozenset(_FOCAL),
+    "imbsam": frozenset(_FOCAL),
+    "focal-sam": frozenset(("tail_weight",)),
+}
 METHODS = ("ce", "wb", "lws")
 # With their names in tables. Balanced softmax is logit adjustment with tau = 1.
 LOSSES = {
@@ -279,6 +290,23 @@ def resolve(dataset: Dataset, given: Mapping[str, Any]) -> RunConfig:
     config = RunConfig.from_dict({**values, **given})
     _check(config)
     return config
+
+
+def unread(
+    dataset: Dataset, given: Mapping[str, Any], optimizers: Sequence[str], names: Iterable[str]
+) -> list[str]:
+    """Those of the settings `names` that change nothing with any of `optimizers`.
+
+    But for what has its default, and the preset, which decides others.
+    """
+    by_none = frozenset.intersection(*(UNREAD[optimizer] for optimizer in optimizers)) - {"preset"}
+    read = {name: value for name, value in given.items() if name not in by_none}
+    usual = [resolve(dataset, {**read, "optimizer": optimizer}) for optimizer in optimizers]
+    return [
+        name
+        for name in sorted(by_none.intersection(names))
+        if all(getattr(config, name) != given[name] for config in usual)
+    ]
 
 
 def _check(config: RunConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..settings.config import (
     Dataset,
     RunConfig,
     resolve,
+    unread,
 )
 from ..settings.config_file import read_arguments
 from ..settings.datasets import DATASETS
@@ -253,8 +255,13 @@ def _main(args: argparse.Namespace) -> int:
     from .command import run_command
 
     require_extras([DATASETS[args.recipe].package, "yaml"])
+    typed = frozenset(vars(args))
     args = _with_file(args)
     configs = configurations(args)
+    for option in unread_options(args, typed):
+        which = " ".join(args.optimizer)
+        print(f"imbsam-fast train {args.recipe}: {option} changes nothing with {which}",
+              file=sys.stderr)  # fmt: skip
     if needs_torchvision(configs[0].model):
         require_extras(["torchvision"])
     if configs[0].tensorboard:
@@ -283,16 +290,29 @@ def _with_file(args: argparse.Namespace) -> argparse.Namespace:
 
 def configurations(args: argparse.Namespace) -> list[RunConfig]:
     """One for each run, seeds in the outer order so that every optimizer has a first one early."""
-    given = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
-    dataset = DATASETS[args.recipe]
+    dataset, given = DATASETS[args.recipe], _settings(args)
     try:
         configs = [
-            resolve(dataset, {**given, "dataset": args.recipe, "optimizer": name, "seed": seed})
+            resolve(dataset, {**given, "optimizer": name, "seed": seed})
             for seed in range(args.seed, args.seed + args.seeds)
-            for name in OPTIMIZERS
-            if name in args.optimizer
+            for name in _optimizers(args)
         ]
         check_norm(configs[0].model, configs[0].norm)
         return configs
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def unread_options(args: argparse.Namespace, typed: Iterable[str]) -> list[str]:
+    """Of the arguments that were `typed`, the options that no run reads; a file may have some."""
+    names = unread(DATASETS[args.recipe], _settings(args), _optimizers(args), typed)
+    return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    given = {k: v for k, v in vars(args).items() if k not in _NOT_SETTINGS}
+    return {**given, "dataset": args.recipe, "seed": args.seed}
+
+
+def _optimizers(args: argparse.Namespace) -> list[str]:
+    return [name for name in OPTIMIZERS if name in args.optimizer]
