@@ -167,13 +167,19 @@ def accuracy(report: RecipeReport) -> Lines:
         tested = [group.accuracy("last", view) or {} for view in views]
         trained = [run.log[-1]["train_accuracy"] for run in group.finished]
         rows.append(
-            (group.label, str(len(group.finished)), *(cell(t[c]) for t in tested for c in COLUMNS),
+            (_name(group), str(len(group.finished)), *(cell(t[c]) for t in tested for c in COLUMNS),
              cell(mean_and_std(trained)))
         )  # fmt: skip
     names = [column.capitalize() for column in COLUMNS]
     headings = [name + ("" if view == "plain" else f", {view}") for view in views for name in names]
     header = ("%", "seeds", *headings, "training")
     return markdown(header, rows)
+
+
+def _name(group: Group) -> str:
+    """Its label, and the precision of its passes where that is not float32."""
+    amp = group.config["amp"]
+    return group.label if amp == "off" else f"{group.label}, {amp}"
 
 
 def paired(report: RecipeReport) -> Lines:

@@ -91,6 +91,16 @@ def test_a_record_grows_by_further_runs(recorded, tmp_path, capsys):
     assert cheaper.split(" | ")[1:3] == ["1", "-3.0"]
 
 
+def test_a_run_in_another_precision_is_named_and_not_compared(recorded, tmp_path):
+    file = tmp_path / "r.json"
+    write(tmp_path / "runs", "sam", [[81.0, 45.0, 3.0]], amp="bf16")
+    assert recipe_tables.main([str(recorded), str(tmp_path / "runs"), "--json", str(file)]) == 0
+    found = recipe_tables.load(file)
+    named = [x for x in recipe_tables.accuracy(found) if x.startswith("| SAM")]
+    assert [x[:23] for x in named] == ["| SAM, bf16 | 1 | 81.0 "]
+    assert not [x for x in recipe_tables.paired(found) if x.startswith("| SAM")]
+
+
 def test_accuracies_are_those_of_the_runs(recorded):
     lines = recipe_tables.accuracy(recipe_tables.load(recorded))
     assert lines[0].startswith("| % | seeds | Many | Medium | Few | All | Many, flip | ")
