@@ -193,7 +193,7 @@ def paired(report: RecipeReport) -> Lines:
                     cell(mean_and_std([difference[i] for difference in by_seed]), "+")
                     for i in range(len(COLUMNS))
                 ]
-                rows.append((f"{group.label} minus {other.label}", str(len(by_seed)), *cells))
+                rows.append((f"{_name(group)} minus {_name(other)}", str(len(by_seed)), *cells))
     return markdown(("points", "seeds", *(column.capitalize() for column in COLUMNS)), rows)
 
 
@@ -204,7 +204,7 @@ def sharpness(report: RecipeReport) -> Lines:
         for run in group.finished:
             for analysis in run.analyses.values():
                 top, trace = analysis["lambda_max"], analysis["trace"]
-                name = f"{group.label}, seed {run.config['seed']}"
+                name = f"{_name(group)}, seed {run.config['seed']}"
                 error = NO_VALUE if trace["error"] is None else f"{trace['error']:.3g}"
                 values = (f"{top['value']:.4g}", f"{trace['value']:.4g}", error)
                 rows.append((name, analysis["classes"], str(analysis["rows"]), *values))

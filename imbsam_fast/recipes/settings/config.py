@@ -22,12 +22,10 @@ LABELS = {
     "focal-sam": "Focal-SAM",
 }
 OPTIMIZERS = tuple(LABELS)
-PERTURBING = ("sam", "imbsam", "focal-sam")
-WEIGHTING = ("sgd-weighted", "sam", "imbsam")  # those that have a tail weight
-# What does not change a run with these optimizers, whatever it is: of the tail SGD knows nothing,
-# and its control no more than the weights.
 _FOCAL = ("gamma", "lam")
 _PERTURBATION = ("preset", "batch_norm", "rho", "plan", "sample", "perturb_every", *_FOCAL)
+# What does not change a run with these optimizers, whatever it is: of the tail SGD knows nothing,
+# and its control no more than the weights.
 UNREAD = {
     "sgd": frozenset((*_PERTURBATION, "eta", "inclusive", "tail_weight")),
     "sgd-weighted": frozenset(_PERTURBATION),
@@ -35,6 +33,8 @@ UNREAD = {
     "imbsam": frozenset(_FOCAL),
     "focal-sam": frozenset(("tail_weight",)),
 }
+PERTURBING = tuple(name for name in OPTIMIZERS if "rho" not in UNREAD[name])
+WEIGHTING = tuple(name for name in OPTIMIZERS if "tail_weight" not in UNREAD[name])
 METHODS = ("ce", "wb", "lws")
 # With their names in tables. Balanced softmax is logit adjustment with tau = 1.
 LOSSES = {
