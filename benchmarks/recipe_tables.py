@@ -269,8 +269,9 @@ def provenance(report: RecipeReport) -> str:
     """One sentence for each environment."""
     found: dict[tuple[str, ...], list[str]] = {}
     for e in report.environments:
+        threads = e["machine"]["torch_threads"]
         key = (
-            e["gpu"] or f"{e['machine']['cpu']}, {e['machine']['torch_threads']} thread",
+            e["gpu"] or f"{e['machine']['cpu']}, {threads} thread{'s' if threads > 1 else ''}",
             software(e),
             commit(e),
         )
